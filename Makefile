@@ -1,0 +1,59 @@
+# Needs python3 (3.11 or later), pip and make; everything else goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup
+ORACLE := $(VENV)/.oracle
+# The oracles (torch, TRL, PEFT) are pinned for Python 3.11 alone.
+HAS_ORACLE := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))' 2>/dev/null)
+
+.PHONY: help setup quickstart test test-core lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(SETUP)  ## make the virtual environment and fill it from requirements.lock
+
+quickstart: $(SETUP)  ## fine-tune a small model on real data, on this machine's CPU
+	$(BIN)/python -m jaxtune.launch --config=configs/quickstart.py --workdir=runs/quickstart
+
+ifeq ($(HAS_ORACLE),1)
+test: $(ORACLE)  ## run every test, the comparisons with torch, TRL and PEFT included
+	$(BIN)/python -m pytest
+else
+test: test-core
+	@echo "left out: the tests marked 'oracle' (torch, TRL and PEFT are pinned for Python 3.11: make test PYTHON=python3.11)"
+endif
+
+test-core: $(SETUP)  ## run the tests that need no torch
+	$(BIN)/python -m pytest -m "not oracle"
+
+lint: $(SETUP)  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(SETUP)  ## run every benchmark; each prints a ratio
+	@set -e; for file in benchmarks/*.py; do \
+	  [ -e "$$file" ] || { echo "benchmarks/ holds no script"; break; }; \
+	  echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:  ## delete the virtual environment, the caches and what was built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(SETUP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxtune needs Python 3.11 or later; $(PYTHON) is older or missing: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+$(ORACLE): $(SETUP) requirements-oracle.lock
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements-oracle.lock
+	@touch $@

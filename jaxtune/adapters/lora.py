@@ -1,0 +1,117 @@
+"""LoRA (arXiv:2106.09685), with rsLoRA (2312.03732) and DoRA (2402.09353), on any `Linear` that a regex names."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtune.config import ConfigDict
+from jaxtune.models.layers import Linear, along_last
+from jaxtune.types import UserError, nearest
+
+
+class Options(NamedTuple):
+    """`rank_pattern` and `alpha_pattern` map a linear's path to its own rank or alpha (PEFT has the same)."""
+
+    targets: str
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    dtype: Any = jnp.float32
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def from_config(cls, tune: ConfigDict) -> Options:
+        return cls(tune.targets, tune.rank, tune.alpha, tune.dropout, tune.use_rslora, tune.use_dora, jnp.dtype(tune.dtype))
+
+    def scale(self, path: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank, alpha = dict(self.rank_pattern).get(path, self.rank), dict(self.alpha_pattern).get(path, self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+class LowRank(nnx.Module):
+    """y + s drop(x) A B, with A (in, r) and B (r, out); with DoRA, columns rescaled to a learnt magnitude m (out,)."""
+
+    def __init__(self, linear: Linear, path: str, options: Options):
+        *stacked, in_dim, out_dim = linear.kernel.shape
+        rank = dict(options.rank_pattern).get(path, options.rank)
+        self.scale, self.dropout = options.scale(path), options.dropout
+        self.salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # each linear drops its own elements
+        self.lora_a = nnx.Param(jnp.zeros((*stacked, in_dim, rank), options.dtype), axes=("lora_in", "lora_rank"))
+        self.lora_b = nnx.Param(jnp.zeros((*stacked, rank, out_dim), options.dtype), axes=("lora_rank", "lora_out"))
+        magnitude = nnx.Param(jnp.zeros((*stacked, out_dim), options.dtype), axes=("lora_out",))
+        self.magnitude = magnitude if options.use_dora else nnx.data(None)
+
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
+        """x (..., in), y = x W (..., out) -> the adapted y, before any bias. No key, no dropout."""
+        dtype = x.dtype
+        a, b = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
+        if self.dropout and key is not None:
+            keep = jax.random.bernoulli(jax.random.fold_in(key, self.salt), 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(dtype)
+        update = jnp.matmul(jnp.matmul(x, a), b) * jnp.asarray(self.scale, dtype)
+        if self.magnitude is None:
+            return y + update.astype(y.dtype)
+        gain = self.magnitude[...] / jax.lax.stop_gradient(column_norms(kernel, self.lora_a[...], self.lora_b[...], self.scale))
+        return ((y + update) * along_last(gain, y)).astype(y.dtype)
+
+
+def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """DoRA eq. 5's ||W + s A B|| over inputs, per output: (..., in, out) -> (..., out), float32."""
+    update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
+    return jnp.linalg.norm(kernel.astype(jnp.float32) + update, axis=-2)
+
+
+def linears(model: nnx.Module) -> dict[str, Linear]:
+    """Every linear layer of a model by its dotted path."""
+    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, Linear)}
+
+
+def attach(model: nnx.Module, options: Options) -> None:
+    """Hangs a `LowRank` on every linear layer whose whole path matches `options.targets`.
+
+    Raises:
+      UserError: the regex is broken or matches nothing; the message lists near paths.
+    """
+    found = linears(model)
+    try:
+        chosen = [path for path in found if re.fullmatch(options.targets, path)]
+    except re.error as error:
+        raise UserError(f"tune.targets={options.targets!r} is not a regular expression: {error}") from None
+    if not chosen:
+        near = nearest(options.targets, list(found))
+        raise UserError(
+            f"tune.targets={options.targets!r} matches no linear layer{near or '.'} "
+            f"The regex must match a whole path; the model has: {', '.join(sorted(found))}"
+        )
+    for path in chosen:
+        found[path].adapter = LowRank(found[path], path, options)
+
+
+def initial(path: str, shape: tuple[int, ...], dtype: Any, key: jax.Array, kernel: jax.Array) -> jax.Array:
+    """PEFT's initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, DoRA's m = ||W|| per output."""
+    kind = path.rsplit(".", 1)[-1]
+    if kind == "lora_a":
+        bound = 1 / math.sqrt(shape[-2])
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+    if kind == "magnitude":
+        return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2).astype(dtype)
+    return jnp.zeros(shape, dtype)
+
+
+def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, scale: float) -> jax.Array:
+    """W' = W + s A B, columns rescaled to m with DoRA; computed in float32, returned in W's dtype."""
+    total = kernel.astype(jnp.float32) + jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
+    if magnitude is not None:
+        total = total * (magnitude.astype(jnp.float32) / jnp.linalg.norm(total, axis=-2))[..., None, :]
+    return total.astype(kernel.dtype)

@@ -1,0 +1,45 @@
+"""One labels tree says what trains: it drives the split, the optimizer's groups, weight decay and the export.
+
+Parameters are a flat dictionary, dotted path -> array. Labels: "lora_a", "lora_b", "magnitude" (DoRA), "full", "frozen".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from jaxtune.types import UserError
+
+LoraLabels = ("lora_a", "lora_b", "magnitude")
+HEAD_PATHS = ("lm_head.kernel", "lm_head.bias")
+Leaf = TypeVar("Leaf")
+
+
+def label(params: Mapping[str, Any], method: str) -> dict[str, str]:
+    """Labels every parameter for `method`: lora | full | head.
+
+    Raises:
+      UserError: "head" on a model whose head is its embedding table (training it would train the input side too).
+    """
+    if method == "head" and not any(path in HEAD_PATHS for path in params):
+        raise UserError("tune.method='head': this model's head is tied to its embedding table; use 'lora' or 'full'")
+
+    def one(path: str) -> str:
+        kind = path.rsplit(".", 1)[-1]
+        if ".adapter." in path:
+            return kind
+        return "full" if method == "full" or (method == "head" and path in HEAD_PATHS) else "frozen"
+
+    return {path: one(path) for path in params}
+
+
+def split(params: Mapping[str, Leaf], labels: Mapping[str, str]) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
+    """Returns (trainable, frozen)."""
+    trainable = {path: value for path, value in params.items() if labels[path] != "frozen"}
+    frozen = {path: value for path, value in params.items() if labels[path] == "frozen"}
+    return trainable, frozen
+
+
+def decays(path: str) -> bool:
+    """Weight decay falls on matrices only: not on norms, biases or DoRA magnitudes."""
+    return path.rsplit(".", 1)[-1] in ("kernel", "table", "lora_a", "lora_b")

@@ -1,0 +1,204 @@
+"""Checkpoints by orbax: state, data position and config together; written in the background, whole or not at all.
+
+Which are kept: the latest two (temporary, by time), every n-th step (permanent), and the best by validation loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from jaxtune.config import ConfigDict, keys
+from jaxtune.types import UserError
+
+# Fields that may differ between a checkpoint and the run that resumes it: none of them changes what is computed.
+_FREE = (
+    "name", "workdir", "mesh.", "tracking.", "eval.", "generate.", "export.", "plan.", "checkpoint.", "model.attention",
+    "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.loss_chunk_tokens",
+    "train.on_nonfinite",
+)  # fmt: skip
+_LATEST = 2  # so that a damaged newest one has another before it
+
+
+class Restored(NamedTuple):
+    step: int
+    state: Any
+    progress: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep(checkpoint_managers.PreservationPolicy):
+    """Keeps the latest, the last `keep` of every `every_steps`, and the one with the lowest validation loss."""
+
+    every_steps: int
+    keep: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = set(steps[-_LATEST:])
+        if self.every_steps:
+            kept |= set([step for step in steps if step % self.every_steps == 0][-self.keep :])
+        measured = [info for info in checkpoints if info.metrics]
+        if measured:
+            kept.add(min(measured, key=lambda info: info.metrics["loss"]).step)
+        return [step in kept for step in steps]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Use as a context manager, or `close()`: a save may still be on its way."""
+
+    def __init__(self, workdir: str, config: ConfigDict):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save otherwise
+        self._config, self.folder = config, epath.Path(workdir) / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Keep(config.checkpoint.every_steps, config.checkpoint.keep),
+            cleanup_tmp_directories=True,
+            best_fn=lambda metrics: metrics["loss"],
+            best_mode="min",
+        )
+        self._manager = ocp.CheckpointManager(self.folder.resolve() if "://" not in workdir else self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that there are, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, or None when none was measured."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any], loss: float | None = None) -> None:
+        """Starts saving; returns once the arrays may be donated. `progress` is what the loop itself must remember.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        if step in self._manager.all_steps():
+            return
+        meta = {"config": json.loads(_config_json(self._config)), "progress": progress, "data_position_steps": step}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_storable(state)), meta=ocp.args.JsonSave(meta))
+        try:
+            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+        except (OSError, ValueError, RuntimeError) as error:
+            _raise_if_full(error, self.folder)
+            raise
+
+    def restore(self, shapes: Any, step: int | None = None) -> Restored | None:
+        """Restores into `shapes` (with shardings, of any mesh): `step`, or the newest that is whole; None if there is none.
+
+        A damaged checkpoint is named on stderr and the one before it is taken.
+
+        Raises:
+          UserError: the checkpoint is of another config, the step does not exist, or every checkpoint is damaged.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {steps or 'none'}")
+        candidates = [step] if step is not None else steps[::-1]
+        for candidate in candidates:
+            try:
+                meta = self._manager.restore(candidate, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                self._check_config(meta["config"], candidate)
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(_storable(shapes)))
+                state = self._manager.restore(candidate, args=args)["state"]
+                return Restored(candidate, _usable(state, shapes), meta["progress"])
+            except UserError:
+                raise
+            except Exception as error:  # whatever a broken file raises, in orbax, tensorstore or JSON
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+                print(f"WARNING: checkpoint {self.folder / str(candidate)} is damaged ({reason})", file=sys.stderr, flush=True)
+                if candidate != candidates[-1]:
+                    print("WARNING: falling back to the checkpoint before it", file=sys.stderr, flush=True)
+        if candidates:
+            raise UserError(f"every checkpoint in {self.folder} is damaged (steps {candidates[::-1]}): start anew in another --workdir")
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """Deletes checkpoints newer than `step`: damaged ones that a resumed run will write again."""
+        for newer in [s for s in self.steps() if s > step]:
+            self._manager.delete(newer)
+
+    def wait(self) -> None:
+        """Returns when everything started is on disk.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            _raise_if_full(error, self.folder)
+            raise
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_config(self, saved: dict[str, Any], step: int) -> None:
+        now = json.loads(_config_json(self._config))
+        for key in keys(self._config):
+            if key.startswith(_FREE):
+                continue
+            then, value = saved, now
+            try:
+                for part in key.split("."):
+                    then, value = then[part], value[part]
+            except KeyError:
+                continue  # a field that this checkpoint's jaxtune did not have
+            if then != value:
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} is of another config: {key} was {then!r} and is now {value!r}; "
+                    f"set it back to resume, or start in another --workdir"
+                )
+
+
+def _config_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), default=list)
+
+
+def _storable(state: Any) -> Any:
+    """Typed PRNG keys as their raw data: what orbax's standard handler stores."""
+
+    def one(leaf: Any) -> Any:
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+            return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding)
+        return jax.random.key_data(leaf)
+
+    return jax.tree.map(one, state)
+
+
+def _usable(stored: Any, shapes: Any) -> Any:
+    def one(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
+        return jax.random.wrap_key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(one, stored, shapes)
+
+
+def _raise_if_full(error: Exception, folder: Any) -> None:
+    text = str(error)
+    if "No space left" in text or "RESOURCE_EXHAUSTED" in text or getattr(error, "errno", None) == 28:
+        raise UserError(f"disk full while saving to {folder}: free space, then run again with --config.checkpoint.resume=True") from None
+
+
+
+def is_used(workdir: str) -> bool:
+    """Whether a training run has left its marks in this workdir."""
+    folder = epath.Path(workdir)
+    return folder.exists() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "predictions.jsonl"))

@@ -1,0 +1,174 @@
+"""Rows to batches: any step's batch by its number alone, and grain's reader threads to make them ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data import packing
+from jaxtune.types import Batch, UserError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows end to end: row r is `tokens[offsets[r]:offsets[r + 1]]`, `weights` likewise."""
+
+    tokens: np.ndarray  # int32
+    weights: np.ndarray  # float32, loss weight of each token as a target
+    offsets: np.ndarray  # int64, one more than rows
+    row_ids: list[str]  # "file.jsonl:17"
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+
+class BatchSource:
+    """Batches as a pure function of (rows, settings, seed, step): resuming needs the step, a host only its own rows.
+
+    Batch rows flow on over epochs: row r of step s is number `s * batch_size + r` of an endless list of epochs, each
+    one a pass over all bins in an order of its own.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        max_length: int,
+        packing: bool,
+        shuffle: bool,
+        seed: int,
+        batch_size: int,
+        pad_id: int,
+        num_steps: int | None = None,
+    ) -> None:
+        """Lays the rows out in bins of `max_length` tokens; `num_steps` bounds the steps, None leaves them open."""
+        self.rows, self.max_length, self.pad_id = rows, max_length, pad_id
+        self.shuffle, self.seed, self.batch_size, self.num_steps = shuffle, seed, batch_size, num_steps
+        self.bins = make_bins(rows, max_length, packing)
+        self._order = lru_cache(maxsize=4)(self._epoch_order)
+
+    @property
+    def num_bins(self) -> int:
+        """Batch rows of one epoch."""
+        return len(self.bins)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps that one pass over the rows takes; the last may reach into the next epoch, so not always whole."""
+        return self.num_bins / self.batch_size
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_bins)
+        # Sorting Philox's raw bits gives the same order under every NumPy; Generator.permutation does not promise it.
+        bits = np.random.Philox(key=[self.seed % 2**64, epoch]).random_raw(self.num_bins)
+        return np.argsort(bits, kind="stable")
+
+    def __getitem__(self, step: int) -> Batch:
+        """Returns the global batch of a step, every field (B, T)."""
+        return self.local(step, 0, 1)
+
+    def local(self, step: int, process_index: int, process_count: int) -> Batch:
+        """Returns the rows of one host: the `process_index`-th of `process_count` equal slices of the global batch."""
+        if self.batch_size % process_count:
+            raise UserError(
+                f"train.batch_size={self.batch_size} does not divide by {process_count} hosts; choose a multiple"
+            )
+        if step < 0 or (self.num_steps is not None and step >= self.num_steps):
+            raise ValueError(f"step {step} is outside 0 to {self.num_steps}")
+        share = self.batch_size // process_count
+        first = step * self.batch_size + process_index * share
+        return self._stack([self._bin_of(number) for number in range(first, first + share)])
+
+    def _bin_of(self, number: int) -> tuple[int, ...]:
+        epoch, position = divmod(number, self.num_bins)
+        return self.bins[int(self._order(epoch)[position])]
+
+    def _stack(self, bins: list[tuple[int, ...]]) -> Batch:
+        return stack(self.rows, bins, self.max_length, self.pad_id)
+
+
+def make_bins(rows: Rows, max_length: int, packed: bool) -> packing.Bins:
+    """Returns the rows of each batch row: best fit when `packed`, else one each; ordered by their first row."""
+    return packing.pack(rows.lengths, max_length) if packed else packing.one_per_bin(len(rows))
+
+
+def stack(rows: Rows, bins: packing.Bins, max_length: int, pad_id: int) -> Batch:
+    """Returns the batch that holds `bins`, every field (B, T)."""
+    made = [packing.assemble(rows.tokens, rows.weights, rows.offsets, b, max_length, pad_id) for b in bins]
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+class _Failure(NamedTuple):
+    error: Exception
+
+
+class _Steps:
+    """What grain reads: step numbers in, this host's batches out."""
+
+    def __init__(self, source: BatchSource, start_step: int, num_steps: int, process: tuple[int, int]) -> None:
+        self.source, self.start_step, self.num_steps, self.process = source, start_step, num_steps, process
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, index: Any) -> Batch | _Failure:
+        # An error travels as a value: raised in a reader thread, a StopIteration would end training without a word.
+        try:
+            return self.source.local(self.start_step + int(index), *self.process)
+        except Exception as error:
+            return _Failure(error)
+
+
+def iterate(
+    source: BatchSource,
+    start_step: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 8,
+) -> Iterator[Batch]:
+    """Yields this host's batches of `num_steps` steps from `start_step` on, made up to `prefetch` ahead by grain.
+
+    Raises:
+      Exception: whatever making a batch raised, at that batch.
+    """
+    import grain  # here because grain imports jax, which data/ must not do by itself
+
+    if num_steps <= 0:
+        return
+    steps = _Steps(source, start_step, num_steps, (process_index, process_count))
+    options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=max(1, prefetch))
+    made = 0
+    for batch in grain.MapDataset.source(steps).to_iter_dataset(options):
+        if isinstance(batch, _Failure):
+            raise RuntimeError(f"batch of step {start_step + made} could not be made") from batch.error
+        made += 1
+        yield batch
+    if made != num_steps:
+        raise RuntimeError(f"the data ended after {made} of {num_steps} batches")
+
+
+def eval_batches(
+    rows: Rows, max_length: int, packing: bool, batch_size: int, pad_id: int, num_batches: int = 0
+) -> Iterator[Batch]:
+    """Yields every row exactly once in file order, the last batch filled up with empty rows; `num_batches` 0 = all."""
+    bins = make_bins(rows, max_length, packing)
+    starts = range(0, len(bins), batch_size)
+    for start in starts[:num_batches] if num_batches else starts:
+        taken = bins[start : start + batch_size]
+        yield stack(rows, taken + [()] * (batch_size - len(taken)), max_length, pad_id)
+
+
+def padding_share(batch: Batch) -> float:
+    """Returns the share of a batch's tokens that is padding, 0 to 1."""
+    return float(np.mean(batch["segment_ids_BT"] == 0))

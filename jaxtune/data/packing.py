@@ -1,0 +1,92 @@
+"""Rows to batch rows: best-fit-decreasing bins, and the arrays of one bin."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+from jaxtune.types import Batch
+
+Bins = list[tuple[int, ...]]
+
+
+def pack(lengths: np.ndarray, max_length: int) -> Bins:
+    """Returns bins of row indices whose lengths sum to at most `max_length`: best fit, longest rows first.
+
+    Each row goes into the fullest bin that still has room. Deterministic: ties go in row order, rows of a bin and the
+    bins themselves (by their first row) are in row order. Lengths must be 1 to `max_length`.
+    """
+    bins: list[list[int]] = []
+    room: dict[int, list[int]] = {}  # free tokens -> bins with so many, oldest last
+    sizes: list[int] = []  # keys of `room`, sorted, for the smallest that is enough
+    for row in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
+        length = int(lengths[row])
+        assert 0 < length <= max_length, "tokenize() drops or cuts longer rows"
+        at = bisect_left(sizes, length)
+        if at == len(sizes):
+            free, index = max_length, len(bins)
+            bins.append([row])
+        else:
+            free = sizes[at]
+            index = room[free].pop()
+            bins[index].append(row)
+            if not room[free]:
+                del room[free], sizes[at]
+        left = free - length
+        if left:
+            if left not in room:
+                room[left] = []
+                insort(sizes, left)
+            room[left].append(index)
+    return sorted(tuple(sorted(rows)) for rows in bins)
+
+
+def one_per_bin(num_rows: int) -> Bins:
+    """Returns the unpacked form: each row alone in its bin, in row order."""
+    return [(row,) for row in range(num_rows)]
+
+
+def assemble(
+    tokens: np.ndarray,
+    weights: np.ndarray,
+    offsets: np.ndarray,
+    bin_rows: tuple[int, ...],
+    max_length: int,
+    pad_id: int,
+) -> Batch:
+    """Returns one batch row: the fields of `types.Batch`, each (T,).
+
+    The target of a token is the next token of its own segment, with that token's weight; the last token of a segment
+    has target 0 and weight 0, so no row predicts the next one's first token.
+
+    Args:
+      tokens: int32, all rows end to end; `weights` float32 likewise, of each token as a target.
+      offsets: row r is `tokens[offsets[r]:offsets[r + 1]]`.
+      bin_rows: the rows to lay out; () gives a row of padding.
+    """
+    row = empty(max_length, pad_id)
+    at = 0
+    for segment, index in enumerate(bin_rows, 1):
+        start, end = int(offsets[index]), int(offsets[index + 1])
+        stop = at + end - start
+        row["tokens_BT"][at:stop] = tokens[start:end]
+        row["targets_BT"][at : stop - 1] = tokens[start + 1 : end]
+        row["weights_BT"][at : stop - 1] = weights[start + 1 : end]
+        row["segment_ids_BT"][at:stop] = segment
+        row["positions_BT"][at:stop] = np.arange(stop - at)
+        row["row_ids_BT"][at:stop] = index
+        at = stop
+    return row
+
+
+def empty(max_length: int, pad_id: int) -> Batch:
+    """Returns one batch row of padding alone."""
+    return {
+        "tokens_BT": np.full(max_length, pad_id, np.int32),
+        "targets_BT": np.zeros(max_length, np.int32),
+        "weights_BT": np.zeros(max_length, np.float32),
+        "segment_ids_BT": np.zeros(max_length, np.int32),
+        "positions_BT": np.zeros(max_length, np.int32),
+        "row_ids_BT": np.full(max_length, -1, np.int32),
+    }

@@ -1,0 +1,164 @@
+"""Files to rows: every supported table or list becomes `(row number, dictionary)`, or one line that says why not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from jaxtune.types import UserError, nearest
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[int, Row]]:
+    """Yields `(number, row)` of a data file; the number is the 1-based line, or the entry of a list or Parquet table.
+
+    Formats by suffix, each optionally `.gz`: .jsonl, .json (a list of objects), .csv, .tsv, .txt, .parquet. Without
+    `columns` the first row of a .csv or .tsv names them, and a .txt holds one `{"text": …}` per line; with `columns` a
+    table has no header row and a .txt is tab-separated. Tab-separated fields have no quoting. Blank lines are skipped.
+
+    Raises:
+      UserError: the file is missing, empty of structure, malformed, cut short, not UTF-8 or of an unknown kind.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise UserError(f"data file {str(path)!r} does not exist{near}")
+    try:
+        with cast(BinaryIO, gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")) as file:
+            if suffix == ".parquet":
+                yield from _parquet(path, file)
+            elif suffix == ".json":
+                yield from _json_list(path, file)
+            elif suffix == ".jsonl":
+                yield from _json_lines(path, file)
+            else:
+                yield from _table(path, file, suffix, columns)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path.name}: not a whole gzip file ({error}); fetch or compress it again") from None
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path.name}: unknown kind of data file {suffix!r}; known: {', '.join(SUFFIXES)} (also .gz)")
+    return suffix
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    # Decoded line by line, so that a bad byte is reported with its line; only "\n" ends a line (U+2028 does not).
+    for number, raw in enumerate(file, 1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield number, raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path.name}:{number}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+            ) from None
+
+
+def _json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+    for number, line in _lines(path, file):
+        if line.strip():
+            yield number, _object(path, number, _parse(f"{path.name}:{number}", line))
+
+
+def _json_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+    text = "".join(line for _, line in _lines(path, file))
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
+        raise UserError(f"{path.name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path.name}: holds a JSON {_kind(rows)}; expected a list of objects, or rename it to .jsonl")
+    for number, row in enumerate(rows, 1):
+        yield number, _object(path, number, row)
+
+
+def _parse(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a line") from None
+
+
+def _object(path: Path, number: int, row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f'{path.name}:{number}: is a JSON {_kind(row)}; expected an object such as {{"messages": […]}}')
+    return row
+
+
+def _kind(value: Any) -> str:
+    names = {list: "list", dict: "object", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _table(path: Path, file: BinaryIO, suffix: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+    if suffix == ".txt" and not columns:
+        for number, line in _lines(path, file):
+            if line.strip():
+                yield number, {"text": line.rstrip("\r\n")}
+        return
+    names = list(columns)
+    for number, cells in _comma_cells(path, file) if suffix == ".csv" else _tab_cells(path, file):
+        if not names:
+            names = cells
+            if len(set(names)) != len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise UserError(f"{path.name}:{number}: column name {twice!r} appears twice; rename one")
+        elif len(cells) != len(names):
+            raise UserError(
+                f"{path.name}:{number}: {len(cells)} columns; expected {len(names)} ({', '.join(names)}); "
+                "mend the row, or name the columns in data.columns"
+            )
+        else:
+            yield number, dict(zip(names, cells, strict=True))
+
+
+def _tab_cells(path: Path, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+    for number, line in _lines(path, file):
+        if line.strip():
+            yield number, line.rstrip("\r\n").split("\t")
+
+
+def _comma_cells(path: Path, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(2**31 - 1)  # the standard library stops at 131,072 characters, a long document does not
+    reader = csv.reader((line for _, line in _lines(path, file)), strict=True)
+    number = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield number, cells
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path.name}:{number}: not CSV ({error}); check the quotes of this row") from None
+
+
+def _parquet(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path.name}: reading Parquet needs pyarrow: pip install jaxtune[parquet]") from None
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file)
+        number = 0
+        for block in table.iter_batches():
+            for row in block.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path.name}: not a Parquet file ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,113 @@
+"""How likely a model finds given texts: label candidates after a prompt, and whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtune.data.batches import Rows
+from jaxtune.generate.sampler import left_padded, prefill
+from jaxtune.models import layers
+from jaxtune.objectives.ops import Head, token_nll
+
+_BUCKET_TOKENS = 16
+_CHUNK_TOKENS = 64
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
+def _order(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of rows in groups of `size`, alike in length, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _BUCKET_TOKENS) * _BUCKET_TOKENS
+
+
+def _head(model: Any) -> Head:
+    graphdef, params = nnx.split(model.head)
+    return Head(params, lambda p, h: nnx.merge(graphdef, p)(h), _CHUNK_TOKENS)
+
+
+def label_scorer(
+    graphdef: nnx.GraphDef, params: dict[str, jax.Array], pad_id: int, batch_size: int, progress: Progress, label: str
+) -> Callable[[list[list[int]], list[list[list[int]]]], np.ndarray]:
+    """Returns `score(prompts, candidates) -> (M, C)`: summed log-likelihood (nats) of each candidate after its prompt.
+
+    A prompt is run once; its cache serves all of its candidates.
+    """
+    run = jax.jit(partial(_score, graphdef))
+
+    def score(prompts: list[list[int]], candidates: list[list[list[int]]]) -> np.ndarray:
+        num_labels = len(candidates[0])
+        longest = max(len(ids) for row in candidates for ids in row)
+        scores_MC = np.zeros((len(prompts), num_labels), np.float64)
+        groups = _order([len(p) for p in prompts], batch_size)
+        for group in progress(groups, len(groups), label):
+            filled = group + [group[0]] * (batch_size - len(group))  # one batch shape; the copies are dropped
+            width = _rounded(max(len(prompts[i]) for i in filled))
+            tokens_BT, lengths_B = left_padded([prompts[i] for i in filled], width, pad_id)
+            options_BCT = np.full((batch_size, num_labels, longest), pad_id, np.int32)
+            mask_BCT = np.zeros(options_BCT.shape, np.float32)
+            for b, i in enumerate(filled):
+                for c, ids in enumerate(candidates[i]):
+                    options_BCT[b, c, : len(ids)], mask_BCT[b, c, : len(ids)] = ids, 1
+            scores_MC[group] = np.asarray(run(params, tokens_BT, lengths_B, options_BCT, mask_BCT))[: len(group)]
+        return scores_MC
+
+    return score
+
+
+def _score(
+    graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, options_BCT: jax.Array, mask_BCT: jax.Array
+) -> jax.Array:
+    model = layers.bind(graphdef, params)
+    B, C, T = options_BCT.shape
+    cache, last_BD = prefill(model, tokens_BT, lengths_B, tokens_BT.shape[1] + T)
+    cache = cache._replace(
+        k_LBSKH=jnp.repeat(cache.k_LBSKH, C, axis=1),
+        v_LBSKH=jnp.repeat(cache.v_LBSKH, C, axis=1),
+        segment_ids_BS=jnp.repeat(cache.segment_ids_BS, C, axis=0),
+    )
+    targets = options_BCT.reshape(B * C, T)
+    hidden = jnp.repeat(last_BD, C, axis=0)[:, None]
+    if T > 1:
+        positions = jnp.repeat(lengths_B, C)[:, None] + jnp.arange(T - 1)[None, :]
+        more, _ = model(targets[:, :-1], positions, jnp.ones((B * C, T - 1), jnp.int32), cache)
+        hidden = jnp.concatenate([hidden, more], axis=1)
+    nll = token_nll(_head(model), hidden, targets)
+    return -jnp.sum(nll * mask_BCT.reshape(B * C, T), axis=1).reshape(B, C)
+
+
+def row_nll(
+    graphdef: nnx.GraphDef, params: dict[str, jax.Array], rows: Rows, pad_id: int, batch_size: int, progress: Progress, label: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (summed nll in nats, number of trained tokens), each (M,): of every row, over its trained tokens alone."""
+
+    @jax.jit
+    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        model = layers.bind(graphdef, params)
+        index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+        hidden_BTD, _ = model(tokens_BT, index_BT, (index_BT < lengths_B[:, None]).astype(jnp.int32))
+        nll_BT = token_nll(_head(model), hidden_BTD[:, :-1], tokens_BT[:, 1:])
+        return jnp.sum(nll_BT * weights_BT[:, 1:], axis=1)
+
+    sums_M, counts_M = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    groups = _order([int(n) for n in rows.lengths], batch_size)
+    for group in progress(groups, len(groups), label):
+        filled = group + [group[0]] * (batch_size - len(group))
+        width = _rounded(int(max(rows.lengths[i] for i in filled)))
+        tokens_BT, weights_BT = np.full((batch_size, width), pad_id, np.int32), np.zeros((batch_size, width), np.float32)
+        for b, i in enumerate(filled):
+            start, stop = rows.offsets[i], rows.offsets[i + 1]
+            tokens_BT[b, : stop - start], weights_BT[b, : stop - start] = rows.tokens[start:stop], rows.weights[start:stop] != 0
+        sums_M[group] = np.asarray(run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), weights_BT))[: len(group)]
+        counts_M[group] = (weights_BT[: len(group), 1:] != 0).sum(1)
+    return sums_M, counts_M

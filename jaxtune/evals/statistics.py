@@ -1,0 +1,163 @@
+"""Intervals and paired tests over the rows of an evaluation. NumPy only.
+
+A *statistic* takes columns that end in the rows dim M, any dims before it, and reduces M: `mean` maps (M,) to a number
+and (S, M) to (S,). So S resamples are one call, whatever the statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.types import UserError
+
+Statistic = Callable[..., Any]
+
+_BLOCK_CELLS = 1 << 20  # resampled rows held at once: bounds memory, whatever the number of rows
+
+
+class Estimate(NamedTuple):
+    """A measured value between the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(x_M: np.ndarray) -> Any:
+    """Returns the mean over rows."""
+    return np.asarray(x_M, np.float64).mean(-1)
+
+
+def accuracy(predicted_M: np.ndarray, answers_M: np.ndarray) -> Any:
+    """Returns the share of rows whose prediction is the answer, 0 to 1."""
+    return (np.asarray(predicted_M) == np.asarray(answers_M)).mean(-1)
+
+
+def macro_f1(predicted_M: np.ndarray, answers_M: np.ndarray, labels: Sequence[Any]) -> Any:
+    """Returns the unweighted mean of each label's F1, 0 to 1.
+
+    F1 = 2 TP / (2 TP + FP + FN). The mean runs over all of `labels`, in every resample: one that is neither predicted
+    nor an answer counts 0, as in scikit-learn's `f1_score(labels=labels, average="macro", zero_division=0)`.
+    """
+    predicted, answers = np.asarray(predicted_M), np.asarray(answers_M)
+    f1 = []
+    for label in labels:
+        is_predicted, is_answer = predicted == label, answers == label
+        found = 2 * (is_predicted & is_answer).sum(-1)
+        f1.append(found / np.maximum(is_predicted.sum(-1) + is_answer.sum(-1), 1))
+    return np.mean(f1, axis=0)
+
+
+def confusion_matrix(predicted_M: np.ndarray, answers_M: np.ndarray, labels: Sequence[Any]) -> np.ndarray:
+    """Returns counts (C, C): [i, j] is how many rows with answer `labels[i]` were predicted `labels[j]`."""
+    labels_C = np.asarray(labels)
+    is_answer_MC = np.asarray(answers_M)[:, None] == labels_C
+    is_predicted_MC = np.asarray(predicted_M)[:, None] == labels_C
+    return is_answer_MC.T.astype(np.int64) @ is_predicted_MC.astype(np.int64)
+
+
+def bootstrap(
+    statistic: Statistic, *columns_M: np.ndarray, num_samples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """Returns a statistic of the rows with its percentile interval.
+
+    Rows are resampled with replacement, all columns jointly, `num_samples` times; the interval runs between the
+    (1 ± confidence) / 2 quantiles (Efron 1979, doi:10.1214/aos/1176344552). The same seed gives the same resamples.
+
+    Raises:
+      UserError: there are no rows.
+    """
+    columns, num_rows = _aligned(columns_M)
+    rng = np.random.default_rng(seed)
+
+    def resampled(rows_SM: np.ndarray) -> np.ndarray:
+        return np.asarray(statistic(*(column[rows_SM] for column in columns)))
+
+    blocks = _blocks(num_samples, num_rows)
+    samples_S = np.concatenate([resampled(rng.integers(num_rows, size=(size, num_rows))) for size in blocks])
+    low, high = np.quantile(samples_S, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float(statistic(*columns)), float(low), float(high))
+
+
+def difference(
+    statistic: Statistic,
+    before_M: np.ndarray,
+    after_M: np.ndarray,
+    *shared_M: np.ndarray,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Returns statistic(after, *shared) - statistic(before, *shared) with its paired bootstrap interval.
+
+    Both sides see the same resampled rows, so what makes a row hard for both cancels. `shared_M` are columns that
+    belong to the row and not to the model, such as the answers.
+    """
+
+    def gap(before: np.ndarray, after: np.ndarray, *shared: np.ndarray) -> Any:
+        return statistic(after, *shared) - statistic(before, *shared)
+
+    return bootstrap(gap, before_M, after_M, *shared_M, num_samples=num_samples, confidence=confidence, seed=seed)
+
+
+def paired_permutation(
+    before_M: np.ndarray,
+    after_M: np.ndarray,
+    *shared_M: np.ndarray,
+    statistic: Statistic = mean,
+    num_samples: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Returns the two-sided p of "before and after are exchangeable within each row".
+
+    Swaps before and after in random rows and counts how often |difference| is at least the one seen: p = (1 + hits) /
+    (1 + num_samples) (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585). With few rows all 2^M swaps are counted,
+    and p is exact. For means this flips the signs of the differences; any other statistic is re-measured.
+    """
+    (before, after, *shared), num_rows = _aligned((before_M, after_M, *shared_M))
+    rng = np.random.default_rng(seed)
+
+    def gaps(swap_SM: np.ndarray) -> np.ndarray:
+        swapped_before, swapped_after = np.where(swap_SM, after, before), np.where(swap_SM, before, after)
+        return np.abs(statistic(swapped_after, *shared) - statistic(swapped_before, *shared))
+
+    seen = gaps(np.zeros((1, num_rows), bool))[0] * (1 - 1e-9)  # a tie is a hit, though its sums may round differently
+    if 2**num_rows <= num_samples:
+        every_swap = (np.arange(2**num_rows)[:, None] >> np.arange(num_rows)) & 1
+        return float(np.mean(gaps(every_swap.astype(bool)) >= seen))
+    blocks = _blocks(num_samples, num_rows)
+    hits = sum(int(np.sum(gaps(rng.random((size, num_rows)) < 0.5) >= seen)) for size in blocks)
+    return (1 + hits) / (1 + num_samples)
+
+
+def mcnemar(before_correct_M: np.ndarray, after_correct_M: np.ndarray) -> float:
+    """Returns the two-sided p of McNemar's exact test that both accuracies are equal.
+
+    Only rows that one side alone got right count: of n such rows, the smaller side has k; under equality k is
+    Binomial(n, 1/2), so p = min(1, 2 Σ_{i≤k} C(n, i) / 2^n) (McNemar 1947, doi:10.1007/BF02295996).
+    """
+    (before, after), _ = _aligned((before_correct_M, after_correct_M))
+    before, after = before.astype(bool), after.astype(bool)
+    gained, lost = int(np.sum(after & ~before)), int(np.sum(before & ~after))
+    n, term, tail = gained + lost, 1, 0
+    for i in range(min(gained, lost) + 1):  # whole numbers, so no tail is too small to be exact
+        tail += term
+        term = term * (n - i) // (i + 1)
+    return min(1.0, 2 * tail / 2**n)
+
+
+def _aligned(columns_M: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    columns = [np.asarray(column) for column in columns_M]
+    assert all(column.shape == columns[0].shape for column in columns), [column.shape for column in columns]
+    if not columns[0].size:
+        raise UserError("no rows to measure; expected at least one: check eval.split, eval.limit and the data")
+    return columns, columns[0].size
+
+
+def _blocks(num_samples: int, num_rows: int) -> Iterator[int]:
+    most = max(1, _BLOCK_CELLS // num_rows)
+    for start in range(0, num_samples, most):
+        yield min(most, num_samples - start)

@@ -1,0 +1,244 @@
+"""Per-row results to metrics, and two results on the same rows to a verdict. Models come in as plain functions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune import tracking
+from jaxtune.evals import statistics
+from jaxtune.evals.statistics import Estimate
+from jaxtune.types import UserError
+
+# row_id: str, prompt_ids: list[int], answer: str; for labels also candidate_ids: list[list[int]]
+Row = Mapping[str, Any]
+ScoreFn = Callable[[list[list[int]], list[list[list[int]]]], np.ndarray]
+GenerateFn = Callable[[list[list[int]]], list[str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model did on some rows: metrics with intervals, and JSON-ready rows they can be recomputed from."""
+
+    metrics: dict[str, Estimate]
+    rows: list[dict[str, Any]]
+    labels: tuple[str, ...] = ()
+    confusion: np.ndarray | None = None  # (C, C) counts, answers down, predictions across; labels only
+
+
+class _Metric(NamedTuple):
+    statistic: statistics.Statistic  # (column, *shared) -> number
+    column: str  # what the model decides
+    shared: tuple[str, ...] = ()  # what belongs to the row
+    higher_is_better: bool = True
+
+
+def _token_perplexity(nll_M: np.ndarray, num_tokens_M: np.ndarray) -> Any:
+    return np.exp(nll_M.sum(-1) / num_tokens_M.sum(-1))
+
+
+def _bits_per_byte(nll_M: np.ndarray, num_bytes_M: np.ndarray) -> Any:
+    return nll_M.sum(-1) / (np.log(2) * num_bytes_M.sum(-1))
+
+
+def _metrics(labels: Sequence[str]) -> dict[str, _Metric]:
+    def f1(predicted_M: np.ndarray, answers_M: np.ndarray) -> Any:
+        return statistics.macro_f1(predicted_M, answers_M, range(len(labels)))
+
+    return {
+        "accuracy": _Metric(statistics.mean, "correct"),
+        "macro_f1": _Metric(f1, "prediction", ("answer",)),
+        "label_nll": _Metric(statistics.mean, "label_nll", higher_is_better=False),
+        "exact_match": _Metric(statistics.mean, "correct"),
+        "perplexity": _Metric(_token_perplexity, "nll_sum", ("num_tokens",), higher_is_better=False),
+        "bits_per_byte": _Metric(_bits_per_byte, "nll_sum", ("num_bytes",), higher_is_better=False),
+    }
+
+
+def score_labels(
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    score: ScoreFn,
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Result:
+    """Measures a choice among labels: the prediction is the label whose tokens are the likeliest after the prompt.
+
+    Args:
+      rows: each with `candidate_ids` in the order of `labels`.
+      labels: the candidate answers.
+      score: (prompts, candidates) -> (M, C) summed log-likelihoods of the candidates' tokens, in nats.
+      num_samples, confidence, seed: of the bootstrap.
+
+    Returns:
+      `accuracy`; `macro_f1` over all labels; `label_nll` in nats, the mean of -log softmax(scores)[answer].
+
+    Raises:
+      UserError: an answer is not a label, or a score is not finite.
+    """
+    for row in rows:
+        if row["answer"] not in labels:
+            known = ", ".join(map(repr, labels))
+            raise UserError(f"row {row['row_id']} has answer {row['answer']!r}; expected one of eval.labels: {known}")
+    scores_MC = np.asarray(score([r["prompt_ids"] for r in rows], [r["candidate_ids"] for r in rows]), np.float64)
+    scores_MC = scores_MC.reshape(len(rows), len(labels))
+    if not np.isfinite(scores_MC).all():
+        broken = rows[int((~np.isfinite(scores_MC)).any(-1).argmax())]["row_id"]
+        raise UserError(f"row {broken} has a score of NaN or infinity; expected numbers: have the weights diverged?")
+    top_M1 = scores_MC.max(-1, keepdims=True)
+    log_total_M = (top_M1 + np.log(np.exp(scores_MC - top_M1).sum(-1, keepdims=True)))[:, 0]
+
+    results = []
+    for row, scores_C, log_total in zip(rows, scores_MC, log_total_M, strict=True):
+        prediction = labels[int(scores_C.argmax())]
+        results.append(
+            {
+                "row_id": row["row_id"],
+                "answer": row["answer"],
+                "prediction": prediction,
+                "correct": prediction == row["answer"],
+                "label_nll": float(log_total - scores_C[labels.index(row["answer"])]),
+                "scores": {label: float(s) for label, s in zip(labels, scores_C, strict=True)},
+            }
+        )
+    metrics = _measure(("accuracy", "macro_f1", "label_nll"), results, labels, num_samples, confidence, seed)
+    predicted_M, answers_M = (_column(results, name, labels) for name in ("prediction", "answer"))
+    confusion = statistics.confusion_matrix(predicted_M, answers_M, range(len(labels)))
+    return Result(metrics, results, tuple(labels), confusion)
+
+
+def exact_match(
+    rows: Sequence[Row], generate: GenerateFn, *, num_samples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Result:
+    """Measures the share of rows whose generation equals the answer, both by `normalise`: `exact_match`.
+
+    Args:
+      rows: what to ask and the answers.
+      generate: prompts of token ids -> texts.
+      num_samples, confidence, seed: of the bootstrap.
+    """
+    results = []
+    for row, text in zip(rows, generate([r["prompt_ids"] for r in rows]), strict=True):
+        correct = normalise(text) == normalise(row["answer"])
+        results.append({"row_id": row["row_id"], "answer": row["answer"], "prediction": text, "correct": correct})
+    return Result(_measure(("exact_match",), results, (), num_samples, confidence, seed), results)
+
+
+def normalise(text: str) -> str:
+    """Returns a text as `exact_match` compares it: case folded, white space collapsed, trailing punctuation cut."""
+    return re.sub(r"\s+", " ", text.casefold()).strip().rstrip(string.punctuation + " ")
+
+
+def perplexity(
+    nll_sum_M: np.ndarray,
+    num_tokens_M: np.ndarray,
+    num_bytes_M: np.ndarray,
+    row_ids: Sequence[str] | None = None,
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Result:
+    """Measures how well texts are predicted, per token and per byte.
+
+    `perplexity` = exp(Σ nll / Σ tokens); `bits_per_byte` = Σ nll / (ln 2 · Σ bytes).
+
+    Args:
+      nll_sum_M: negative log-likelihood of each row's tokens, summed, in nats.
+      num_tokens_M: how many tokens each sum is over.
+      num_bytes_M: UTF-8 bytes of the text of those tokens; so bits per byte compare across tokenizers.
+      row_ids: names of the rows; None = their numbers.
+      num_samples, confidence, seed: of the bootstrap.
+    """
+    ids = [str(i) for i in range(len(nll_sum_M))] if row_ids is None else row_ids
+    results = [
+        {"row_id": i, "answer": None, "nll_sum": float(nll), "num_tokens": int(tokens), "num_bytes": int(size)}
+        for i, nll, tokens, size in zip(ids, nll_sum_M, num_tokens_M, num_bytes_M, strict=True)
+    ]
+    return Result(_measure(("perplexity", "bits_per_byte"), results, (), num_samples, confidence, seed), results)
+
+
+def compare(
+    before: Result, after: Result, *, num_samples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Returns, per metric, after minus before with a paired interval, and a paired test of no difference.
+
+    Returns:
+      metric -> {value, low, high, p, test, higher_is_better}: exact McNemar where rows are right or wrong, else a
+      permutation test that swaps before and after within rows.
+
+    Raises:
+      UserError: the results are not on the same rows.
+    """
+    if [(r["row_id"], r["answer"]) for r in before.rows] != [(r["row_id"], r["answer"]) for r in after.rows]:
+        raise UserError(
+            f"before has {len(before.rows)} rows and after {len(after.rows)}, not the same ones in the same order; "
+            "expected equal rows and answers: measure both with one split, limit and seed"
+        )
+    report: dict[str, dict[str, Any]] = {}
+    for name in before.metrics:
+        metric = _metrics(before.labels)[name]
+        before_M, after_M = (_column(result.rows, metric.column, result.labels) for result in (before, after))
+        shared = [_column(before.rows, column, before.labels) for column in metric.shared]
+        gap = statistics.difference(
+            metric.statistic, before_M, after_M, *shared, num_samples=num_samples, confidence=confidence, seed=seed
+        )
+        if metric.column == "correct":
+            p, test = statistics.mcnemar(before_M, after_M), "exact McNemar"
+        else:
+            p = statistics.paired_permutation(before_M, after_M, *shared, statistic=metric.statistic, seed=seed)
+            test = "paired permutation"
+        report[name] = {**gap._asdict(), "p": p, "test": test, "higher_is_better": metric.higher_is_better}
+    return report
+
+
+def write_predictions(path: str | os.PathLike[str], before: Result | None, after: Result | None) -> None:
+    """Writes a JSON line a row: `row_id`, `answer`, and what each model gave under `before` and `after`.
+
+    A side that was not measured is left out. The file appears whole or not at all.
+    """
+    path = Path(path)
+    sides = {name: side for name, side in (("before", before), ("after", after)) if side is not None}
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tracking.writing(path), open(partial, "w", encoding="utf-8") as file:
+        for rows in zip(*(side.rows for side in sides.values()), strict=True):
+            line: dict[str, Any] = {key: rows[0][key] for key in ("row_id", "answer")}
+            for name, row in zip(sides, rows, strict=True):
+                line[name] = {key: value for key, value in row.items() if key not in line}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def _column(rows: Sequence[Row], name: str, labels: Sequence[str]) -> np.ndarray:
+    """Returns one column of numbers; labels become their numbers, which compare faster than strings."""
+    values = [row[name] for row in rows]
+    return np.asarray([labels.index(v) for v in values] if labels and name in ("prediction", "answer") else values)
+
+
+def _measure(
+    names: Sequence[str],
+    rows: list[dict[str, Any]],
+    labels: Sequence[str],
+    num_samples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Estimate]:
+    measured = {}
+    for name in names:
+        metric = _metrics(labels)[name]
+        columns = [_column(rows, column, labels) for column in (metric.column, *metric.shared)]
+        measured[name] = statistics.bootstrap(
+            metric.statistic, *columns, num_samples=num_samples, confidence=confidence, seed=seed
+        )
+    return measured

@@ -1,0 +1,151 @@
+"""The mathematics that objectives share, and what an objective is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight), divided once by the step
+
+
+class Head(NamedTuple):
+    """An output projection: `apply(params, hidden (..., D)) -> float32 logits (..., V)`.
+
+    `chunk_tokens` is how many tokens of each row are projected at a time.
+    """
+
+    params: Any
+    apply: Callable[[Any, jax.Array], jax.Array]
+    chunk_tokens: int
+
+
+class Policy(NamedTuple):
+    """A model as an objective sees it: `hidden(batch, key) -> (B, T, D)`, and the head over it."""
+
+    hidden: Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
+    head: Head
+
+
+LossFn = Callable[[Policy, dict[str, Policy], dict[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array, Metrics]]
+CollectFn = Callable[..., dict[str, jax.Array]]
+
+
+class Objective(NamedTuple):
+    """What is optimised. `loss` is pure and returns an unreduced (sum, weight, metrics); the step divides, once."""
+
+    fields: tuple[str, ...]
+    loss: LossFn
+    frozen: tuple[str, ...] = ()
+    collect: CollectFn | None = None
+
+
+def cross_entropy(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (sum of w * -log p(target), sum of w * [argmax = target]), both float32 scalars.
+
+    The full logits (B, T, V) never exist. Tokens that train come first in each row, the projection runs chunk by chunk,
+    and a chunk in which nothing trains is skipped: masked tokens pay nothing for the vocabulary. The gradient of each
+    chunk, w * (softmax - onehot) pulled back through the head, is taken while its logits are at hand, so the backward
+    pass recomputes nothing; it exists for the head's parameters only where they train.
+    """
+    order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
+    hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
+    targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
+    weights_BT = jnp.take_along_axis(weights_BT, order_BT, axis=1)
+    return _chunked(head.apply, min(head.chunk_tokens, targets_BT.shape[1]), head.params, hidden_BTD, targets_BT, weights_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(
+    apply: Callable[[Any, jax.Array], jax.Array], chunk: int, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    sums, _, _ = _scan_chunks(apply, chunk, params, hidden_BTD, targets_BT, weights_BT, False, False)
+    return sums
+
+
+def _scan_chunks(
+    apply: Any, chunk: int, params: Any, hidden_BTD: Any, targets_BT: Any, weights_BT: Any, want_hidden: bool, want_params: bool
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None, Any]:
+    """Sums over chunks, and the gradients asked for: with respect to hidden (B, T, D) and to the head's parameters."""
+    B, T, D = hidden_BTD.shape
+    pad = -T % chunk
+
+    def chunks(x: jax.Array) -> jax.Array:  # (B, T, …) -> (chunks, B, chunk, …)
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, (T + pad) // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    def value_and_pulls(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+        logits_V, pull = jax.vjp(apply, params, hidden) if want_hidden or want_params else (apply(params, hidden), None)
+        log_total = jax.nn.logsumexp(logits_V, axis=-1)
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
+        nll = jnp.sum((log_total - target_logits) * weights)
+        correct = jnp.sum((target_logits >= jnp.max(logits_V, axis=-1)) * weights)
+        if pull is None:
+            return nll, correct, None, None
+        is_target = jax.lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1) == targets[..., None]
+        d_logits = (jnp.exp(logits_V - log_total[..., None]) - is_target) * weights[..., None]
+        d_params, d_hidden = pull(d_logits)
+        return nll, correct, d_hidden if want_hidden else None, d_params if want_params else None
+
+    def one(carry: Any, xs: Any) -> Any:
+        nll, correct, d_params = carry
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_pulls, *xs))
+        more = jax.lax.cond(jnp.any(xs[2] != 0), value_and_pulls, lambda *_: zeros, *xs)
+        d_params = jax.tree.map(lambda total, new: total + new.astype(total.dtype), d_params, more[3]) if want_params else None
+        return (nll + more[0], correct + more[1], d_params), more[2]
+
+    d_params = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params) if want_params else None
+    start = (jnp.float32(0), jnp.float32(0), d_params)
+    (nll, correct, d_params), d_hidden = jax.lax.scan(one, start, (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT)))
+    if want_hidden:
+        d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, T + pad, D)[:, :T]
+    return (nll, correct), d_hidden, d_params
+
+
+def _chunked_fwd(apply: Any, chunk: int, params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+    is_primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
+    values = jax.tree.map(lambda leaf: leaf.value, params, is_leaf=is_primal)
+    trains = any(leaf.perturbed for leaf in jax.tree.leaves(params, is_leaf=is_primal))
+    sums, d_hidden, d_params = _scan_chunks(
+        apply, chunk, values, hidden.value, targets.value, weights.value, hidden.perturbed, trains
+    )
+    dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), values)
+    return sums, (d_hidden, d_params, dtypes)
+
+
+def _chunked_bwd(apply: Any, chunk: int, saved: Any, cotangents: Any) -> Any:
+    d_hidden, d_params, dtypes = saved
+    scale = cotangents[0]
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    if d_hidden is not None:
+        d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
+    if d_params is not None:
+        d_params = jax.tree.map(lambda g, like: (g * scale).astype(like.dtype), d_params, dtypes)
+    return d_params, d_hidden, None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
+
+
+def token_nll(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log p(target) of every token, float32 (B, T), a chunk of the projection at a time."""
+    T = targets_BT.shape[1]
+    chunk = min(head.chunk_tokens, T)
+    pad = -T % chunk
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], (T + pad) // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    def one(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, targets = xs
+        logits_V = head.apply(head.params, hidden)
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_V, axis=-1) - target_logits
+
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(one), (chunks(hidden_BTD), chunks(targets_BT))), 0, 1)
+    return out.reshape(out.shape[0], T + pad)[:, :T]

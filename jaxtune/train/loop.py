@@ -1,0 +1,276 @@
+"""Training, told as a story: batches in, metrics out, evaluation, checkpoints, and every way that it can end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxtune import sharding
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import ConfigDict
+from jaxtune.train import step as step_lib
+from jaxtune.train.state import Params, Program, State
+from jaxtune.types import Batch, UserError
+
+_OVERFIT_EVALS = 2  # evaluations in a row with training loss down and validation loss up, before a notice
+
+
+class Preempted(Exception):
+    """SIGTERM came; the state is saved. Running the same command again with `checkpoint.resume` goes on."""
+
+
+class Data(NamedTuple):
+    """`train(start_step, num_steps)` and `validation()` yield host batches; `row_id` names a row by its number."""
+
+    train: Callable[[int, int], Iterator[Batch]]
+    validation: Callable[[], Iterator[Batch]] | None
+    row_id: Callable[[int], str]
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop remembers beyond the state; saved with every checkpoint."""
+
+    best_loss: float | None = None
+    best_step: int = 0
+    evals_without_better: int = 0
+    evals_apart: int = 0  # in a row, training loss down and validation loss up
+    last_train_loss: float | None = None
+    last_eval_loss: float | None = None
+    train_loss_at_eval: float = float("inf")  # the running training loss when validation was last measured
+    trained_tokens: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    notices: list[str] = dataclasses.field(default_factory=list)
+
+
+class Outcome(NamedTuple):
+    """`seconds` holds compile, first_step, training and validation; training excludes the first three."""
+
+    state: State
+    progress: Progress
+    steps: int
+    tokens_per_second: float
+    padding_share: float
+    seconds: dict[str, float]
+
+
+class _Pending(NamedTuple):
+    step: int
+    metrics: dict[str, jax.Array]
+    batch: Batch
+
+
+def train(
+    config: ConfigDict,
+    program: Program,
+    state: State,
+    frozen: Params,
+    data: Data,
+    tracker: Any,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    progress: Progress,
+) -> Outcome:
+    """Trains from `state.step` to `config.train.steps`.
+
+    The metrics of a step are fetched after the next one was dispatched, so the device never waits for the host.
+
+    Raises:
+      UserError: a step's loss or gradient was not finite, or its loss exploded (with `on_nonfinite="stop"`).
+      Preempted: SIGTERM came and the state was saved.
+    """
+    first, last = int(state.step), config.train.steps
+    seconds = {"compile": 0.0, "first_step": 0.0, "training": 0.0, "validation": 0.0}
+    fields, batch_size = step_lib.fields(config), config.train.batch_size
+    started = time.perf_counter()
+    run_step = step_lib.make(config, program).lower(program.state, program.frozen, step_lib.abstract_batch(config, program)).compile()
+    evaluate = _evaluator(config, program, data)
+    seconds["compile"] = time.perf_counter() - started
+    stop_asked, saver = _Signals(), _Saver(config)
+    tokens_before = progress.tokens
+    pending: _Pending | None = None
+    clock, dispatched, stopped_early = time.perf_counter(), 0, False
+
+    def settle() -> None:
+        """Fetches the pending step's metrics, records them, and judges them."""
+        nonlocal pending, clock
+        if pending is None:
+            return
+        record, pending = pending, None
+        values = {name: np.asarray(value).item() for name, value in record.metrics.items()}
+        now = time.perf_counter()
+        took, clock = now - clock, now
+        seconds["first_step" if record.step == first else "training"] += took
+        _record(config, tracker, progress, record, values, took, workdir, data.row_id)
+
+    with stop_asked:
+        for batch in data.train(first, last - first):
+            step = first + dispatched
+            arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, batch_size)
+            state, metrics = run_step(state, frozen, arrays)
+            dispatched += 1
+            settle()  # step n - 1, while step n runs
+            pending = _Pending(step, metrics, batch)
+            done = step + 1
+            eval_loss = None
+            if evaluate and (done == last or (config.train.eval_every_steps and done % config.train.eval_every_steps == 0)):
+                settle()
+                began = time.perf_counter()
+                eval_loss = _validate(config, evaluate, state, frozen, tracker, progress, done)
+                seconds["validation"] += time.perf_counter() - began
+                clock = time.perf_counter()
+                stopped_early = bool(config.train.patience) and progress.evals_without_better >= config.train.patience
+            interrupted = stop_asked.now(done)
+            if saver.due(done, final=done == last or stopped_early or interrupted, best=progress.best_step == done):
+                settle()
+                checkpoints.save(done, state, dataclasses.asdict(progress), eval_loss)
+                clock = time.perf_counter()
+            if interrupted and done < last:
+                settle()
+                checkpoints.wait()
+                raise Preempted(f"stopped by SIGTERM after step {done} of {last}; saved")
+            if stopped_early:
+                progress.notices.append(
+                    f"Stopped early after step {done}: validation loss had not improved on step {progress.best_step}'s "
+                    f"{progress.best_loss:.4f} for {config.train.patience} evaluations."
+                )
+                break
+    settle()
+    checkpoints.wait()
+    tokens, capacity = progress.tokens - tokens_before, dispatched * batch_size * config.data.max_length
+    timed = seconds["training"] * dispatched / max(1, dispatched - 1)
+    return Outcome(
+        state, progress, first + dispatched, tokens / timed if timed else 0.0, 1 - tokens / max(1, capacity), seconds
+    )
+
+
+def _record(
+    config: ConfigDict, tracker: Any, progress: Progress, record: _Pending, values: dict[str, Any], took: float, workdir: Path,
+    row_id: Callable[[int], str],
+) -> None:  # fmt: skip
+    ok = bool(values.pop("ok"))
+    trained, tokens = int(values.pop("trained_tokens")), int(values.pop("tokens"))
+    progress.trained_tokens, progress.tokens = progress.trained_tokens + trained * ok, progress.tokens + tokens
+    if ok and np.isfinite(values["loss"]):
+        previous = progress.last_train_loss
+        progress.last_train_loss = values["loss"] if previous is None else 0.9 * previous + 0.1 * values["loss"]
+    capacity = config.train.batch_size * config.data.max_length
+    tracker.log(
+        record.step,
+        {
+            **values,
+            "trained_tokens": progress.trained_tokens,
+            "tokens_per_second": tokens / took,
+            "step_seconds": took,
+            "padding_share": 1 - tokens / capacity,
+            **({} if ok else {"skipped": 1}),
+        },
+    )
+    if ok:
+        return
+    rows = [row_id(row) for row in np.unique(record.batch["row_ids_BT"]) if row >= 0]
+    what = f"step {record.step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
+    if config.train.on_nonfinite == "skip":
+        progress.skipped_steps += 1
+        progress.notices.append(f"Skipped {what}; rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}.")
+        tracker.say(f"WARNING: {progress.notices[-1]}")
+        return
+    dump = workdir / f"bad_step_{record.step:06d}"
+    np.savez_compressed(dump.with_suffix(".npz"), **record.batch)  # type: ignore[arg-type]
+    dump.with_suffix(".json").write_text(json.dumps({"step": record.step, **values, "rows": rows}, indent=2, default=str))
+    raise UserError(
+        f"{what}: training stopped, the weights stay as they were before it. Its batch and the ids of its {len(rows)} rows "
+        f"({', '.join(rows[:5])}{' …' if len(rows) > 5 else ''}) are in {dump}.npz and .json; "
+        f"lower optim.learning_rate, mend those rows, or set train.on_nonfinite='skip'"
+    )
+
+
+def _evaluator(config: ConfigDict, program: Program, data: Data) -> Callable[[Params, Params], dict[str, float]] | None:
+    """Returns a function of (params, frozen) -> validation metrics, or None without validation rows."""
+    if data.validation is None:
+        return None
+    run, fields, batches = step_lib.make_eval(config, program), step_lib.fields(config), data.validation
+
+    def evaluate(params: Params, frozen: Params) -> dict[str, float]:
+        sums: list[Any] = []
+        for batch in batches():
+            arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, config.train.batch_size)
+            sums.append(run(params, frozen, arrays))
+        totals = jax.tree.map(lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *sums)
+        loss, weight, extra = totals
+        return {"loss": loss / max(weight, 1.0), **{name: value / max(w, 1.0) for name, (value, w) in extra.items()}}
+
+    return evaluate
+
+
+def _validate(
+    config: ConfigDict, evaluate: Callable[..., dict[str, float]], state: State, frozen: Params, tracker: Any, progress: Progress, done: int
+) -> float:
+    """Measures validation loss after `done` steps; keeps the best, counts towards early stopping, and says when it overfits."""
+    values = evaluate(state.params, frozen)
+    tracker.log(done - 1, {f"eval/{name}": value for name, value in values.items()})
+    loss, train_loss = values["loss"], progress.last_train_loss
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.evals_without_better = loss, done, 0
+    else:
+        progress.evals_without_better += 1
+    if progress.last_eval_loss is not None and train_loss is not None:
+        apart = loss > progress.last_eval_loss and train_loss < progress.train_loss_at_eval
+        progress.evals_apart = progress.evals_apart + 1 if apart else 0
+        if progress.evals_apart == _OVERFIT_EVALS:
+            progress.notices.append(
+                f"Overfitting: validation loss rose to {loss:.4f} after step {done} (best {progress.best_loss:.4f}, step "
+                f"{progress.best_step}) while training loss fell to {train_loss:.4f}. The best checkpoint is kept; "
+                f"fewer steps, a lower learning rate or more varied data would help."
+            )
+            tracker.say(f"NOTICE: {progress.notices[-1]}")
+    progress.last_eval_loss, progress.train_loss_at_eval = loss, train_loss if train_loss is not None else float("inf")
+    return loss
+
+
+class _Saver:
+    """Decides when to save: every so many steps, every so many seconds, at a new best, at the end."""
+
+    def __init__(self, config: ConfigDict):
+        self._every_steps, self._every_seconds = config.checkpoint.every_steps, config.checkpoint.every_seconds
+        self._last = time.monotonic()
+
+    def due(self, done: int, *, final: bool, best: bool) -> bool:
+        by_time = time.monotonic() - self._last >= self._every_seconds
+        if jax.process_count() > 1:  # clocks differ: the first process decides, now and then
+            by_time = done % 10 == 0 and bool(multihost_utils.broadcast_one_to_all(np.asarray(by_time)))
+        if not (final or best or by_time or (self._every_steps and done % self._every_steps == 0)):
+            return False
+        self._last = time.monotonic()
+        return True
+
+
+class _Signals:
+    """Notices SIGTERM, which clouds send before they take a machine; all processes of a run agree on the step."""
+
+    def __init__(self) -> None:
+        self._asked, self._previous = False, None
+
+    def __enter__(self) -> None:
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+
+    def now(self, step: int) -> bool:
+        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._asked

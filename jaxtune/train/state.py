@@ -1,0 +1,218 @@
+"""What training holds: first as shapes and shardings (`abstract`), then as arrays (`create`).
+
+`abstract(config, hf_config, mesh)` takes any mesh, one of real devices or one of a TPU topology that is not here, so the
+plan compiles exactly what training runs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxtune import optim, registry, sharding
+from jaxtune.adapters import lora, partition
+from jaxtune.config import ConfigDict
+from jaxtune.models import FAMILIES, layers
+from jaxtune.models.layers import Runtime
+from jaxtune.types import UserError, nearest
+
+Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
+
+
+class State(NamedTuple):
+    """What a step changes. `step` () int32; `params` the trainable leaves only; `key` for dropout; `loss_mean` () float32."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    key: jax.Array
+    loss_mean: jax.Array  # running mean of the loss, against which an explosion is measured
+
+
+class Program(NamedTuple):
+    """A model and its training, without values: all that compiling needs."""
+
+    family: ModuleType
+    hf_config: dict[str, Any]
+    model_config: Any
+    graphdef: nnx.GraphDef
+    run: Runtime
+    mesh: Mesh
+    lora: lora.Options | None
+    labels: dict[str, str]
+    base: Params  # every parameter of the base model: jax.ShapeDtypeStruct with sharding
+    adapter: Params  # every parameter of the adapter
+    state: State
+    frozen: Params
+    optimizer: optax.GradientTransformation
+
+
+def hf_preset(name: str) -> dict[str, Any]:
+    """The config of a well-known model, by the name after "preset:".
+
+    Raises:
+      UserError: no such preset; the message lists them.
+    """
+    presets = {n: c for f in FAMILIES for n, c in registry.load("model_type", f, FAMILIES).PRESETS.items()}
+    if name not in presets:
+        raise UserError(f"unknown preset {name!r}{nearest(name, list(presets))}; presets: {', '.join(sorted(presets))}")
+    return presets[name]
+
+
+def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
+    """How this config runs a model on this mesh."""
+    return Runtime(
+        param_dtype=jnp.dtype(config.model.param_dtype),
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.train.remat,
+        attention=config.model.attention,
+        mesh=mesh,
+        spec=sharding.spec,
+        constrain=sharding.constrain_on(mesh),
+    )
+
+
+def abstract(
+    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: lora.Options | None = None
+) -> Program:
+    """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
+
+    `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's).
+
+    Raises:
+      UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
+    """
+    family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
+    model_config, run = family.from_hf(hf_config), runtime(config, mesh)
+    sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
+    options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
+    graphdef, variables = _shapes(family, model_config, run, options)
+    labels = partition.label(variables, config.tune.method)
+    trained_dtype = jnp.dtype(config.tune.dtype)
+
+    def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        axes = variable.get_metadata()["axes"]
+        where = sharding.param_sharding(path, variable.shape, axes, mesh, config.mesh.rules)
+        return jax.ShapeDtypeStruct(variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where)
+
+    params = {path: shape(path, variable) for path, variable in variables.items()}
+    trainable, frozen = partition.split(params, labels)
+    optimizer = optim.make(config, labels, num_steps)
+    whole = sharding.replicated(mesh)
+    scalar = partial(jax.ShapeDtypeStruct, (), sharding=whole)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = State(
+        step=scalar(jnp.int32),
+        params=trainable,
+        opt_state=_optimizer_shapes(optimizer, trainable, whole),
+        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        loss_mean=scalar(jnp.float32),
+    )
+    return Program(
+        family=family,
+        hf_config=hf_config,
+        model_config=model_config,
+        graphdef=graphdef,
+        run=run,
+        mesh=mesh,
+        lora=options,
+        labels=labels,
+        base={path: value for path, value in params.items() if ".adapter." not in path},
+        adapter={path: value for path, value in params.items() if ".adapter." in path},
+        state=state,
+        frozen=frozen,
+        optimizer=optimizer,
+    )
+
+
+def _shapes(
+    family: ModuleType, model_config: Any, run: Runtime, options: lora.Options | None
+) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
+    def build() -> nnx.Module:
+        model = family.Model(model_config, run, nnx.Rngs(0))
+        if options is not None:
+            lora.attach(model, options)
+        return model
+
+    return layers.flatten(nnx.eval_shape(build))
+
+
+def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Params, whole: NamedSharding) -> Any:
+    """Optimizer slots lie where their parameter lies; counters are everywhere."""
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey) and entry.key in params]
+        like = params[names[-1]] if names else None
+        where = like.sharding if like is not None and like.shape == leaf.shape else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def shardings(shapes: Any) -> Any:
+    """The shardings of a tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def random_base(program: Program, seed: int) -> Params:
+    """Random base weights for a preset, made in place on their shards: N(0, 0.02), norms 1, biases 0."""
+
+    def make(key: jax.Array) -> Params:
+        def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+            if path.endswith((".bias", ".scale")):
+                return jnp.full(like.shape, 1.0 if path.endswith(".scale") else 0.0, like.dtype)
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            return (jax.random.normal(own, like.shape, jnp.float32) * 0.02).astype(like.dtype)
+
+        return {path: one(path, like) for path, like in program.base.items()}
+
+    return jax.jit(make, out_shardings=shardings(program.base))(jax.random.key(seed))
+
+
+def create(program: Program, base: Params, seed: int, adapter: Mapping[str, np.ndarray] | None = None) -> tuple[State, Params]:
+    """Returns (state, frozen params) for the first step. `adapter` holds starting values from a PEFT folder.
+
+    Base arrays that train are taken over by the state.
+    """
+    if adapter:
+        values = {path: np.asarray(value, program.adapter[path].dtype) for path, value in adapter.items()}
+        for path, value in values.items():
+            assert value.shape == program.adapter[path].shape, f"{path}: {value.shape} for {program.adapter[path].shape}"
+        started: Params = sharding.put(values, {path: program.adapter[path].sharding for path in values})
+    else:
+        started = _initial_adapter(program, base, seed)
+    trainable, frozen = partition.split({**base, **started}, program.labels)
+    where = shardings(program.state)
+
+    def rest() -> tuple[Any, ...]:
+        return jnp.int32(0), jax.random.key(seed), jnp.float32(0)
+
+    step, key, mean = jax.jit(rest, out_shardings=(where.step, where.key, where.loss_mean))()
+    opt_state = jax.jit(program.optimizer.init, out_shardings=where.opt_state)(trainable)
+    return State(step, trainable, opt_state, key, mean), frozen
+
+
+def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
+    def make(key: jax.Array, kernels: Params) -> Params:
+        def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            return lora.initial(path, like.shape, like.dtype, own, kernels.get(path))
+
+        return {path: one(path, like) for path, like in program.adapter.items()}
+
+    needed = {path: base[path.split(".adapter.")[0] + ".kernel"] for path in program.adapter if path.endswith(".magnitude")}
+    return jax.jit(make, out_shardings=shardings(program.adapter))(jax.random.key(seed), needed)
+
+
+def num_params(shapes: Mapping[str, Any]) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in shapes.values())

@@ -1,0 +1,156 @@
+"""One optimizer step: pure, jitted, donated, sharded by the program it is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxtune import optim, registry, sharding
+from jaxtune.config import ConfigDict
+from jaxtune.models import layers
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.ops import Head, LossFn, Objective, Policy
+from jaxtune.train.state import Params, Program, State, shardings
+from jaxtune.types import BATCH_FIELDS
+
+Arrays = dict[str, jax.Array]
+_MEAN_DECAY = 0.9  # of the running mean of the loss
+_MEAN_STEPS = 10  # steps before an explosion can be told from a start
+
+
+def policy(program: Program, params: Params, chunk_tokens: int) -> Policy:
+    """The model as objectives see it: hidden states of a batch, and the head over them."""
+    model = layers.bind(program.graphdef, params)
+
+    def hidden(batch: Arrays, key: jax.Array | None) -> jax.Array:
+        return model(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)[0]
+
+    graphdef, head_params = nnx.split(model.head)
+    return Policy(hidden, Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens))
+
+
+def objective(config: ConfigDict) -> Objective:
+    return registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
+
+
+def fields(config: ConfigDict) -> tuple[str, ...]:
+    """The batch fields that go to the devices; the others stay on the host."""
+    return objective(config).fields
+
+
+def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch as shapes: (batch_size, max_length) of each field the objective reads."""
+    shape, where = (config.train.batch_size, config.data.max_length), sharding.batch_sharding(program.mesh)
+    return {name: jax.ShapeDtypeStruct(shape, BATCH_FIELDS[name], sharding=where) for name in fields(config)}
+
+
+def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
+    """Tokens of a row that the head projects at a time, so that each device handles `train.loss_chunk_tokens`."""
+    rows_per_device = max(1, num_rows // sharding.num_batch_shards(program.mesh))
+    return max(1, config.train.loss_chunk_tokens // rows_per_device)
+
+
+def make(config: ConfigDict, program: Program) -> Any:
+    """Returns the jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+    Gradients are summed over micro-batches and shards and divided once, by the whole batch's loss weight. A step whose
+    loss or gradient is not finite, or whose loss exploded, changes nothing but its counter: `metrics["ok"]` is 0.
+    """
+    loss_fn, accumulation = objective(config).loss, config.train.accumulation
+    micro_rows = config.train.batch_size // accumulation
+    chunk_tokens = _chunk_tokens(config, program, micro_rows)
+    rate = optim.schedule(config.optim, max(1, config.train.steps))
+
+    def step(state: State, frozen: Params, batch: Arrays) -> tuple[State, Arrays]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, (total, weight, extra) = _summed_gradients(
+            loss_fn, program, chunk_tokens, state.params, frozen, _micro_batches(batch, accumulation, program), key
+        )
+        scale = 1.0 / jnp.maximum(weight, 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        loss, norm = total * scale, optax.global_norm(grads)
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if config.train.explode_factor:
+            ok &= (loss <= config.train.explode_factor * state.loss_mean) | (state.step < _MEAN_STEPS)
+        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        mean = jnp.where(state.step == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
+        params, opt_state, mean = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old), (params, opt_state, mean), (state.params, state.opt_state, state.loss_mean)
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+            "trained_tokens": jnp.sum(batch["weights_BT"] != 0),
+            "tokens": jnp.sum(batch["segment_ids_BT"] != 0),
+            "ok": ok,
+            **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
+        }
+        return State(state.step + 1, params, opt_state, state.key, mean), metrics
+
+    batch_shardings = dict.fromkeys(fields(config), sharding.batch_sharding(program.mesh))
+    where = shardings(program.state)
+    return jax.jit(
+        step,
+        in_shardings=(where, shardings(program.frozen), batch_shardings),
+        out_shardings=(where, sharding.replicated(program.mesh)),
+        donate_argnums=0,
+    )
+
+
+def _micro_batches(batch: Arrays, accumulation: int, program: Program) -> Arrays:
+    """(B, …) -> (A, B / A, …). Row i goes to micro-batch i mod A, so every device keeps its own rows."""
+
+    def one(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        return program.run.constrain(x, (None, "batch", *[None] * (x.ndim - 2)))
+
+    return {name: one(x) for name, x in batch.items()} if accumulation > 1 else batch
+
+
+def _summed_gradients(
+    loss_fn: LossFn, program: Program, chunk_tokens: int, params: Params, frozen: Params, batch: Arrays, key: jax.Array
+) -> tuple[Params, Any]:
+    """Gradients of the loss *sum* for trainable leaves only, and (sum, weight, metric sums); float32."""
+    accumulation = next(iter(batch.values())).shape[0] if next(iter(batch.values())).ndim == 3 else 1
+
+    def total(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, Any]:
+        value, weight, extra = loss_fn(policy(program, {**frozen, **params}, chunk_tokens), {}, batch, key)
+        return value, (value, weight, extra)
+
+    gradient: Callable[..., Any] = jax.grad(total, has_aux=True)
+    if accumulation == 1:
+        grads, sums = gradient(params, batch, key)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+    def add(carry: Any, xs: Any) -> tuple[Any, None]:
+        index, micro = xs
+        more = gradient(params, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, more), None
+
+    first = {name: x[0] for name, x in batch.items()}
+    shapes = jax.eval_shape(gradient, params, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(accumulation), batch))[0]
+
+
+def make_eval(config: ConfigDict, program: Program) -> Any:
+    """Returns the jitted `evaluate(params, frozen, batch) -> (loss sum, weight, metric sums)`; no dropout, no gradient."""
+    loss_fn = objective(config).loss
+    chunk_tokens = _chunk_tokens(config, program, config.train.batch_size)
+
+    def evaluate(params: Params, frozen: Params, batch: Arrays) -> Any:
+        return loss_fn(policy(program, {**frozen, **params}, chunk_tokens), {}, batch, None)
+
+    batch_shardings = dict.fromkeys(fields(config), sharding.batch_sharding(program.mesh))
+    return jax.jit(
+        evaluate,
+        in_shardings=(shardings(program.state.params), shardings(program.frozen), batch_shardings),
+        out_shardings=sharding.replicated(program.mesh),
+    )

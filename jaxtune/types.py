@@ -1,0 +1,53 @@
+"""The words every room shares: one shape legend, the batch, and the user's error.
+
+Shape legend. An array's name ends in one letter per dim, outermost first:
+
+    B  batch rows              T  tokens of a row (queries)   S  keys: tokens or cache slots
+    D  model (embedding) dim   N  query heads                 K  key/value heads
+    G  query heads per K       H  head dim                    F  feed-forward dim
+    V  vocabulary              L  layers (stacked, scanned)   R  LoRA rank
+    A  accumulation steps      C  candidates (labels)         M  rows of a data set
+
+"axis" is the mesh's, "dim" an array's. Counts are `num_…`; scalars carry units: `_tokens _steps _bytes _seconds`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# A batch: named NumPy arrays, all (B, T), made in `data/`, turned into global `jax.Array`s once, by `sharding.py`.
+#
+#   tokens_BT       int32    input ids; `pad_id` where there is no token
+#   targets_BT      int32    the next token of the same segment; 0 where there is none
+#   weights_BT      float32  loss weight of predicting `targets_BT`; 0 masks
+#   segment_ids_BT  int32    1, 2, … numbers the rows packed into one; 0 is padding
+#   positions_BT    int32    position inside the segment, restarting at 0
+#   row_ids_BT      int32    index of the data row a token came from; -1 is padding (host-side bookkeeping)
+Batch = dict[str, np.ndarray]
+
+BATCH_FIELDS: dict[str, np.dtype] = {
+    "tokens_BT": np.dtype(np.int32),
+    "targets_BT": np.dtype(np.int32),
+    "weights_BT": np.dtype(np.float32),
+    "segment_ids_BT": np.dtype(np.int32),
+    "positions_BT": np.dtype(np.int32),
+    "row_ids_BT": np.dtype(np.int32),
+}
+
+RESUME_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "the work was saved; run the same command again"
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. Says what came, what was expected and what to do; the launcher prints it alone."""
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:
+    """Returns "; did you mean 'x' or 'y'?" for the known names nearest to `name`, or "" when none is near."""
+    import difflib
+
+    tail = name.split(".")[-1]
+    near = difflib.get_close_matches(name, known, limit, 0.6)
+    near += [k for k in known if k.split(".")[-1] == tail and k not in near]
+    near += [k for k in difflib.get_close_matches(tail, [k.split(".")[-1] for k in known], limit, 0.7) for k in known if k.split(".")[-1] == k]
+    near = list(dict.fromkeys(near))[:limit]
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

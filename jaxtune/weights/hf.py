@@ -1,0 +1,264 @@
+"""Hugging Face model folders: safetensors streamed into sharded arrays, and back out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtune import sharding
+from jaxtune.models import naming
+from jaxtune.types import UserError, nearest
+
+Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
+_BLOCK_BYTES = 32 << 20  # a tensor is read, cast and transposed in blocks of rows of about this size
+_IGNORED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")  # buffers that old checkpoints carry
+_SHARD_BYTES = 5_000_000_000
+
+
+class Source(Protocol):
+    """Tensors by Hugging Face name, read one at a time."""
+
+    path: Path
+    hf_config: dict[str, Any]
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray: ...
+
+
+class Folder:
+    """A Hugging Face folder with `config.json` and `model.safetensors`, or shards and their index.
+
+    Raises:
+      UserError: what is missing or damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.hf_config = path, read_config(path)
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+        elif (path / "model.safetensors").is_file():
+            files = dict.fromkeys(_open(path / "model.safetensors").keys(), "model.safetensors")
+        else:
+            has = ", ".join(sorted(p.name for p in path.iterdir())[:8])
+            raise UserError(f"{path} has no model.safetensors and no model.safetensors.index.json (it has {has}): convert the weights to safetensors")
+        self._files: dict[str, Path] = {name: path / file for name, file in files.items()}
+        for file in sorted(set(self._files.values())):
+            if not file.is_file():
+                raise UserError(f"{index.name} names the shard {file.name}, which is not in {path}: download it again")
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with _open(self._files[name]) as file:
+            if name not in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                raise UserError(f"{self._files[name]} lacks the tensor {name!r} that its index places there: download it again")
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        # Opened anew for each read: a mapped page stays in this process's memory for as long as the file is open.
+        with _open(self._files[name]) as file:
+            return file.get_slice(name)[rows]
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads `config.json` of a model folder."""
+    file = path / "config.json"
+    if not file.is_file():
+        has = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "is a file"
+        raise UserError(f"{path} is not a model folder: expected config.json (it has {has or 'nothing'})")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{file} has no model_type: it is not the config of a model")
+    return config
+
+
+def check_names(source: Source, table: dict[str, tuple[naming.Weight, int | None]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Holds the source's tensors against the family's table, before anything is read.
+
+    Raises:
+      UserError: a weight missing, unexpected, or of the wrong shape.
+    """
+    have = set(source.names())
+    tied = {"lm_head.weight"} if "lm_head.weight" not in table else set()  # a tied head may be stored all the same
+    missing = [name for name in table if name not in have]
+    extra = sorted(n for n in have - set(table) - tied if not n.endswith(_IGNORED))
+    if missing:
+        raise UserError(f"{source.path}: weight {missing[0]!r} is missing ({len(missing)} in all){nearest(missing[0], extra)}; is config.json of another model?")
+    if extra:
+        raise UserError(f"{source.path}: unexpected weight {extra[0]!r} ({len(extra)} in all); is config.json of another model?")
+    for name, (weight, layer) in table.items():
+        ours = shapes[weight.ours] if layer is None else shapes[weight.ours][1:]
+        expected = ours[::-1] if weight.transpose else ours
+        if tuple(source.shape(name)) != tuple(expected):
+            raise UserError(f"{source.path}: weight {name!r} has shape {tuple(source.shape(name))}; config.json makes it {tuple(expected)}")
+
+
+def load(
+    source: Source, family: ModuleType, model_config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], progress: Progress | None = None
+) -> dict[str, jax.Array]:
+    """Streams every weight into arrays of `targets`' shape, dtype and sharding.
+
+    One tensor is on its way at a time, read in blocks of rows, only the regions that this process's devices hold: above
+    the arrays themselves, host memory holds one tensor's shard and a block.
+    """
+    table = naming.hf_names(family.weights(model_config), model_config.num_layers)
+    check_names(source, table, {path: target.shape for path, target in targets.items()})
+    arrays: dict[str, jax.Array] = {}
+    for name, (weight, layer) in (progress or _silent)(table.items(), len(table), "loading weights"):
+        target = targets[weight.ours]
+        if layer is None:
+            arrays[weight.ours] = _tensor(source, name, weight.transpose, target.shape, target.dtype, target.sharding)
+            continue
+        if layer == 0:
+            arrays[weight.ours] = _zeros(target.shape, target.dtype, target.sharding)()
+        one = NamedSharding(target.sharding.mesh, PartitionSpec(*tuple(target.sharding.spec)[1:]))
+        tensor = _tensor(source, name, weight.transpose, target.shape[1:], target.dtype, one)
+        arrays[weight.ours] = jax.block_until_ready(_set_layer(arrays[weight.ours], tensor, layer))
+    return arrays
+
+
+def _silent(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
+    return iter(items)
+
+
+@cache
+def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stacked: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, 0)
+
+
+def _tensor(source: Source, name: str, transpose: bool, shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> jax.Array:
+    """One tensor as an array in our orientation."""
+
+    def region(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+        out = _aligned([stop - start for start, stop in bounds], dtype)
+        theirs, view = (bounds[::-1], out.T) if transpose else (bounds, out)
+        (first, last), rest = theirs[0], tuple(slice(*b) for b in theirs[1:])
+        step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(source.shape(name)[1:]))))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            view[start - first : stop - first] = source.read(name, slice(start, stop))[(slice(None), *rest)]
+        return out
+
+    return jax.make_array_from_callback(shape, where, region)
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary, which JAX's CPU client takes over without a copy."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def tensors(family: ModuleType, model_config: Any, params: Mapping[str, jax.Array], dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (Hugging Face name, host array) one tensor at a time; every process of a multi-host run must iterate."""
+    for name, (weight, layer) in naming.hf_names(family.weights(model_config), model_config.num_layers).items():
+        array = to_host(params[weight.ours] if layer is None else params[weight.ours][layer])
+        array = array.T if weight.transpose else array
+        yield name, np.ascontiguousarray(array.astype(dtype) if dtype else array)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of a (possibly sharded) array, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    gathered = jax.jit(lambda x: x, out_shardings=sharding.replicated(array.sharding.mesh))(array)
+    return np.asarray(gathered.addressable_data(0))
+
+
+def save(folder: Path, hf_config: dict[str, Any], named: Iterable[tuple[str, np.ndarray]], write: bool = True) -> None:
+    """Writes `config.json`, `generation_config.json` and safetensors shards (at most 5 GB each, with an index).
+
+    Appears whole or not at all: written beside `folder`, then renamed. With `write` False only the iteration runs
+    (processes other than the first).
+    """
+    from safetensors.numpy import save_file
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    if write:
+        _fresh(temporary)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    sizes, total, dtype = [0], 0, np.dtype(np.float32)
+    files: list[tuple[Path, list[str]]] = []
+
+    def flush() -> None:
+        path = temporary / f"part-{len(files):05d}.safetensors"
+        if write:
+            save_file(shards[0], path, metadata={"format": "pt"})
+        files.append((path, list(shards[0])))
+        shards[0], sizes[0] = {}, 0
+
+    for name, array in named:
+        if sizes[0] and sizes[0] + array.nbytes > _SHARD_BYTES:
+            flush()
+        shards[0][name] = array
+        sizes[0], total, dtype = sizes[0] + array.nbytes, total + array.nbytes, array.dtype
+    flush()
+    if not write:
+        return
+    _name_shards(temporary, files, total)
+    config = {k: v for k, v in hf_config.items() if k not in ("torch_dtype", "dtype", "_name_or_path")} | {"torch_dtype": dtype.name}
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+    (temporary / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **generation}, indent=2) + "\n")
+    replace_folder(temporary, folder)
+
+
+def _name_shards(folder: Path, files: list[tuple[Path, list[str]]], total: int) -> None:
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(files, 1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _fresh(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts a finished folder in place of an older one."""
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)

@@ -1,0 +1,113 @@
+"""Every kind of file gives the same rows, and every broken file one line that names it."""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxtune.data.sources import read_rows
+from jaxtune.types import UserError
+
+ROWS = [{"id": "1", "text": 'say "hi",\u2028now'}, {"id": "2", "text": "café"}]
+TAB = "id\ttext\n" + "".join(f"{r['id']}\t{r['text']}\n" for r in ROWS)
+CSV = 'id,text\n1,"say ""hi"",\u2028now"\n2,café\n'
+FILES = {
+    "a.jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS),
+    "a.json": json.dumps(ROWS),
+    "a.csv": CSV,
+    "a.tsv": TAB,
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_reads_the_same_rows(tmp_path: Path, name: str, bom: bytes, zipped: bool) -> None:
+    raw = bom + FILES[name].encode()
+    path = tmp_path / (name + ".gz" * zipped)
+    path.write_bytes(gzip.compress(raw) if zipped else raw)
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+def test_numbers_are_lines_and_blank_lines_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n  \n{"a": 2}\r\n')
+    assert list(read_rows(tmp_path / "a.jsonl")) == [(1, {"a": 1}), (4, {"a": 2})]
+    (tmp_path / "a.csv").write_text('a,b\n1,"two\nlines"\n\n3,4\n')
+    assert list(read_rows(tmp_path / "a.csv")) == [(2, {"a": "1", "b": "two\nlines"}), (5, {"a": "3", "b": "4"})]
+
+
+def test_txt_is_lines_or_a_headerless_table(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('1\t"unbalanced\n2\tb\n')
+    assert [row for _, row in read_rows(tmp_path / "a.txt")] == [{"text": '1\t"unbalanced'}, {"text": "2\tb"}]
+    named = [row for _, row in read_rows(tmp_path / "a.txt", ("n", "t"))]
+    assert named == [{"n": "1", "t": '"unbalanced'}, {"n": "2", "t": "b"}]
+
+
+def test_long_csv_fields_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a\n" + "x" * 200_000 + "\n")
+    assert len(next(read_rows(tmp_path / "a.csv"))[1]["a"]) == 200_000
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_parquet(tmp_path: Path, zipped: bool) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    if zipped:
+        raw, path = path.read_bytes(), tmp_path / "a.parquet.gz"
+        path.write_bytes(gzip.compress(raw))
+    assert list(read_rows(path)) == list(enumerate(ROWS, 1))
+
+
+BAD = {
+    "not json": ("a.jsonl", b'{"a": 1}\n{"a" 2}\n', r"^a\.jsonl:2: not JSON \(Expecting ':'.*column 6\)"),
+    "list in jsonl": ("a.jsonl", b"[1]\n", r"^a\.jsonl:1: is a JSON list; expected an object"),
+    "bytes": ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"^a\.jsonl:2: byte 0xff is not UTF-8"),
+    "object in json": ("a.json", b'{"a": 1}', r"^a\.json: holds a JSON object; expected a list"),
+    "lines in json": ("a.json", b'{"a": 1}\n{"a": 2}', r"^a\.json:2: not JSON \(Extra data.*\.jsonl"),
+    "string in json": ("a.json", b'[{"a": 1}, "b"]', r"^a\.json:2: is a JSON string"),
+    "csv columns": ("a.csv", b"a,b\n1,2\n1,2,3\n", r"^a\.csv:3: 3 columns; expected 2 \(a, b\)"),
+    "csv quotes": ("a.csv", b'a,b\n1,"2\n', r"^a\.csv:2: not CSV \(unexpected end of data\)"),
+    "tsv columns": ("a.tsv", b"a\tb\n1\n", r"^a\.tsv:2: 1 columns; expected 2"),
+    "twice": ("a.csv", b"a,a\n1,2\n", r"^a\.csv:1: column name 'a' appears twice"),
+    "suffix": ("a.xlsx", b"", r"^a\.xlsx: unknown kind of data file '\.xlsx'; known: \.jsonl, \.json, \.csv"),
+    "only gz": ("a.gz", b"", r"^a\.gz: unknown kind of data file ''"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], r"^a\.jsonl\.gz: not a whole gzip file"),
+    "no gzip": ("a.jsonl.gz", b'{"a": 1}\n', r"^a\.jsonl\.gz: not a whole gzip file"),
+    "no parquet": ("a.parquet", b"nothing like it", r"^a\.parquet: not a Parquet file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_broken_files_are_named_in_one_line(tmp_path: Path, case: str) -> None:
+    name, raw, message = BAD[case]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError, match=message) as error:
+        list(read_rows(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"trian\.jsonl' does not exist; did you mean 'train\.jsonl'"):
+        list(read_rows(tmp_path / "trian.jsonl"))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: object, **more: object) -> object:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *rest, **more)  # type: ignore[arg-type]
+
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"pip install jaxtune\[parquet\]"):
+        list(read_rows(tmp_path / "a.parquet"))
