@@ -170,3 +170,11 @@ def put(values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]
         return jax.make_array_from_callback(value.shape, shardings[name], lambda index: value[index])
 
     return {name: one(name) for name in values}
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of a (possibly sharded) array, on every process; all processes must call it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    gathered = jax.jit(lambda x: x, out_shardings=replicated(array.sharding.mesh))(array)
+    return np.asarray(gathered.addressable_data(0))

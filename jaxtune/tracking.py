@@ -159,6 +159,17 @@ def progress(
             print(f"{label} {num} done in {_duration(clock() - start)}", file=stream, flush=True)
 
 
+def quiet_libraries() -> None:
+    """Keeps libraries' chatter off the console: people are to see jaxtune's own words."""
+    import logging
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name in ("absl", "jax._src.xla_bridge", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 class _Jsonl:
     """A JSON object a line: `step`, then the metrics. A number that is not finite is null and named in `nonfinite`."""
 

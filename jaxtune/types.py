@@ -45,9 +45,10 @@ def nearest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> st
     """Returns "; did you mean 'x' or 'y'?" for the known names nearest to `name`, or "" when none is near."""
     import difflib
 
-    tail = name.split(".")[-1]
     near = difflib.get_close_matches(name, known, limit, 0.6)
-    near += [k for k in known if k.split(".")[-1] == tail and k not in near]
-    near += [k for k in difflib.get_close_matches(tail, [k.split(".")[-1] for k in known], limit, 0.7) for k in known if k.split(".")[-1] == k]
-    near = list(dict.fromkeys(near))[:limit]
+    if "." in name or any("." in k for k in known):  # dotted paths: the last part alone may have been meant
+        tails = {k: k.rsplit(".", 1)[-1] for k in known}
+        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tails.values()), limit, 0.75)
+        near += [k for tail in close for k in known if tails[k] == tail and k not in near]
+    near = near[:limit]
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

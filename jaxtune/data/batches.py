@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data import packing
-from jaxtune.types import Batch, UserError
+from jaxtune.types import Batch
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,14 @@ class BatchSource:
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the global batch of a step, every field (B, T)."""
-        return self.local(step, 0, 1)
+        return self.local(step, np.arange(self.batch_size))
 
-    def local(self, step: int, process_index: int, process_count: int) -> Batch:
-        """Returns the rows of one host: the `process_index`-th of `process_count` equal slices of the global batch."""
-        if self.batch_size % process_count:
-            raise UserError(
-                f"train.batch_size={self.batch_size} does not divide by {process_count} hosts; choose a multiple"
-            )
+    def local(self, step: int, batch_rows: np.ndarray) -> Batch:
+        """Returns some rows of the global batch of a step, by number: those that one host holds."""
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise ValueError(f"step {step} is outside 0 to {self.num_steps}")
-        share = self.batch_size // process_count
-        first = step * self.batch_size + process_index * share
-        return self._stack([self._bin_of(number) for number in range(first, first + share)])
+        first = step * self.batch_size
+        return self._stack([self._bin_of(first + int(row)) for row in batch_rows])
 
     def _bin_of(self, number: int) -> tuple[int, ...]:
         epoch, position = divmod(number, self.num_bins)
@@ -115,8 +110,8 @@ class _Failure(NamedTuple):
 class _Steps:
     """What grain reads: step numbers in, this host's batches out."""
 
-    def __init__(self, source: BatchSource, start_step: int, num_steps: int, process: tuple[int, int]) -> None:
-        self.source, self.start_step, self.num_steps, self.process = source, start_step, num_steps, process
+    def __init__(self, source: BatchSource, start_step: int, num_steps: int, batch_rows: np.ndarray) -> None:
+        self.source, self.start_step, self.num_steps, self.batch_rows = source, start_step, num_steps, batch_rows
 
     def __len__(self) -> int:
         return self.num_steps
@@ -124,7 +119,7 @@ class _Steps:
     def __getitem__(self, index: Any) -> Batch | _Failure:
         # An error travels as a value: raised in a reader thread, a StopIteration would end training without a word.
         try:
-            return self.source.local(self.start_step + int(index), *self.process)
+            return self.source.local(self.start_step + int(index), self.batch_rows)
         except Exception as error:
             return _Failure(error)
 
@@ -133,11 +128,10 @@ def iterate(
     source: BatchSource,
     start_step: int,
     num_steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    batch_rows: np.ndarray | None = None,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
-    """Yields this host's batches of `num_steps` steps from `start_step` on, made up to `prefetch` ahead by grain.
+    """Yields this host's part (`batch_rows` of each global batch; None = all) of `num_steps` steps from `start_step` on, made up to `prefetch` ahead by grain.
 
     Raises:
       Exception: whatever making a batch raised, at that batch.
@@ -146,7 +140,7 @@ def iterate(
 
     if num_steps <= 0:
         return
-    steps = _Steps(source, start_step, num_steps, (process_index, process_count))
+    steps = _Steps(source, start_step, num_steps, np.arange(source.batch_size) if batch_rows is None else batch_rows)
     options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=max(1, prefetch))
     made = 0
     for batch in grain.MapDataset.source(steps).to_iter_dataset(options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 
 import numpy as np
 
@@ -18,7 +19,7 @@ def pack(lengths: np.ndarray, max_length: int) -> Bins:
     bins themselves (by their first row) are in row order. Lengths must be 1 to `max_length`.
     """
     bins: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # free tokens -> bins with so many, oldest last
+    room: dict[int, deque[int]] = {}  # free tokens -> bins with so many, the longest waiting first
     sizes: list[int] = []  # keys of `room`, sorted, for the smallest that is enough
     for row in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
         length = int(lengths[row])
@@ -29,14 +30,14 @@ def pack(lengths: np.ndarray, max_length: int) -> Bins:
             bins.append([row])
         else:
             free = sizes[at]
-            index = room[free].pop()
+            index = room[free].popleft()
             bins[index].append(row)
             if not room[free]:
                 del room[free], sizes[at]
         left = free - length
         if left:
             if left not in room:
-                room[left] = []
+                room[left] = deque()
                 insort(sizes, left)
             room[left].append(index)
     return sorted(tuple(sorted(rows)) for rows in bins)

@@ -62,7 +62,7 @@ def load(data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progres
         share = _share(_key(example, data.split_regex))
         held_out = "test" if share < test_share else "eval" if share < test_share + validation_share else "train"
         splits[held_out].append(example)
-    train = _limited(splits["train"], data.limit)
+    train = limited(splits["train"], data.limit)
     if not train:
         raise UserError(
             f"no training rows left of {sum(map(len, read.values()))} read ({_listed(dropped) or 'none dropped'}): "
@@ -90,7 +90,8 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
-def _limited(examples: list[Example], limit: int) -> list[Example]:
+def limited(examples: list[Example], limit: int) -> list[Example]:
+    """Returns at most `limit` examples (0 = all) in their order: a choice that other rows and seeds do not change."""
     if not limit or len(examples) <= limit:
         return examples
     # By the whole row, not the split key: rows of one group share that, and a limit should not keep whole groups.

@@ -180,9 +180,7 @@ def _turn(text: str, messages: list[Message], index: int, example: Example, toke
     return Turn(start, end, end)
 
 
-def _opening(
-    text: str, messages: list[Message], index: int, example: Example, tokenizer: Tokenizer
-) -> int | None:
+def _opening(text: str, messages: list[Message], index: int, example: Example, tokenizer: Tokenizer) -> int | None:
     """Returns where the generation prompt before an assistant message ends: the model writes all from there on."""
     try:
         head = tokenizer.render(messages[:index], example.tools, add_generation_prompt=True) if index else ""

@@ -109,9 +109,7 @@ class Tokenizer:
             return piece.replace("▁", " ")  # decoding one token alone would lose the space in front
         return piece if "�" in text or not text else text
 
-    def render(
-        self, messages: Any, tools: list[Any] | None = None, add_generation_prompt: bool = False
-    ) -> str:
+    def render(self, messages: Any, tools: list[Any] | None = None, add_generation_prompt: bool = False) -> str:
         """Returns a chat as text, by the chat template; `add_generation_prompt` opens the assistant's turn at the end.
 
         Raises:

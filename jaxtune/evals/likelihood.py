@@ -15,6 +15,7 @@ from jaxtune.data.batches import Rows
 from jaxtune.generate.sampler import left_padded, prefill
 from jaxtune.models import layers
 from jaxtune.objectives.ops import Head, token_nll
+from jaxtune.sharding import to_host
 
 _BUCKET_TOKENS = 16
 _CHUNK_TOKENS = 64
@@ -59,7 +60,7 @@ def label_scorer(
             for b, i in enumerate(filled):
                 for c, ids in enumerate(candidates[i]):
                     options_BCT[b, c, : len(ids)], mask_BCT[b, c, : len(ids)] = ids, 1
-            scores_MC[group] = np.asarray(run(params, tokens_BT, lengths_B, options_BCT, mask_BCT))[: len(group)]
+            scores_MC[group] = to_host(run(params, tokens_BT, lengths_B, options_BCT, mask_BCT))[: len(group)]
         return scores_MC
 
     return score
@@ -108,6 +109,6 @@ def row_nll(
         for b, i in enumerate(filled):
             start, stop = rows.offsets[i], rows.offsets[i + 1]
             tokens_BT[b, : stop - start], weights_BT[b, : stop - start] = rows.tokens[start:stop], rows.weights[start:stop] != 0
-        sums_M[group] = np.asarray(run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), weights_BT))[: len(group)]
+        sums_M[group] = to_host(run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), weights_BT))[: len(group)]
         counts_M[group] = (weights_BT[: len(group), 1:] != 0).sum(1)
     return sums_M, counts_M

@@ -220,6 +220,21 @@ def write_predictions(path: str | os.PathLike[str], before: Result | None, after
     os.replace(partial, path)
 
 
+def to_json(result: Result) -> str:
+    """Returns a result as JSON text that `from_json` reads back equal."""
+    confusion = None if result.confusion is None else result.confusion.tolist()
+    metrics = {name: list(estimate) for name, estimate in result.metrics.items()}
+    return json.dumps({"metrics": metrics, "rows": result.rows, "labels": result.labels, "confusion": confusion}, ensure_ascii=False)
+
+
+def from_json(text: str) -> Result:
+    """Returns the result that `to_json` wrote."""
+    saved = json.loads(text)
+    confusion = None if saved["confusion"] is None else np.asarray(saved["confusion"])
+    metrics = {name: Estimate(*values) for name, values in saved["metrics"].items()}
+    return Result(metrics, saved["rows"], tuple(saved["labels"]), confusion)
+
+
 def _column(rows: Sequence[Row], name: str, labels: Sequence[str]) -> np.ndarray:
     """Returns one column of numbers; labels become their numbers, which compare faster than strings."""
     values = [row[name] for row in rows]

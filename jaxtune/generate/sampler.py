@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxtune.generate.logits import Sampling, draw
 from jaxtune.models import layers
+from jaxtune.sharding import to_host
 from jaxtune.types import UserError
 
 _BUCKET_TOKENS = 32  # prompt and cache lengths are rounded up to this, so that few shapes compile
@@ -81,11 +82,11 @@ class Sampler:
         cache, logits_BV = self._prefill(self._params, tokens_BT, lengths_B, slots=slots)
         token_B, done_B = self._first(logits_BV, keys_B, sampling=sampling)
         at = _Decoding(cache, token_B, jnp.asarray(lengths_B), done_B, jnp.int32(1))
-        yield np.asarray(token_B)[:, None]
+        yield to_host(token_B)[:, None]
         made = 1
-        while made < max_new_tokens and not np.asarray(at.done_B).all():
+        while made < max_new_tokens and not to_host(at.done_B).all():
             at, tokens_BT = self._step(self._params, at, keys_B, sampling=sampling, count=block)
-            yield np.asarray(tokens_BT)[:, : max_new_tokens - made]
+            yield to_host(tokens_BT)[:, : max_new_tokens - made]
             made += block
 
     def generate(

@@ -17,7 +17,8 @@ from flax import nnx
 Axes = tuple[str | None, ...]
 
 
-def _unconstrained(x: jax.Array, axes: Axes) -> jax.Array:
+def unconstrained(x: jax.Array, axes: Axes) -> jax.Array:
+    """Leaves an activation's sharding to the compiler."""
     return x
 
 
@@ -35,7 +36,7 @@ class Runtime(NamedTuple):
     scan: bool = True
     mesh: jax.sharding.Mesh | None = None
     spec: Callable[[Axes], jax.sharding.PartitionSpec] | None = None
-    constrain: Callable[[jax.Array, Axes], jax.Array] = _unconstrained
+    constrain: Callable[[jax.Array, Axes], jax.Array] = unconstrained
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:

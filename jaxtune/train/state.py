@@ -24,7 +24,6 @@ from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers
 from jaxtune.models.layers import Runtime
-from jaxtune.types import UserError, nearest
 
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
 
@@ -45,7 +44,8 @@ class Program(NamedTuple):
     family: ModuleType
     hf_config: dict[str, Any]
     model_config: Any
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef  # as trained: rematerialised, activations pinned to the mesh
+    inference: nnx.GraphDef  # the same model over the same parameters, free of both: any batch, any length
     run: Runtime
     mesh: Mesh
     lora: lora.Options | None
@@ -55,18 +55,6 @@ class Program(NamedTuple):
     state: State
     frozen: Params
     optimizer: optax.GradientTransformation
-
-
-def hf_preset(name: str) -> dict[str, Any]:
-    """The config of a well-known model, by the name after "preset:".
-
-    Raises:
-      UserError: no such preset; the message lists them.
-    """
-    presets = {n: c for f in FAMILIES for n, c in registry.load("model_type", f, FAMILIES).PRESETS.items()}
-    if name not in presets:
-        raise UserError(f"unknown preset {name!r}{nearest(name, list(presets))}; presets: {', '.join(sorted(presets))}")
-    return presets[name]
 
 
 def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
@@ -97,6 +85,7 @@ def abstract(
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
+    inference, _ = _shapes(family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options)
     labels = partition.label(variables, config.tune.method)
     trained_dtype = jnp.dtype(config.tune.dtype)
 
@@ -123,6 +112,7 @@ def abstract(
         hf_config=hf_config,
         model_config=model_config,
         graphdef=graphdef,
+        inference=inference,
         run=run,
         mesh=mesh,
         lora=options,

@@ -76,19 +76,19 @@ class GGUFSource:
             raise UserError(f"{self.path} lacks the tensor {stored!r}; the file is incomplete, fetch it again")
         return tuple(int(size) for size in reversed(self._stored[stored].shape))
 
-    def values(self, stored: str) -> np.ndarray:
-        """Returns the tensor of this GGUF name as it is stored, dequantised."""
+    def values(self, stored: str, rows: slice = slice(None)) -> np.ndarray:
+        """Returns the tensor of this GGUF name as it is stored, dequantised: all of it, or rows of its outermost dim."""
         tensor = self._stored[stored]
-        kind = tensor.tensor_type.name
+        kind, data = tensor.tensor_type.name, tensor.data[rows]
         if kind in ("F32", "F16"):
-            return np.array(tensor.data)
+            return np.array(data)
         if kind == "BF16":
             import ml_dtypes
 
-            return np.array(tensor.data).view(ml_dtypes.bfloat16)
+            return np.array(data).view(ml_dtypes.bfloat16)
         from gguf import quants
 
-        return quants.dequantize(tensor.data, tensor.tensor_type)
+        return quants.dequantize(data, tensor.tensor_type)
 
     def names(self) -> list[str]:
         """Returns the Hugging Face names of all tensors, in the order of the file."""
@@ -98,13 +98,13 @@ class GGUFSource:
         """Returns a tensor's shape, (out, in) for a matrix."""
         return self.stored_shape(self._lookup(name))
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor's values in Hugging Face's layout: rotary halves apart, not interleaved."""
-        values = self.values(self._lookup(name))
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Returns a tensor's values, or some of its rows, in Hugging Face's layout: rotary halves apart, not interleaved."""
+        stored = self._lookup(name)
         for suffix, heads in self._architecture.rotary.items():
             if name.removesuffix(".weight").removesuffix(".bias").endswith(suffix):
-                return split_rotary(values, self.hf_config[heads])
-        return values
+                return split_rotary(self.values(stored), self.hf_config[heads])[rows]
+        return self.values(stored, rows)
 
     def _lookup(self, name: str) -> str:
         if name not in self._tensors:

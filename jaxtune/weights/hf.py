@@ -184,17 +184,9 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 def tensors(family: ModuleType, model_config: Any, params: Mapping[str, jax.Array], dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, host array) one tensor at a time; every process of a multi-host run must iterate."""
     for name, (weight, layer) in naming.hf_names(family.weights(model_config), model_config.num_layers).items():
-        array = to_host(params[weight.ours] if layer is None else params[weight.ours][layer])
+        array = sharding.to_host(params[weight.ours] if layer is None else params[weight.ours][layer])
         array = array.T if weight.transpose else array
         yield name, np.ascontiguousarray(array.astype(dtype) if dtype else array)
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of a (possibly sharded) array, on every process."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    gathered = jax.jit(lambda x: x, out_shardings=sharding.replicated(array.sharding.mesh))(array)
-    return np.asarray(gathered.addressable_data(0))
 
 
 def save(folder: Path, hf_config: dict[str, Any], named: Iterable[tuple[str, np.ndarray]], write: bool = True) -> None:

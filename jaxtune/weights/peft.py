@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune import sharding
 from jaxtune.adapters.lora import Options
 from jaxtune.models import naming
 from jaxtune.types import UserError
-from jaxtune.weights.hf import replace_folder, to_host
+from jaxtune.weights.hf import replace_folder
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -42,7 +43,7 @@ def save(
     modules, tensors, targets = _modules(family, model_config), {}, set()
     for path, array in adapter.items():
         linear, kind = path.split(_ADAPTER)
-        host, stacked = to_host(array), linear.startswith("layers.")
+        host, stacked = sharding.to_host(array), linear.startswith("layers.")
         targets.add(linear)
         for layer, module in enumerate(modules[linear]):
             value = host[layer] if stacked else host

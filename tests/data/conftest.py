@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxtune.config import base
 from jaxtune.data.tokenizer import Tokenizer
 
-LINES = ["the cat sat on the mat", "a good film, a bad film", "user assistant system tool", "Hello there, how are you?"]
+LINES = ["the cat sat on the mat", "a good film, a bad film", "user assistant system tool", "Hello, how are you?"]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
 
 CHATML = (
@@ -38,7 +38,8 @@ HEADERS = (
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' %}{{ m.content }}"
     "{% else %}{% set answer = m.content.split('</think>')[-1].strip() %}"
-    "{% if loop.last %}<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in m.content }}"
+    "{% if loop.last %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in m.content }}"
     "\n</think>\n\n{% endif %}{{ answer }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -50,7 +51,10 @@ def make_tokenizer(template: str | None, eos: str = "</s>", adds_bos: bool = Fal
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(LINES * 3, trainer)
     # The usual byte-level post-processor trims spaces off the offsets: the tests must hold in spite of it.

@@ -44,7 +44,8 @@ def test_split_does_not_depend_on_the_order_of_rows(tmp_path: Path, chatml: Toke
     for one, other in zip(first[:3], second[:3], strict=True):
         assert sorted(prompts(one)) == sorted(prompts(other))
     assert sum(map(len, first[:3])) == 600
-    assert 0.15 < len(first.validation) / 600 < 0.25 and 0.06 < len(first.test) / 600 < 0.14
+    assert 0.15 < len(first.validation) / 600 < 0.25
+    assert 0.06 < len(first.test) / 600 < 0.14
     assert first.counts["validation"] == len(first.validation)
     more = load(data, chatml, train=write(tmp_path / "c.jsonl", rows + qa(700)[600:]))
     assert set(prompts(first.validation)) <= set(prompts(more.validation))  # new rows move no old one
@@ -64,7 +65,9 @@ def test_groups_stay_on_one_side(tmp_path: Path, chatml: Tokenizer, data: Config
     data.split_key, data.split_regex, data.validation_fraction = "id", r"^[^_]+", 0.4
     splits = load(data, chatml, train=write(tmp_path / "a.jsonl", qa(300)))
     groups = [{e.split_key.split("_")[0] for e in part} for part in (splits.train, splits.validation)]
-    assert groups[0] and groups[1] and not groups[0] & groups[1]
+    assert groups[0]
+    assert groups[1]
+    assert not groups[0] & groups[1]
 
 
 def test_files_of_their_own_replace_shares(tmp_path: Path, chatml: Tokenizer, data: ConfigDict) -> None:
@@ -82,7 +85,8 @@ def test_limit_is_a_stable_choice(tmp_path: Path, chatml: Tokenizer, data: Confi
         data.limit = limit
         chosen[limit] = set(prompts(load(data, chatml, train=write(tmp_path / "a.jsonl", rows)).train))
         random.Random(limit).shuffle(rows)
-    assert len(chosen[20]) == 20 and chosen[20] < chosen[40]
+    assert len(chosen[20]) == 20
+    assert chosen[20] < chosen[40]
 
 
 def test_load_errors(tmp_path: Path, chatml: Tokenizer, tokenizers: Any, data: ConfigDict) -> None:
@@ -115,11 +119,13 @@ def test_counts_are_honest(chatml: Tokenizer, data: ConfigDict) -> None:
     assert rows.row_ids == ["f:1", "f:3"]
     assert (rows.counts["rows"], rows.counts["nothing_to_train"], rows.counts["truncated"]) == (2, 1, 1)
     assert rows.counts["without_trained_stop"] == 1  # the cut row lost its end
-    assert rows.counts["tokens"] == rows.offsets[-1] == len(rows.tokens) and rows.lengths.max() == 60
+    assert rows.counts["tokens"] == rows.offsets[-1] == len(rows.tokens)
+    assert rows.lengths.max() == 60
     assert rows.counts["trained_tokens"] == (rows.weights > 0).sum()
     data.too_long = "drop"
     rows = pipeline.tokenize(examples, chatml, data)
-    assert rows.row_ids == ["f:1"] and rows.counts["too_long"] == 1
+    assert rows.row_ids == ["f:1"]
+    assert rows.counts["too_long"] == 1
     data.too_long = "error"
     with pytest.raises(UserError, match=r"^f:3: \d+ tokens; expected at most data\.max_length=60"):
         pipeline.tokenize(examples, chatml, data)
@@ -129,6 +135,14 @@ def test_trained_tokens_leave_out_what_is_never_a_target(tokenizers: Any, data: 
     rows = text_rows(tokenizers["plain"], data, ["the cat", "a film"])
     source = BatchSource(rows, 32, True, False, 0, 1, 0)
     assert rows.counts["trained_tokens"] == source[0]["weights_BT"].sum() == rows.counts["tokens"] - 2
+
+
+def test_a_first_token_alone_is_nothing_to_train(tokenizers: Any, data: ConfigDict) -> None:
+    data.end_of_turn = "none"
+    examples = [Example("f:1", prompt="", answer="a"), Example("f:2", prompt="a", answer="a film")]
+    rows = pipeline.tokenize(examples, tokenizers["plain"], data)
+    assert rows.row_ids == ["f:2"]
+    assert rows.counts["nothing_to_train"] == 1
 
 
 def test_nothing_left_says_why(chatml: Tokenizer, data: ConfigDict) -> None:
@@ -182,7 +196,8 @@ def test_batches_have_every_field_and_every_token(rows: Rows, packing: bool) -> 
     source = make(rows, packing, batch_size=1)
     batches = [source[step] for step in range(source.num_bins)]
     for name, dtype in BATCH_FIELDS.items():
-        assert batches[0][name].shape == (1, 24) and batches[0][name].dtype == dtype
+        assert batches[0][name].shape == (1, 24)
+        assert batches[0][name].dtype == dtype
     assert rows_seen(batches) == list(range(57))
     real = np.concatenate([b["tokens_BT"][b["segment_ids_BT"] > 0] for b in batches])
     assert sorted(real) == rows.tokens.tolist()
@@ -207,7 +222,8 @@ def test_pure_function_of_seed_and_step(rows: Rows, packing: bool, shuffle: bool
 def test_hosts_together_hold_the_global_batch(rows: Rows, hosts: int) -> None:
     source = make(rows)
     for step in (0, 5, 17):
-        parts = [make(rows).local(step, host, hosts) for host in range(hosts)]
+        shares = np.split(np.arange(make(rows).batch_size), hosts)
+        parts = [make(rows).local(step, share) for share in shares]
         assert same(source[step], {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 
 
@@ -216,10 +232,12 @@ def test_epochs_flow_on_and_differ(rows: Rows) -> None:
     assert source.steps_per_epoch == 19
     epochs = [[source[step] for step in range(19 * e, 19 * e + 19)] for e in range(3)]
     assert all(rows_seen(batches) == list(range(57)) for batches in epochs)
-    assert not same(epochs[0][0], epochs[1][0]) and not same(epochs[1][0], epochs[2][0])
+    assert not same(epochs[0][0], epochs[1][0])
+    assert not same(epochs[1][0], epochs[2][0])
     straddling = make(rows, packing=False, batch_size=5)  # 57 is no multiple of 5
     first = [straddling[step] for step in range(23)]
-    assert sorted(set(rows_seen(first))) == list(range(57)) and len(rows_seen(first)) == 115
+    assert sorted(set(rows_seen(first))) == list(range(57))
+    assert len(rows_seen(first)) == 115
 
 
 def test_order_of_an_epoch_is_fixed(rows: Rows) -> None:
@@ -235,7 +253,8 @@ def test_without_shuffle_the_file_s_order_is_kept(rows: Rows) -> None:
     assert plain[0]["row_ids_BT"][:, 0].tolist() == [0, 1, 2, 3]
     packed = make(rows, packing=True, shuffle=False)
     firsts = [int(packed[step]["row_ids_BT"][r, 0]) for step in range(3) for r in range(4)]
-    assert firsts == sorted(firsts) and firsts[0] == 0
+    assert firsts == sorted(firsts)
+    assert firsts[0] == 0
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
@@ -243,7 +262,8 @@ def test_iterate_resumes_at_any_step(rows: Rows, hosts: int) -> None:
     source = make(rows)
     whole = list(pipeline.iterate(source, 0, 25, hosts - 1, hosts))
     tail = list(pipeline.iterate(source, 11, 14, hosts - 1, hosts, prefetch=1))
-    assert len(whole) == 25 and all(same(a, b) for a, b in zip(whole[11:], tail, strict=True))
+    assert len(whole) == 25
+    assert all(same(a, b) for a, b in zip(whole[11:], tail, strict=True))
     assert same(whole[3], source.local(3, hosts - 1, hosts))
     assert list(pipeline.iterate(source, 5, 0)) == []
 

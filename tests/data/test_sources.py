@@ -55,10 +55,9 @@ def test_long_csv_fields_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("zipped", [False, True])
 def test_parquet(tmp_path: Path, zipped: bool) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     if zipped:
         raw, path = path.read_bytes(), tmp_path / "a.parquet.gz"
         path.write_bytes(gzip.compress(raw))

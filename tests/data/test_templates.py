@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 
 from jaxtune.data import templates
 from jaxtune.data.formats import Example, to_examples
@@ -28,7 +31,9 @@ TWO_TURNS = (user("the cat"), assistant("sat"), user("and"), assistant("a good f
 def trained(example: Example, tokenizer: Tokenizer, data: ConfigDict) -> list[str]:
     """Returns the trained stretches of text."""
     tokens, weights = templates.encode(example, tokenizer, data)
-    assert tokens.dtype == np.int32 and weights.dtype == np.float32 and tokens.shape == weights.shape
+    assert tokens.dtype == np.int32
+    assert weights.dtype == np.float32
+    assert tokens.shape == weights.shape
     edges = np.flatnonzero(np.diff(np.concatenate([[0], weights > 0, [0]])))
     return [tokenizer.decode(tokens[a:b], skip_special=False) for a, b in edges.reshape(-1, 2)]
 
@@ -121,14 +126,16 @@ def test_content_the_template_hides_is_refused(tokenizer_of: Any, data: ConfigDi
 def test_template_without_end_of_turn_is_reported(tokenizer_of: Any, data: ConfigDict) -> None:
     endless = tokenizer_of("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     encoded = templates.encode(Example("f:1", TWO_TURNS), endless, data)
-    assert encoded.weights.any() and not templates.trains_stop(encoded, endless)
+    assert encoded.weights.any()
+    assert not templates.trains_stop(encoded, endless)
 
 
 def test_bos_is_never_doubled(tokenizers: Any, data: ConfigDict) -> None:
     headers, plain = tokenizers["headers"], tokenizers["plain_bos"]
     for example in (Example("f:1", TWO_TURNS), Example("f:1", text="the cat"), Example("f:1", text="<s>the cat")):
         tokens, _ = templates.encode(example, headers, data)
-        assert (tokens == headers.bos_id).sum() == 1 and tokens[0] == headers.bos_id
+        assert (tokens == headers.bos_id).sum() == 1
+        assert tokens[0] == headers.bos_id
     tokens, weights = templates.encode(Example("f:1", text="the cat"), plain, data)
     assert plain.decode(tokens, skip_special=False) == "<s>the cat</s>"
     assert weights.tolist() == [0] + [1] * (len(tokens) - 1)
@@ -141,14 +148,15 @@ def test_plain_prompt_and_answer(tokenizers: Any, data: ConfigDict) -> None:
     assert trained(example, tokenizers["plain"], data) == [" good"]
 
 
+@pytest.mark.parametrize("labels", [["good", "bad", "goodness me"], ["日", "本"]])
 @pytest.mark.parametrize("name", ["chatml", "stripping", "headers", "thinking", "plain", "plain_bos"])
-def test_continuations_are_the_training_tokens(tokenizers: Any, name: str, data: ConfigDict) -> None:
-    tokenizer, labels = tokenizers[name], ["good", "bad", "goodness me"]
+def test_continuations_are_the_training_tokens(tokenizers: Any, name: str, labels: list[str], data: ConfigDict) -> None:
+    tokenizer = tokenizers[name]
     if name.startswith("plain"):
         examples = {label: Example("f:1", prompt="a film: ", answer=label) for label in labels}
     else:
         examples = {label: Example("f:1", (user("a film"), assistant(label))) for label in labels}
-    prompt, candidates = templates.continuations(examples["bad"], labels, tokenizer)
+    prompt, candidates = templates.continuations(examples[labels[1]], labels, tokenizer)
     for label, candidate in zip(labels, candidates, strict=True):
         tokens = templates.encode(examples[label], tokenizer, data).tokens.tolist()
         whole = prompt + candidate
@@ -156,7 +164,16 @@ def test_continuations_are_the_training_tokens(tokenizers: Any, name: str, data:
         assert candidate[-1] in tokenizer.stop_ids
         assert tokenizer.decode(tokens[len(whole) :]).strip() == ""
         assert tokenizer.decode(candidate).rstrip().endswith(label)
-    assert prompt == templates.prompt_ids(examples["bad"], tokenizer)
+    assert prompt == templates.prompt_ids(examples[labels[1]], tokenizer)
+
+
+def test_a_label_that_reaches_back_takes_the_token_from_the_prompt(data: ConfigDict) -> None:
+    vocab = {piece: index for index, piece in enumerate(["g", "o", "d", "x", "go", "od"])}
+    backend = Backend(models.BPE(vocab=vocab, merges=[("o", "d"), ("g", "o")]))
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    # "god" is g+od and "gox" is go+x: no token of the prompt "go" is common to both.
+    assert templates.continuations(Example("f:1", prompt="go"), ["d", "x"], tokenizer) == ([], [[0, 5], [4, 3]])
+    assert templates.continuations(Example("f:1", prompt="go"), ["x", "x"], tokenizer) == ([4], [[3], [3]])
 
 
 def test_prompt_ids_open_the_assistant_s_turn(chatml: Tokenizer, tokenizers: Any) -> None:

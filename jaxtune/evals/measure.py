@@ -1,0 +1,116 @@
+"""A model on held-out rows: which rows, what is measured on them, and the sampler and scorers that measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.config import ConfigDict
+from jaxtune.data import pipeline, templates
+from jaxtune.data.formats import Example
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.evals import likelihood, tasks
+from jaxtune.generate.logits import Sampling
+from jaxtune.generate.sampler import Sampler
+from jaxtune.train.state import Params, Program
+from jaxtune.types import UserError
+
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+_MANY_LABELS = 50
+
+
+class HeldOut(NamedTuple):
+    """The rows to measure on, as the metric wants them; `labels` and `rows` for labels and exact_match."""
+
+    metric: str
+    examples: list[Example]
+    labels: tuple[str, ...]
+    rows: list[dict[str, Any]]
+
+
+def held_out(config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer) -> HeldOut | None:
+    """Picks rows of `eval.split` (the same ones for everybody who asks), or None where it is empty.
+
+    Raises:
+      UserError: a labels metric without labels to choose among.
+    """
+    examples: list[Example] = getattr(splits, config.eval.split)
+    if not examples:
+        return None
+    examples = pipeline.limited(examples, config.eval.limit)
+    metric = config.eval.metric
+    if metric == "auto":
+        metric = "labels" if config.data.label_column or config.eval.labels else "perplexity"
+    if metric == "perplexity":
+        return HeldOut(metric, examples, (), [])
+    without = [e.row_id for e in examples if e.answer is None]
+    if without:
+        raise UserError(f"eval.metric={metric!r} needs an answer in every row; {without[0]} has none: use 'perplexity'")
+    rows = [{"row_id": e.row_id, "answer": e.answer, "prompt_ids": templates.prompt_ids(e, tokenizer)} for e in examples]
+    if metric == "exact_match":
+        return HeldOut(metric, examples, (), rows)
+    labels = tuple(config.eval.labels) or tuple(sorted({e.answer or "" for s in splits[:3] for e in s}))
+    if not 2 <= len(labels) <= _MANY_LABELS:
+        raise UserError(f"eval.metric='labels' found {len(labels)} different answers; expected 2 to {_MANY_LABELS}: set eval.labels or another metric")
+    for row, example in zip(rows, examples, strict=True):
+        row["prompt_ids"], row["candidate_ids"] = templates.continuations(example, labels, tokenizer)
+    return HeldOut(metric, examples, labels, rows)
+
+
+def measure(
+    config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Program, params: Params, progress: Progress, what: str
+) -> tasks.Result:
+    """Measures one model on the held-out rows; every figure with a bootstrap interval."""
+    options = {"num_samples": config.eval.bootstrap_samples, "confidence": config.eval.confidence, "seed": config.train.seed}
+    if held.metric == "exact_match":
+        return tasks.exact_match(held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options)
+    if held.metric == "labels":
+        size = config.eval.batch_size
+        score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, f"scoring, {what}")
+        return tasks.score_labels(held.rows, held.labels, score, **options)
+    rows = pipeline.tokenize(held.examples, tokenizer, config.data, progress, "tokenising")
+    nll_M, tokens_M = likelihood.row_nll(
+        program.inference, params, rows, tokenizer.pad_id, config.eval.batch_size, progress, f"reading, {what}"
+    )
+    return tasks.perplexity(nll_M, tokens_M, _trained_bytes(rows, tokenizer), rows.row_ids, **options)
+
+
+def _trained_bytes(rows: pipeline.Rows, tokenizer: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes of each row's trained text."""
+
+    def one(row: int) -> int:
+        inside = slice(int(rows.offsets[row]) + 1, int(rows.offsets[row + 1]))
+        return len(tokenizer.decode(rows.tokens[inside][rows.weights[inside] != 0], skip_special=True).encode())
+
+    return np.asarray([max(1, one(row)) for row in range(len(rows))])
+
+
+def sampler(tokenizer: Tokenizer, program: Program, params: Params) -> Sampler:
+    """A sampler over these parameters."""
+    return Sampler(
+        program.inference, params, tokenizer.decode, tokenizer.stop_ids, tokenizer.pad_id, tokenizer.vocab_size, program.model_config.max_positions
+    )
+
+
+def generator(
+    config: ConfigDict, tokenizer: Tokenizer, program: Program, params: Params, progress: Progress, label: str
+) -> tasks.GenerateFn:
+    """Returns prompts -> texts by the config's sampling, `generate.batch_size` at a time, likes with likes."""
+    own, options = sampler(tokenizer, program, params), config.generate
+
+    def generate(prompts: list[list[int]]) -> list[str]:
+        texts = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        groups = [order[i : i + options.batch_size] for i in range(0, len(order), options.batch_size)]
+        for group in progress(groups, len(groups), label):
+            filled = group + [group[0]] * (options.batch_size - len(group))
+            made = own.generate(
+                [prompts[i] for i in filled], Sampling.from_config(options), options.max_new_tokens, options.seed, options.stop, filled
+            )
+            for i, text in zip(group, made, strict=False):
+                texts[i] = text
+        return texts
+
+    return generate

