@@ -16,7 +16,7 @@ help:  ## list the targets
 setup: $(SETUP)  ## make the virtual environment and fill it from requirements.lock
 
 quickstart: $(SETUP)  ## fine-tune a small model on real data, on this machine's CPU
-	$(BIN)/python -m jaxtune.launch --config=configs/quickstart.py --workdir=runs/quickstart
+	$(BIN)/python -m jaxtune.launch --config=configs/quickstart.py --workdir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 ifeq ($(HAS_ORACLE),1)
 test: $(ORACLE)  ## run every test, the comparisons with torch, TRL and PEFT included

@@ -6,6 +6,7 @@ Which are kept: the latest two (temporary, by time), every n-th step (permanent)
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -57,7 +59,8 @@ class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager, or `close()`: a save may still be on its way."""
 
     def __init__(self, workdir: str, config: ConfigDict):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save otherwise
+        # Orbax narrates every save, and prints a failed one's traceback from each thread, beside raising it.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._config, self.folder = config, epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Keep(config.checkpoint.every_steps, config.checkpoint.keep),
@@ -65,7 +68,9 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["loss"],
             best_mode="min",
         )
-        self._manager = ocp.CheckpointManager(self.folder.resolve() if "://" not in workdir else self.folder, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.folder.resolve() if "://" not in workdir else self.folder, options=options
+        )
 
     def steps(self) -> list[int]:
         """The steps that there are, ascending."""
@@ -83,7 +88,12 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        meta = {"config": json.loads(_config_json(self._config)), "progress": progress, "data_position_steps": step}
+        meta = {
+            "config": json.loads(_config_json(self._config)),
+            "progress": progress,
+            "data_position_steps": step,
+            "checksums": _checksums(_storable(state)),
+        }
         args = ocp.args.Composite(state=ocp.args.StandardSave(_storable(state)), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
@@ -109,16 +119,24 @@ class Checkpoints:
                 self._check_config(meta["config"], candidate)
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(_storable(shapes)))
                 state = self._manager.restore(candidate, args=args)["state"]
+                if _checksums(state) != meta["checksums"]:
+                    raise ValueError("its values are not those that were saved")
                 return Restored(candidate, _usable(state, shapes), meta["progress"])
             except UserError:
                 raise
             except Exception as error:  # whatever a broken file raises, in orbax, tensorstore or JSON
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-                print(f"WARNING: checkpoint {self.folder / str(candidate)} is damaged ({reason})", file=sys.stderr, flush=True)
+                print(
+                    f"WARNING: checkpoint {self.folder / str(candidate)} is damaged ({reason})",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if candidate != candidates[-1]:
                     print("WARNING: falling back to the checkpoint before it", file=sys.stderr, flush=True)
         if candidates:
-            raise UserError(f"every checkpoint in {self.folder} is damaged (steps {candidates[::-1]}): start anew in another --workdir")
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged (steps {candidates[::-1]}): start anew in another --workdir"
+            )
         return None
 
     def forget_after(self, step: int) -> None:
@@ -158,6 +176,8 @@ class Checkpoints:
                     then, value = then[part], value[part]
             except KeyError:
                 continue  # a field that this checkpoint's jaxtune did not have
+            if key == "train.steps" and not value:
+                continue  # epochs decide: `train` has counted the steps by now, the verbs that only use a run have not
             if then != value:
                 raise UserError(
                     f"checkpoint {self.folder / str(step)} is of another config: {key} was {then!r} and is now {value!r}; "
@@ -167,6 +187,20 @@ class Checkpoints:
 
 def _config_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), default=list)
+
+
+@jax.jit
+def _sums(tree: Any) -> list[jax.Array]:
+    def one(leaf: jax.Array) -> jax.Array:
+        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32), dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _checksums(tree: Any) -> list[int]:
+    """The sum of each leaf's bits, as whole numbers modulo 2^32: the same on every mesh. Storage keeps none of its own."""
+    return [int(value) for value in _sums(tree)]
 
 
 def _storable(state: Any) -> Any:
@@ -191,14 +225,24 @@ def _usable(stored: Any, shapes: Any) -> Any:
     return jax.tree.map(one, stored, shapes)
 
 
-def _raise_if_full(error: Exception, folder: Any) -> None:
-    text = str(error)
-    if "No space left" in text or "RESOURCE_EXHAUSTED" in text or getattr(error, "errno", None) == 28:
-        raise UserError(f"disk full while saving to {folder}: free space, then run again with --config.checkpoint.resume=True") from None
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit on a file's size is used up; libraries in C++ and Rust say it in words alone."""
+    words = ("No space left on device", "Disk quota exceeded", "File too large")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+        word in str(error) for word in words
+    )
 
+
+def _raise_if_full(error: Exception, folder: Any) -> None:
+    if is_full(error) or "RESOURCE_EXHAUSTED" in str(error):
+        raise UserError(
+            f"disk full while saving to {folder}: free space, then run again with --config.checkpoint.resume=True"
+        ) from None
 
 
 def is_used(workdir: str) -> bool:
     """Whether a training run has left its marks in this workdir."""
     folder = epath.Path(workdir)
-    return folder.exists() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "predictions.jsonl"))
+    return folder.exists() and any(
+        (folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "predictions.jsonl")
+    )

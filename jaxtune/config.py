@@ -8,13 +8,12 @@ the nearest keys.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict as ConfigDict
 
 from jaxtune.types import UserError, nearest
-
-ConfigDict = ml_collections.ConfigDict
 
 
 def _model() -> ConfigDict:
@@ -51,13 +50,13 @@ def _data() -> ConfigDict:
     c.validation_fraction = 0.05  # share of `train` held out for validation when `eval` is ""
     c.test_fraction = 0.0  # share of `train` held out for the test when `test` is ""
     c.split_key = ""  # column whose value decides the split; "" = the whole row (equal rows stay together)
-    c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": rows of one group stay on one side
+    c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": group 1 counts where there is one; rows of one group stay on one side
     c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled
     c.columns = ()  # names of the columns of a table without a header row; () = the first row names them
     c.prompt = ""  # labelled: the user's turn, a template over columns, e.g. "Review: {text}\nSentiment:"
     c.system = ""  # labelled: the system turn, a template likewise; "" = none
     c.label_column = ""  # labelled: the column that holds the answer
-    c.label_bins = ()  # labelled, numeric column: ((low, high, name), …), low <= x < high; rows in no bin are dropped
+    c.label_bins = ()  # labelled, numeric column: ((low, high, name), …), low <= x < high; rows in no bin are dropped and counted
     c.chat = True  # render alpaca, prompt_completion and labelled rows by the chat template; False = plain text
     c.roles = ("assistant",)  # roles whose tokens are trained
     c.end_of_turn = "turn"  # which end-of-turn tokens train: all | turn (of trained turns) | last | none
@@ -98,7 +97,9 @@ def _train() -> ConfigDict:
     c.eval_every_steps = 0  # validation loss every so many steps; 0 = at the end only
     c.eval_batches = 0  # validation batches per evaluation; 0 = all
     c.patience = 0  # stop after so many evaluations without a better validation loss; 0 = never
-    c.on_nonfinite = "stop"  # NaN, infinite or exploding loss: stop (with a dump) | skip (leave the weights as they are)
+    c.on_nonfinite = (
+        "stop"  # NaN, infinite or exploding loss: stop (with a dump) | skip (leave the weights as they are)
+    )
     c.explode_factor = 0.0  # also call a loss exploding above this multiple of its running mean; 0 = non-finite only
     c.log_every_steps = 1  # console line every so many steps where there is no terminal
     return c
@@ -211,11 +212,15 @@ _AT_LEAST: dict[str, float] = {
     "train.epochs": 0, "train.loss_chunk_tokens": 1, "optim.learning_rate": 0, "optim.warmup_steps": 0,
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
     "generate.temperature": 0, "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
+    "tune.lora_plus_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0, "train.seed": 0, "train.eval_every_steps": 0,
+    "train.eval_batches": 0, "train.patience": 0, "train.explode_factor": 0, "train.log_every_steps": 1,
+    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.seed": 0, "generate.batch_size": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
     "tune.dropout": (0, 0.999), "data.validation_fraction": (0, 0.95), "data.test_fraction": (0, 0.95),
     "generate.top_p": (1e-6, 1), "generate.min_p": (0, 1), "eval.confidence": (0.01, 0.999), "optim.final_ratio": (0, 1),
+    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999),
 }  # fmt: skip
 
 
@@ -247,20 +252,44 @@ def validate(config: ConfigDict) -> None:
     for key, allowed in CHOICES.items():
         value = lookup(config, key)
         if value not in allowed:
-            raise UserError(f"config.{key} is {value!r}; expected one of {', '.join(map(repr, allowed))}{nearest(str(value), allowed)}")
+            raise UserError(
+                f"config.{key} is {value!r}; expected one of {', '.join(map(repr, allowed))}{nearest(str(value), allowed)}"
+            )
     for key, low in _AT_LEAST.items():
-        if lookup(config, key) < low:
+        if not lookup(config, key) >= low:  # said so that NaN is refused too
             raise UserError(f"config.{key} is {lookup(config, key)}; expected at least {low}")
     for key, (low, high) in _BETWEEN.items():
         if not low <= lookup(config, key) <= high:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected {low} to {high}")
+    _check_forms(config)
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
             f"train.batch_size={config.train.batch_size} does not divide by train.accumulation="
             f"{config.train.accumulation}: choose a multiple"
         )
     if config.data.validation_fraction + config.data.test_fraction >= 1:
-        raise UserError("data.validation_fraction + data.test_fraction leave no training rows: their sum must be below 1")
+        raise UserError(
+            "data.validation_fraction + data.test_fraction leave no training rows: their sum must be below 1"
+        )
+
+
+def _check_forms(config: ConfigDict) -> None:
+    """The fields that are patterns or nested tuples."""
+    rules, bins = config.mesh.rules, config.data.label_bins
+    for rule in rules:
+        if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], tuple | list):
+            raise UserError(f"config.mesh.rules has {rule!r}; expected (regex, (mesh axis or '' per dim, …))")
+        axes = [axis for axis in rule[1] if axis]
+        if len(set(axes)) < len(axes):
+            raise UserError(f"config.mesh.rules has {rule!r}; expected each mesh axis once at most")
+    for one in bins:
+        if isinstance(one, str) or len(one) != 3 or not all(isinstance(bound, int | float) for bound in one[:2]):
+            raise UserError(f"config.data.label_bins has {one!r}; expected (low, high, name) with two numbers")
+    for key, pattern in [("data.split_regex", config.data.split_regex), *(("mesh.rules", rule[0]) for rule in rules)]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
 
 
 def to_json(config: ConfigDict) -> str:
@@ -275,13 +304,27 @@ def from_json(text: str) -> ConfigDict:
     def fill(node: ConfigDict, values: dict[str, Any], prefix: str) -> None:
         for key, value in values.items():
             if key not in node:
-                raise UserError(f"saved config has {prefix + key!r}, which this jaxtune does not know{nearest(prefix + key, keys(base()))}")
+                raise UserError(
+                    f"saved config has {prefix + key!r}, which this jaxtune does not know{nearest(prefix + key, keys(base()))}"
+                )
             if isinstance(node[key], ConfigDict):
+                if not isinstance(value, dict):
+                    raise UserError(f"saved config has {prefix + key!r} = {value!r:.60}; expected an object, its section")
                 fill(node[key], value, f"{prefix}{key}.")
-            else:
+                continue
+            try:
                 node[key] = _tupled(value) if isinstance(node[key], tuple) else value
+            except (TypeError, ValueError):
+                expected = type(node[key]).__name__
+                raise UserError(f"saved config has {prefix + key!r} = {value!r:.60}; expected a {expected}") from None
 
-    fill(config, json.loads(text), "")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON ({error.msg}, line {error.lineno})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"holds a JSON {type(values).__name__}; expected an object, as in a run's config.json")
+    fill(config, values, "")
     return config
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -55,10 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Preempted):
             print(f"{error}; run the same command with --config.checkpoint.resume=True to go on", file=sys.stderr)
             return RESUME_EXIT_CODE
-        if isinstance(error, OSError) and error.errno in (28, 122):
-            print(f"error: disk full: {error}; free space and run again", file=sys.stderr)
-            return 2
+        from jaxtune.checkpoint import is_full
+
+        if is_full(error):
+            return _refuse(f"disk full: {error}; free space and run again")
+        if isinstance(error, OSError) and error.filename is not None:
+            return _refuse(f"{error}; expected a path that can be read, or written to where it is a result")
         raise
+
+
+def _refuse(message: str) -> int:
+    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -66,6 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
     from jaxtune.tracking import quiet_libraries
 
     quiet_libraries()
+    _without_accelerator()
     _distribute(values)
     from jaxtune import run
 
@@ -75,6 +84,7 @@ def _dispatch(arguments: list[str]) -> int:
             options.workdir = values.workdir
     if not options.workdir:
         options.workdir = str(Path("runs") / options.name)
+    _check_outputs(options)
     if verb == "train" and values.dry_run:
         run.dry_run(options)
     elif values.dry_run:
@@ -84,6 +94,34 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
+def _check_outputs(options: config_lib.ConfigDict) -> None:
+    """Refuses a place for results that is taken, before any work is done."""
+    folders = {"workdir": options.workdir, "export.output": options.export.output}
+    for name, path in folders.items():
+        taken = [p for p in (Path(path), *Path(path).parents) if path and "://" not in path and p.is_file()]
+        if taken:
+            raise UserError(f"{name}={path!r}: {taken[0]} is a file; expected a folder, or a path where there is nothing")
+    _check_export(options)
+    if Path(options.generate.output or "none").is_dir():
+        raise UserError(f"generate.output={options.generate.output!r} is a folder; expected the path of a file")
+
+
+def _check_export(options: config_lib.ConfigDict) -> None:
+    """An export replaces the folder at its place: only one that an export can have made, never the base itself."""
+    output = options.export.output
+    if not output or "://" in output or not Path(output).is_dir():
+        return
+    names = {path.name for path in Path(output).iterdir()}
+    base = [uri for uri in (options.model.source, options.tune.adapter) if uri and Path(uri).expanduser().exists()]
+    if any(Path(output).samefile(Path(uri).expanduser()) for uri in base):
+        raise UserError(f"export.output={output!r} is what the run starts from, and would be replaced; choose another folder")
+    if names and not names & {"adapter_config.json", "config.json"}:
+        raise UserError(
+            f"export.output={output!r} is a folder of other things ({', '.join(sorted(names)[:3])}), which would be replaced; "
+            "choose another"
+        )
+
+
 def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.FlagValues]:
     """Splits the command line into verb, config and other flags; a misspelt one is answered with the nearest."""
     arguments = _joined(arguments)
@@ -91,11 +129,14 @@ def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.Flag
     verb = words[0] if words else "train"
     if verb not in VERBS or len(words) > 1:
         wrong = words[1] if len(words) > 1 else verb
-        raise UserError(f"unknown verb {wrong!r}{nearest(wrong, list(VERBS))}; verbs: {', '.join(VERBS)}")
+        meant = f"; a config is named by --config={wrong}" if wrong.endswith((".py", ".json")) else ""
+        raise UserError(f"unknown verb {wrong!r}{meant or nearest(wrong, list(VERBS))}; verbs: {', '.join(VERBS)}")
     rest = [a for a in arguments if a is not verb]
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "folder of the run", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "show the first batch, what trains and the schedule; then stop", flag_values=values)
+    flags.DEFINE_bool(
+        "dry_run", False, "show the first batch, what trains and the schedule; then stop", flag_values=values
+    )
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", 0, "processes in all", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "this process's number", flag_values=values)
@@ -103,10 +144,14 @@ def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.Flag
     for argument in rest:
         name = re.match(r"--?(?:no)?([^=.]*)", argument).group(1)  # type: ignore[union-attr]
         if name not in known and f"no{name}" not in known:
-            raise UserError(f"unknown flag {argument.split('=')[0]!r}{nearest(name, known)}; flags: {', '.join('--' + k for k in known)}")
+            raise UserError(
+                f"unknown flag {argument.split('=')[0]!r}{nearest(name, known)}; flags: {', '.join('--' + k for k in known)}"
+            )
     base = _config_file(rest)
     overrides = _checked_overrides(rest, base)
-    config_flags.DEFINE_config_dict("config", base, lock_config=True, flag_values=values, sys_argv=["jaxtune", *overrides])
+    config_flags.DEFINE_config_dict(
+        "config", base, lock_config=True, flag_values=values, sys_argv=["jaxtune", *overrides]
+    )
     try:
         values(["jaxtune", *overrides])
     except (flags.Error, ValueError, TypeError, AttributeError) as error:
@@ -118,7 +163,9 @@ def _joined(arguments: list[str]) -> list[str]:
     """`--flag value` as `--flag=value`; a verb after a flag stays a verb."""
     joined: list[str] = []
     for argument in arguments:
-        bare = joined and re.fullmatch(r"--?(config(\.[\w.]+)?|workdir|coordinator|num_processes|process_id)", joined[-1])
+        bare = joined and re.fullmatch(
+            r"--?(config(\.[\w.]+)?|workdir|coordinator|num_processes|process_id)", joined[-1]
+        )
         if bare and not argument.startswith("--") and argument not in VERBS:
             joined[-1] += f"={argument}"
         else:
@@ -133,26 +180,47 @@ def _config_file(arguments: list[str]) -> config_lib.ConfigDict:
     path = Path(named[-1])
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
-        raise UserError(f"config file {path} does not exist{near}")
+        raise UserError(f"config file {path} {'is a folder' if path.is_dir() else f'does not exist{near}'}")
+    if path.suffix not in (".py", ".json"):
+        raise UserError(f"config file {path} is of an unknown kind; expected .py with get_config(), or a run's config.json")
     if path.suffix == ".json":
-        return config_lib.from_json(path.read_text())
+        try:
+            return config_lib.from_json(path.read_text(encoding="utf-8-sig"))
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: {error}") from None
     spec = importlib.util.spec_from_file_location("jaxtune_user_config", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (AttributeError, KeyError, TypeError, SyntaxError, NameError, ImportError) as error:
-        message = str(error).strip("\"'")
-        raise UserError(f"{path}: {type(error).__name__}: {message}{_config_hint(message)}") from None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's own code raises
+        raise UserError(f"{path}{_line_of(error, path)}: {_what_went_wrong(error)}") from None
     if not isinstance(config, config_lib.ConfigDict):
-        raise UserError(f"{path}: get_config() returned {type(config).__name__}; expected the ConfigDict of jaxtune.config.base()")
+        raise UserError(
+            f"{path}: get_config() returned {type(config).__name__}; expected the ConfigDict of jaxtune.config.base()"
+        )
     return config
 
 
-def _config_hint(message: str) -> str:
-    quoted = re.findall(r"[\"']([A-Za-z_]\w*)[\"']", message)
-    return nearest(quoted[0], config_lib.keys(config_lib.base())) if quoted and "did you mean" not in message.lower() else ""
+def _line_of(error: BaseException, path: Path) -> str:
+    """":17", the last line of the config file that the error passed through; "" where there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return f":{line}" if line else ""
+
+
+def _what_went_wrong(error: BaseException) -> str:
+    message = str(error.args[0] if error.args else "")
+    unknown = re.match(r'Key "(\w+)" does not exist', message)  # ml_collections goes on to print the whole section
+    if unknown:
+        known = [*config_lib.keys(config_lib.base()), *config_lib.base()]
+        return f"config key {unknown.group(1)!r} does not exist here{nearest(unknown.group(1), known)}"
+    return f"{type(error).__name__}: {message}"
 
 
 def _checked_overrides(arguments: list[str], config: config_lib.ConfigDict) -> list[str]:
@@ -165,7 +233,8 @@ def _checked_overrides(arguments: list[str], config: config_lib.ConfigDict) -> l
         if match and match.group(1) not in known:
             name = match.group(1)
             inside = [k for k in known if k.startswith(name + ".")]
-            more = f"; it is a section: {', '.join(inside[:8])}" if inside else nearest(name, known)
+            listed = ", ".join(inside[:8]) + (", …" if len(inside) > 8 else "")
+            more = f" by itself; it is a section: {listed}" if inside else nearest(name, known)
             raise UserError(f"config key {name!r} does not exist{more}")
         kept.append(argument)
     return kept
@@ -179,13 +248,22 @@ def _flag_message(message: str, config: config_lib.ConfigDict) -> str:
     return f"config.{key} takes a {type(now).__name__} (now {now!r}): {' '.join(message.split())}"
 
 
+def _without_accelerator() -> None:
+    """Where there is no accelerator, says so to JAX: an installed libtpu would search for one, and complain at length."""
+    accelerators = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd")
+    if not any(True for pattern in accelerators for _ in Path("/dev").glob(pattern)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def _distribute(values: flags.FlagValues) -> None:
     """Joins the other processes of a multi-host run: by flags, or by what Cloud TPU tells each host."""
     import jax
 
     if values.coordinator:
         if values.num_processes < 1 or not 0 <= values.process_id < values.num_processes:
-            raise UserError(f"--coordinator needs --num_processes=N and --process_id=0..N-1; got {values.num_processes} and {values.process_id}")
+            raise UserError(
+                f"--coordinator needs --num_processes=N and --process_id=0..N-1; got {values.num_processes} and {values.process_id}"
+            )
         jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
         jax.distributed.initialize()

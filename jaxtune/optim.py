@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import jax
 import optax
 
-from jaxtune.adapters import partition
 from jaxtune.config import ConfigDict
 
 
@@ -37,9 +36,14 @@ def make(config: ConfigDict, labels: Mapping[str, str], num_steps: int) -> optax
             return optax.sgd(scaled)
         return optax.adamw(
             scaled, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: partition.decays(path[-1].key), params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _decays(path[-1].key), params),
         )  # fmt: skip
 
     groups = {name: group(name) for name in sorted(set(trained.values()))}
     chain = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
     return optax.chain(*chain, optax.partition(groups, trained))
+
+
+def _decays(path: str) -> bool:
+    """Weight decay falls on matrices only: not on norms, biases or DoRA magnitudes."""
+    return path.rsplit(".", 1)[-1] in ("kernel", "table", "lora_a", "lora_b")

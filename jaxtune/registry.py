@@ -15,5 +15,7 @@ def load(kind: str, name: str, table: dict[str, str]) -> ModuleType:
       UserError: `name` is not registered; the message lists the names of this `kind`.
     """
     if name not in table:
-        raise UserError(f"unsupported {kind} {name!r}{nearest(name, list(table))}; supported: {', '.join(sorted(table))}")
+        raise UserError(
+            f"unsupported {kind} {name!r}{nearest(name, list(table))}; supported: {', '.join(sorted(table))}"
+        )
     return importlib.import_module(table[name])

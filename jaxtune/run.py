@@ -1,16 +1,15 @@
 """READ FIRST. One short function per verb; everything else in jaxtune is called from here.
 
-    train      fetch → tokenise → load → measure before → train → measure after → export → report
-    evaluate   measure a base model, or a run's best checkpoint
-    generate   answer a file of prompts          chat     the same, by hand
-    export     a run's result as PEFT adapter or Hugging Face folder
-    plan       what the training step needs on a TPU that is not here
+train      fetch → tokenise → load → measure before → train → measure after → export → report
+evaluate   measure a base model, or a run's best checkpoint
+generate   answer a file of prompts          chat     the same, by hand
+export     a run's result as PEFT adapter or Hugging Face folder
+plan       what the training step needs on a TPU that is not here
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,16 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import checkpoint, fetch, optim, report, sharding, tracking
+from jaxtune import checkpoint, fetch, optim, sharding, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import read_examples
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import measure, tasks
+from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.train import loop, start
-from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
 from jaxtune.weights import source
@@ -66,7 +64,11 @@ def train(config: ConfigDict) -> None:
     before = after = None
     if held and config.eval.before_after:
         with clock("evaluation"):
-            before = _before(config, workdir, lambda: measure.measure(config, held, tokenizer, program, {**frozen, **state.params}, show, "before"))
+            before = _before(
+                config,
+                workdir,
+                lambda: measure.measure(config, held, tokenizer, program, {**frozen, **state.params}, show, "before"),
+            )
     with checkpoint.Checkpoints(config.workdir, config) as checkpoints:
         remembered = loop.Progress()
         if config.checkpoint.resume and (restored := checkpoints.restore(program.state)) is not None:
@@ -91,7 +93,9 @@ def train(config: ConfigDict) -> None:
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
-        _report(config, model, tokenizer, program, rows, held, outcome, (before, after), clock.seconds | outcome.seconds, folder)
+        seconds = clock.seconds | outcome.seconds
+        found = (rows.splits, rows.train.counts, held, outcome, before, after)
+        account.write(config, account.Run(model, tokenizer, program, *found, seconds, folder))
 
 
 def dry_run(config: ConfigDict) -> None:
@@ -103,13 +107,17 @@ def dry_run(config: ConfigDict) -> None:
     print(config_lib.to_json(config))
     batch = rows.batches[0]
     weights_T = np.concatenate([[0.0], batch["weights_BT"][0, :-1]])  # a weight stands where its token is predicted
-    print(f"\nfirst row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:")
+    print(
+        f"\nfirst row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:"
+    )
     for position, token in enumerate(batch["tokens_BT"][0]):
         segment, row = batch["segment_ids_BT"][0, position], batch["row_ids_BT"][0, position]
         if segment:
             name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
             print(f"  {position:5d}  segment {segment:3d}  {name:<24}  weight {weights_T[position]:g}  {text}")
-    print(f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding\n\n{start.summary(model, program)}; they are")
+    print(
+        f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding\n\n{start.summary(model, program)}; they are"
+    )
     for path, leaf in program.state.params.items():
         print(f"  {program.labels[path]:<10} {path}  {leaf.shape} {leaf.dtype}")
     rate, last = optim.schedule(config.optim, config.train.steps), config.train.steps
@@ -125,25 +133,35 @@ def evaluate(config: ConfigDict) -> None:
     splits = pipeline.load(config.data, _data_paths(config), tokenizer, show)
     held = measure.held_out(config, splits, tokenizer)
     if held is None:
-        raise UserError(f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split")
+        raise UserError(
+            f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
+        )
     result = measure.measure(config, held, tokenizer, program, params, show, what)
     tasks.write_predictions(folder / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
-    _write(folder / "evaluation.json", json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics}, indent=2) + "\n")
+    _write(
+        folder / "evaluation.json",
+        json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics}, indent=2) + "\n",
+    )
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
-    print(_table(config, {what: result}))
+    print(account.table(config, {what: result}))
 
 
 def generate(config: ConfigDict) -> None:
     """Answers every prompt of `generate.input`; writes a JSON line each, in order."""
     if not config.generate.input:
-        raise UserError("generate needs --config.generate.input=FILE: prompts or chats, in any format that data.format reads")
+        raise UserError(
+            "generate needs --config.generate.input=FILE: prompts or chats, in any format that data.format reads"
+        )
     examples, _ = read_examples(fetch.local(config.generate.input), config.data, answers=False)
     tokenizer, program, params, what = _ready(config)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
     texts = measure.generator(config, tokenizer, program, params, _progress(config), "answering")(prompts)
     output = Path(config.generate.output or Path(config.workdir) / "generations.jsonl")
-    lines = [{"row_id": e.row_id, "prompt": tokenizer.decode(p, skip_special=False), "generation": t} for e, p, t in zip(examples, prompts, texts, strict=True)]
+    lines = [
+        {"row_id": e.row_id, "prompt": tokenizer.decode(p, skip_special=False), "generation": t}
+        for e, p, t in zip(examples, prompts, texts, strict=True)
+    ]
     _write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"{len(lines)} answers by {what} in {output}")
 
@@ -168,7 +186,9 @@ def chat(config: ConfigDict) -> None:
             asked = [*messages, {"role": "user", "content": text}]
             try:
                 pieces = []
-                for piece in sampler.stream_text(tokenizer.encode(tokenizer.render(asked, add_generation_prompt=True)), *settings):
+                for piece in sampler.stream_text(
+                    tokenizer.encode(tokenizer.render(asked, add_generation_prompt=True)), *settings
+                ):
                     print(piece, end="", flush=True)
                     pieces.append(piece)
                 print()
@@ -239,12 +259,16 @@ def _write(path: Path, text: str) -> None:
 def _check_workdir(config: ConfigDict) -> None:
     """A used workdir is only entered to resume: nobody's run is overwritten."""
     if not config.checkpoint.resume and checkpoint.is_used(config.workdir):
-        raise UserError(f"workdir {config.workdir} holds an earlier run: add --config.checkpoint.resume=True to go on with it, or choose another --workdir")
+        raise UserError(
+            f"workdir {config.workdir} holds an earlier run: add --config.checkpoint.resume=True to go on with it, or choose another --workdir"
+        )
 
 
 def _data_paths(config: ConfigDict) -> dict[str, Path]:
     if not config.data.train:
-        raise UserError("data.train is empty: name a file of training rows (.jsonl, .csv, .tsv, .txt, .parquet; path or URI)")
+        raise UserError(
+            "data.train is empty: name a file of training rows (.jsonl, .csv, .tsv, .txt, .parquet; path or URI)"
+        )
     return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
 
 
@@ -253,15 +277,25 @@ def _read_rows(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
     data, training = config.data, config.train
     splits = pipeline.load(data, _data_paths(config), tokenizer, show)
     rows = pipeline.tokenize(splits.train, tokenizer, data, show)
-    validation = pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation") if splits.validation else None
-    batches = pipeline.BatchSource(rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id)
+    validation = (
+        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation")
+        if splits.validation
+        else None
+    )
+    batches = pipeline.BatchSource(
+        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id
+    )
     training.steps = training.steps or max(1, round(training.epochs * batches.steps_per_epoch))
     return Rows(splits, rows, validation, batches)
 
 
 def _data_summary(config: ConfigDict, rows: Rows) -> str:
     c = rows.train.counts
-    lost = {name: n for name, n in {**rows.splits.counts, **c}.items() if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop")}
+    lost = {
+        name: n
+        for name, n in {**rows.splits.counts, **c}.items()
+        if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop")
+    }
     note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
     return (
         f"data: {c['rows']:,} rows, {c['tokens']:,} tokens ({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows{note}; "
@@ -319,98 +353,9 @@ def _ready(config: ConfigDict) -> tuple[Tokenizer, Program, Params, str]:
     restored = _trained(config, program)
     if restored:
         return tokenizer, program, {**frozen, **restored[1]}, f"{config.name} after step {restored[0]}"
-    return tokenizer, program, {**frozen, **state.params}, f"{model.uri}" + (f" with {config.tune.adapter}" if config.tune.adapter else "")
-
-
-def _table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
-    """Metrics of one or more models side by side, with their intervals."""
-    names = list(results)
-    lines = [f"{'':<14}" + "".join(f"{name[:28]:>30}" for name in names)]
-    for metric in results[names[0]].metrics:
-        cells = [results[name].metrics[metric] for name in names]
-        lines.append(f"{metric:<14}" + "".join(f"{f'{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]':>30}" for e in cells))
-    return "\n".join(lines) + f"\n({config.eval.confidence:.0%} bootstrap intervals)"
-
-
-def _report(
-    config: ConfigDict, model: source.Model, tokenizer: Tokenizer, program: Program, rows: Rows, held: measure.HeldOut | None,
-    outcome: loop.Outcome, results: tuple[tasks.Result | None, tasks.Result | None], seconds: dict[str, float], folder: Path,
-) -> None:  # fmt: skip
-    """Writes report.html and report.json, and prints the before/after table."""
-    before, after = results
-    workdir, counts, told = Path(config.workdir), rows.train.counts, outcome.progress
-    difference = tasks.compare(before, after) if before and after else {}
-    dropped = {k.replace("_", " "): n for k, n in {**rows.splits.counts, **counts}.items() if n and k not in _NOT_DROPPED}
-    facts: dict[str, Any] = {
-        "name": config.name,
-        "about": {"Model": model.uri, "Method": _method(config, program), "Hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
-        "notices": told.notices,
-        "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,
-        "before": before.metrics if before else {},
-        "after": after.metrics if after else {},
-        "difference": difference,
-        "train": {
-            "steps": outcome.steps,
-            "trained_tokens": told.trained_tokens,
-            "tokens_per_second": round(outcome.tokens_per_second, 1),
-            "seconds": round(seconds["first_step"] + seconds["training"], 2),
-            "peak_memory_bytes": _peak_memory_bytes(),
-            "best_step": told.best_step,
-            "best_validation_loss": told.best_loss,
-        },
-        "data": {**{k: counts[k] for k in ("rows", "tokens", "trained_tokens", "truncated")}, "validation_rows": len(rows.splits.validation),
-                 "measured_rows": len(after.rows) if after else 0, "padding_share": outcome.padding_share, "dropped": dropped},
-        "seconds": {part: round(value, 2) for part, value in seconds.items()},
-        "how_to": _how_to(config, model, folder),
-        "config": config.to_dict(),
-        "examples": _examples(held, before, after, tokenizer),
-    }  # fmt: skip
-    if after and after.confusion is not None:
-        facts["confusion"] = {"labels": after.labels, **{k: r.confusion.tolist() for k, r in (("before", before), ("after", after)) if r and r.confusion is not None}}
-    if config.tracking.report:
-        with tracking.writing(workdir / "report.html"):
-            report.write(workdir, facts)
-    if after:
-        print(_table(config, {"before": before, "after": after} if before else {"after": after}))
-    for name, gap in difference.items():
-        print(f"{name}: {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})")
-    print(f"result in {folder}" + (f", report in {workdir / 'report.html'}" if config.tracking.report else ""))
-
-
-_NOT_DROPPED = ("train", "validation", "test", "rows", "tokens", "trained_tokens", "truncated", "without_trained_stop")
-
-
-def _method(config: ConfigDict, program: Program) -> str:
-    trained = state_lib.num_params(program.state.params)
-    how = f"LoRA, rank {program.lora.rank}, alpha {program.lora.alpha:g}" if program.lora else f"{config.tune.method} fine-tuning"
-    return f"{how}: {trained:,} trained parameters"
-
-
-def _peak_memory_bytes() -> int:
-    """The device's peak where it reports one, else this process's."""
-    stats = jax.local_devices()[0].memory_stats()
-    return int(stats["peak_bytes_in_use"]) if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _examples(held: measure.HeldOut | None, before: tasks.Result | None, after: tasks.Result | None, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """A few held-out rows with both answers, changed ones first."""
-    if not held or not held.rows or not before or not after:
-        return []
-    trios = list(zip(held.rows, before.rows, after.rows, strict=True))
-    trios.sort(key=lambda trio: trio[1]["prediction"] == trio[2]["prediction"])
-    return [
-        {"prompt": tokenizer.decode(row["prompt_ids"]), "answer": row["answer"], "before": b["prediction"], "after": a["prediction"]}
-        for row, b, a in trios[:6]
-    ]
-
-
-def _how_to(config: ConfigDict, model: source.Model, folder: Path) -> list[tuple[str, str]]:
-    base = f'"{model.path.parent}", gguf_file="{model.path.name}"' if model.path and model.path.is_file() else f'"{model.path or model.uri}"'
-    load = f"from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained({base})"
-    if (folder / "adapter_config.json").exists():
-        load = f'from peft import PeftModel\n{load}\nmodel = PeftModel.from_pretrained(base, "{folder}")'
-    else:
-        load = f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
-    again = f"python -m jaxtune.launch chat --config={Path(config.workdir) / 'config.json'} --workdir={config.workdir}"
-    merge = again.replace(" chat ", " export ") + " --config.export.merge=True"
-    return [("In PyTorch", load), ("In the terminal", again), ("As one merged model folder", merge)]
+    return (
+        tokenizer,
+        program,
+        {**frozen, **state.params},
+        f"{model.uri}" + (f" with {config.tune.adapter}" if config.tune.adapter else ""),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -48,7 +49,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"mesh {asked}: sizes must be positive, and at most one may be -1")
     known = math.prod(size for size in sizes if size != -1)
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        raise UserError(f"mesh {asked} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)} (one may be -1)")
+        raise UserError(
+            f"mesh {asked} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)} (one may be -1)"
+        )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES)
@@ -78,11 +81,17 @@ def check_dims(mesh: Mesh, **dims: int) -> None:
     """
     for name, size in dims.items():
         if size % mesh.shape["tensor"]:
-            raise UserError(f"mesh.tensor={mesh.shape['tensor']} does not divide the model's {size} {name}: choose a divisor of {size}")
+            raise UserError(
+                f"mesh.tensor={mesh.shape['tensor']} does not divide the model's {size} {name}: choose a divisor of {size}"
+            )
 
 
 def param_sharding(
-    path: str, shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh, overrides: Sequence[tuple[str, Sequence[str]]] = ()
+    path: str,
+    shape: tuple[int, ...],
+    axes: Sequence[str | None],
+    mesh: Mesh,
+    overrides: Sequence[tuple[str, Sequence[str]]] = (),
 ) -> NamedSharding:
     """The sharding of one parameter, by its logical axes or by the first override whose regex matches its path.
 
@@ -94,7 +103,9 @@ def param_sharding(
     for pattern, mesh_axes in overrides:
         if re.fullmatch(pattern, path):
             if len(mesh_axes) != len(shape) or any(a and a not in AXES for a in mesh_axes):
-                raise UserError(f"mesh.rules {pattern!r}: {path} has {len(shape)} dims {shape}; give one of {AXES} or '' for each")
+                raise UserError(
+                    f"mesh.rules {pattern!r}: {path} has {len(shape)} dims {shape}; give one of {AXES} or '' for each"
+                )
             parts = [(a,) if a else None for a in mesh_axes]
             axes = ("",) * len(shape)
             break
@@ -152,7 +163,7 @@ def to_global(batch: Batch, mesh: Mesh, batch_size: int) -> dict[str, jax.Array]
     sharding, rows = batch_sharding(mesh), host_rows(mesh, batch_size)
 
     def one(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))
             return local[first : first + stop - start]
@@ -176,5 +187,7 @@ def to_host(array: jax.Array) -> np.ndarray:
     """The whole of a (possibly sharded) array, on every process; all processes must call it."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    gathered = jax.jit(lambda x: x, out_shardings=replicated(array.sharding.mesh))(array)
+    gathered = jax.jit(
+        lambda x: x, out_shardings=NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
+    )(array)
     return np.asarray(gathered.addressable_data(0))

@@ -1,4 +1,4 @@
-"""One labels tree says what trains: it drives the split, the optimizer's groups, weight decay and the export.
+"""One labels tree says what trains: it drives the split, the optimizer's groups and the export.
 
 Parameters are a flat dictionary, dotted path -> array. Labels: "lora_a", "lora_b", "magnitude" (DoRA), "full", "frozen".
 """
@@ -38,8 +38,3 @@ def split(params: Mapping[str, Leaf], labels: Mapping[str, str]) -> tuple[dict[s
     trainable = {path: value for path, value in params.items() if labels[path] != "frozen"}
     frozen = {path: value for path, value in params.items() if labels[path] == "frozen"}
     return trainable, frozen
-
-
-def decays(path: str) -> bool:
-    """Weight decay falls on matrices only: not on norms, biases or DoRA magnitudes."""
-    return path.rsplit(".", 1)[-1] in ("kernel", "table", "lora_a", "lora_b")

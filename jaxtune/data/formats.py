@@ -108,7 +108,7 @@ def _sharegpt(row: Row, data: ConfigDict, answers: bool) -> Example:
 
 
 def _alpaca(row: Row, data: ConfigDict, answers: bool) -> Example:
-    instruction, given = _field(row, "instruction"), row.get("input") or ""
+    instruction, given = _field(row, "instruction"), _field(row, "input") if row.get("input") else ""
     answer = _field(row, "output") if answers or "output" in row else None
     if data.chat:
         return _turns(row.get("system") or "", f"{instruction}\n\n{given}" if given else instruction, answer)

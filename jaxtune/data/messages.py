@@ -34,7 +34,8 @@ def check_messages(messages: list[Any], answers: bool = True) -> list[Message]:
 def _message(where: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise UserError(f"{where} is {message!r:.60}; expected an object with role and content")
-    role = _OTHER_ROLES.get(message.get("role", ""), message.get("role", ""))
+    role = message.get("role", "")
+    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         allowed = (*ROLES, *_OTHER_ROLES)
         raise UserError(f"{where}: unknown role {role!r}{nearest(str(role), allowed)}; allowed: {', '.join(allowed)}")
@@ -112,7 +113,7 @@ def from_sharegpt(turns: list[Any], system: Any = None) -> list[Message]:
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             has = ", ".join(map(repr, turn)) if isinstance(turn, dict) else repr(turn)[:60]
             raise UserError(f"turn {number} has {has}; expected 'from' and 'value'")
-        if turn["from"] not in _SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT_ROLES:
             role, known = turn["from"], list(_SHAREGPT_ROLES)
             hint = nearest(str(role), known)
             raise UserError(f"turn {number}: unknown role {role!r}{hint}; allowed: {', '.join(known)}")

@@ -16,8 +16,9 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import templates
 from jaxtune.data.batches import BatchSource, Rows, eval_batches, iterate, padding_share
 from jaxtune.data.formats import Example, read_examples
+from jaxtune.data.messages import ROLES
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.types import UserError
+from jaxtune.types import UserError, nearest
 
 __all__ = ["BatchSource", "Rows", "Splits", "eval_batches", "iterate", "load", "padding_share", "silent", "tokenize"]
 
@@ -47,6 +48,9 @@ def load(data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progres
     Raises:
       UserError: a bad row, a file without rows, or a split that leaves nothing to train on.
     """
+    for role in data.roles:
+        if role not in ROLES:
+            raise UserError(f"data.roles has {role!r}{nearest(str(role), ROLES)}; expected of {', '.join(ROLES)}")
     if tokenizer.chat_template is None and data.format in ("messages", "sharegpt"):
         tokenizer.render([])  # says what to do about it, before a long file is read
     dropped: Counter[str] = Counter()

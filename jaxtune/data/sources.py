@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ def read_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[int, 
       UserError: the file is missing, empty of structure, malformed, cut short, not UTF-8 or of an unknown kind.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; expected a data file ({', '.join(SUFFIXES)})")
     suffix = _suffix(path)
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
@@ -82,17 +85,34 @@ def _json_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
     except json.JSONDecodeError as error:
         hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
         raise UserError(f"{path.name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path.name}: not JSON that can be read ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path.name}: holds a JSON {_kind(rows)}; expected a list of objects, or rename it to .jsonl")
+    _whole_characters(path.name, text, rows)
     for number, row in enumerate(rows, 1):
         yield number, _object(path, number, row)
 
 
 def _parse(where: str, line: str) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a line") from None
+    except (RecursionError, ValueError) as error:  # brackets nested too deep, a number of thousands of digits
+        raise UserError(f"{where}: not JSON that can be read ({error}); expected one object a line") from None
+    _whole_characters(where, line, value)
+    return value
+
+
+def _whole_characters(where: str, text: str, value: Any) -> None:
+    """JSON can write half of a character (a lone surrogate, as in a cut-off emoji): no tokenizer takes that."""
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UserError(f"{where}: {half!r} is half of a character; mend the text, or remove it") from None
 
 
 def _object(path: Path, number: int, row: Any) -> Row:

@@ -63,11 +63,18 @@ class Tokenizer:
         else:
             if not (path / "tokenizer.json").is_file():
                 raise UserError(_no_tokenizer(path))
-            wrapped = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            try:
+                wrapped = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            except Exception as error:  # whatever a broken file raises, in tokenizers, transformers or JSON
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise UserError(f"the tokenizer of {str(path)!r} cannot be read ({what}); fetch it again") from None
         if chat_template:
             if not Path(chat_template).is_file():
                 raise UserError(f"model.chat_template names {str(chat_template)!r}, which is not a file")
-            wrapped.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            try:
+                wrapped.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError:
+                raise UserError(f"model.chat_template={str(chat_template)!r} is not UTF-8 text") from None
         return cls(wrapped)
 
     def _find_pad(self) -> int:

@@ -67,7 +67,12 @@ def label_scorer(
 
 
 def _score(
-    graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, options_BCT: jax.Array, mask_BCT: jax.Array
+    graphdef: nnx.GraphDef,
+    params: Any,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    options_BCT: jax.Array,
+    mask_BCT: jax.Array,
 ) -> jax.Array:
     model = layers.bind(graphdef, params)
     B, C, T = options_BCT.shape
@@ -88,7 +93,13 @@ def _score(
 
 
 def row_nll(
-    graphdef: nnx.GraphDef, params: dict[str, jax.Array], rows: Rows, pad_id: int, batch_size: int, progress: Progress, label: str
+    graphdef: nnx.GraphDef,
+    params: dict[str, jax.Array],
+    rows: Rows,
+    pad_id: int,
+    batch_size: int,
+    progress: Progress,
+    label: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (summed nll in nats, number of trained tokens), each (M,): of every row, over its trained tokens alone."""
 
@@ -105,10 +116,18 @@ def row_nll(
     for group in progress(groups, len(groups), label):
         filled = group + [group[0]] * (batch_size - len(group))
         width = _rounded(int(max(rows.lengths[i] for i in filled)))
-        tokens_BT, weights_BT = np.full((batch_size, width), pad_id, np.int32), np.zeros((batch_size, width), np.float32)
+        tokens_BT, weights_BT = (
+            np.full((batch_size, width), pad_id, np.int32),
+            np.zeros((batch_size, width), np.float32),
+        )
         for b, i in enumerate(filled):
             start, stop = rows.offsets[i], rows.offsets[i + 1]
-            tokens_BT[b, : stop - start], weights_BT[b, : stop - start] = rows.tokens[start:stop], rows.weights[start:stop] != 0
-        sums_M[group] = to_host(run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), weights_BT))[: len(group)]
+            tokens_BT[b, : stop - start], weights_BT[b, : stop - start] = (
+                rows.tokens[start:stop],
+                rows.weights[start:stop] != 0,
+            )
+        sums_M[group] = to_host(run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), weights_BT))[
+            : len(group)
+        ]
         counts_M[group] = (weights_BT[: len(group), 1:] != 0).sum(1)
     return sums_M, counts_M

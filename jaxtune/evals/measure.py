@@ -48,24 +48,40 @@ def held_out(config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer) 
     without = [e.row_id for e in examples if e.answer is None]
     if without:
         raise UserError(f"eval.metric={metric!r} needs an answer in every row; {without[0]} has none: use 'perplexity'")
-    rows = [{"row_id": e.row_id, "answer": e.answer, "prompt_ids": templates.prompt_ids(e, tokenizer)} for e in examples]
+    rows: list[dict[str, Any]] = [
+        {"row_id": e.row_id, "answer": e.answer, "prompt_ids": templates.prompt_ids(e, tokenizer)} for e in examples
+    ]
     if metric == "exact_match":
         return HeldOut(metric, examples, (), rows)
     labels = tuple(config.eval.labels) or tuple(sorted({e.answer or "" for s in splits[:3] for e in s}))
     if not 2 <= len(labels) <= _MANY_LABELS:
-        raise UserError(f"eval.metric='labels' found {len(labels)} different answers; expected 2 to {_MANY_LABELS}: set eval.labels or another metric")
+        raise UserError(
+            f"eval.metric='labels' found {len(labels)} different answers; expected 2 to {_MANY_LABELS}: set eval.labels or another metric"
+        )
     for row, example in zip(rows, examples, strict=True):
         row["prompt_ids"], row["candidate_ids"] = templates.continuations(example, labels, tokenizer)
     return HeldOut(metric, examples, labels, rows)
 
 
 def measure(
-    config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Program, params: Params, progress: Progress, what: str
+    config: ConfigDict,
+    held: HeldOut,
+    tokenizer: Tokenizer,
+    program: Program,
+    params: Params,
+    progress: Progress,
+    what: str,
 ) -> tasks.Result:
     """Measures one model on the held-out rows; every figure with a bootstrap interval."""
-    options = {"num_samples": config.eval.bootstrap_samples, "confidence": config.eval.confidence, "seed": config.train.seed}
+    options = {
+        "num_samples": config.eval.bootstrap_samples,
+        "confidence": config.eval.confidence,
+        "seed": config.train.seed,
+    }
     if held.metric == "exact_match":
-        return tasks.exact_match(held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options)
+        return tasks.exact_match(
+            held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options
+        )
     if held.metric == "labels":
         size = config.eval.batch_size
         score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, f"scoring, {what}")
@@ -90,7 +106,13 @@ def _trained_bytes(rows: pipeline.Rows, tokenizer: Tokenizer) -> np.ndarray:
 def sampler(tokenizer: Tokenizer, program: Program, params: Params) -> Sampler:
     """A sampler over these parameters."""
     return Sampler(
-        program.inference, params, tokenizer.decode, tokenizer.stop_ids, tokenizer.pad_id, tokenizer.vocab_size, program.model_config.max_positions
+        program.inference,
+        params,
+        tokenizer.decode,
+        tokenizer.stop_ids,
+        tokenizer.pad_id,
+        tokenizer.vocab_size,
+        program.model_config.max_positions,
     )
 
 
@@ -107,7 +129,12 @@ def generator(
         for group in progress(groups, len(groups), label):
             filled = group + [group[0]] * (options.batch_size - len(group))
             made = own.generate(
-                [prompts[i] for i in filled], Sampling.from_config(options), options.max_new_tokens, options.seed, options.stop, filled
+                [prompts[i] for i in filled],
+                Sampling.from_config(options),
+                options.max_new_tokens,
+                options.seed,
+                options.stop,
+                filled,
             )
             for i, text in zip(group, made, strict=False):
                 texts[i] = text

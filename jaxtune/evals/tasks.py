@@ -224,7 +224,9 @@ def to_json(result: Result) -> str:
     """Returns a result as JSON text that `from_json` reads back equal."""
     confusion = None if result.confusion is None else result.confusion.tolist()
     metrics = {name: list(estimate) for name, estimate in result.metrics.items()}
-    return json.dumps({"metrics": metrics, "rows": result.rows, "labels": result.labels, "confusion": confusion}, ensure_ascii=False)
+    return json.dumps(
+        {"metrics": metrics, "rows": result.rows, "labels": result.labels, "confusion": confusion}, ensure_ascii=False
+    )
 
 
 def from_json(text: str) -> Result:

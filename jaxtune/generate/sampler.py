@@ -53,7 +53,9 @@ class Sampler:
         self._max_positions = max_positions
         self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="slots")
         self._step = jax.jit(
-            partial(_decode_block, graphdef, self._stop_ids, pad_id, vocab_size), static_argnames=("sampling", "count"), donate_argnames="at"
+            partial(_decode_block, graphdef, self._stop_ids, pad_id, vocab_size),
+            static_argnames=("sampling", "count"),
+            donate_argnames="at",
         )
         self._first = jax.jit(partial(_first_token, self._stop_ids, vocab_size), static_argnames="sampling")
 
@@ -78,7 +80,9 @@ class Sampler:
             )
         width, slots = _rounded(longest), _rounded(_rounded(longest) + max_new_tokens)
         tokens_BT, lengths_B = left_padded(prompts, width, self._pad_id)
-        keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(range(len(prompts)) if rows is None else rows))
+        keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(
+            jnp.asarray(range(len(prompts)) if rows is None else rows)
+        )
         cache, logits_BV = self._prefill(self._params, tokens_BT, lengths_B, slots=slots)
         token_B, done_B = self._first(logits_BV, keys_B, sampling=sampling)
         at = _Decoding(cache, token_B, jnp.asarray(lengths_B), done_B, jnp.int32(1))
@@ -110,7 +114,9 @@ class Sampler:
         ends = np.flatnonzero(np.isin(tokens, self._stop_ids))
         return ([int(t) for t in tokens[: ends[0]]], True) if len(ends) else ([int(t) for t in tokens], False)
 
-    def stream_text(self, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int = 0, stop: Sequence[str] = ()) -> Iterator[str]:
+    def stream_text(
+        self, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int = 0, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
         """Yields the answer to one prompt in pieces of whole characters, as it is made."""
         made: list[int] = []
         shown, ended = "", False
@@ -159,20 +165,31 @@ def prefill(model: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) 
     return cache, hidden_BTD[:, -1]
 
 
-def _prefill(graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) -> tuple[Any, jax.Array]:
+def _prefill(
+    graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int
+) -> tuple[Any, jax.Array]:
     model = layers.bind(graphdef, params)
     cache, last_BD = prefill(model, tokens_BT, lengths_B, slots)
     return cache, model.head(last_BD)
 
 
-def _next(stop_ids: tuple[int, ...], vocab_size: int, logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array, step: jax.Array) -> Any:
+def _next(
+    stop_ids: tuple[int, ...],
+    vocab_size: int,
+    logits_BV: jax.Array,
+    sampling: Sampling,
+    keys_B: jax.Array,
+    step: jax.Array,
+) -> Any:
     real_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
     logits_BV = jnp.where(real_V[None, :], logits_BV, -1e30)
     token_B = draw(logits_BV, sampling, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B))
     return token_B, jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32))
 
 
-def _first_token(stop_ids: tuple[int, ...], vocab_size: int, logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> Any:
+def _first_token(
+    stop_ids: tuple[int, ...], vocab_size: int, logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling
+) -> Any:
     return _next(stop_ids, vocab_size, logits_BV, sampling, keys_B, jnp.int32(0))
 
 

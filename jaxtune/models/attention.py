@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models.layers import Runtime
+from jaxtune.models.layers import Runtime, recomputed
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite too
 _QUERY_BLOCK_TOKENS = 512
@@ -38,14 +38,14 @@ def attend(
         return _splash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, run)
     num_tokens = q_BTNH.shape[1]
     if num_tokens <= _QUERY_BLOCK_TOKENS or num_tokens % _QUERY_BLOCK_TOKENS:
-        return _dense(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, jnp.asarray(offset))
+        return recomputed(_dense)(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, jnp.asarray(offset))
 
     num_blocks = num_tokens // _QUERY_BLOCK_TOKENS
 
     def blocks(x: jax.Array) -> jax.Array:  # (B, T, …) -> (blocks, B, T / blocks, …)
         return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, _QUERY_BLOCK_TOKENS, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint  # the backward pass recomputes a block's scores instead of keeping all of them
+    @recomputed
     def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, segments, index = args
         return _dense(q, k_BSKH, v_BSKH, segments, k_segments_BS, offset + index * _QUERY_BLOCK_TOKENS)
@@ -79,7 +79,8 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    assert run.mesh is not None and run.spec is not None, "splash attention needs the mesh"
+    assert run.mesh is not None, "splash attention needs the mesh"
+    assert run.spec is not None, "splash attention needs the rules of the mesh"
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     interpret = run.mesh.devices.flat[0].platform != "tpu"
     block = next(b for b in (1024, 512, 256, 128) if T % b == 0)

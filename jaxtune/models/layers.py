@@ -7,6 +7,7 @@ of layers is one module whose parameters carry a leading "layers" dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,11 @@ class Runtime(NamedTuple):
     constrain: Callable[[jax.Array, Axes], jax.Array] = unconstrained
 
 
+# For cheap functions of large arrays: the backward pass computes them again instead of keeping what they made. Layers
+# run in a scan, whose forward and backward bodies are apart, so nothing can merge the two computations again.
+recomputed = partial(jax.checkpoint, prevent_cse=False)
+
+
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     """A vector over the last dim, with the rank of `like`: (n,) -> (1, …, 1, n)."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
@@ -51,13 +57,21 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, axes: Axes, run: Runtime, rngs: nnx.Rngs, *, use_bias: bool = False, std: float = 0.02
+        self,
+        in_dim: int,
+        out_dim: int,
+        axes: Axes,
+        run: Runtime,
+        rngs: nnx.Rngs,
+        *,
+        use_bias: bool = False,
+        std: float = 0.02,
     ):
         self.run = run
         kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * std
         self.kernel = nnx.Param(kernel.astype(run.param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_dim,), run.param_dtype), axes=(axes[1],)) if use_bias else None
-        self.adapter = nnx.data(None)
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x: (..., in) -> (..., out) in the compute dtype. `key` feeds the adapter's dropout; None switches it off."""
@@ -95,9 +109,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), run.param_dtype), axes=("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * along_last(self.scale[...].astype(jnp.float32), x32)).astype(self.run.compute_dtype)
+
+        @recomputed
+        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+            x32 = x.astype(jnp.float32)
+            x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+            return (x32 * along_last(scale.astype(jnp.float32), x32)).astype(self.run.compute_dtype)
+
+        return norm(x, self.scale[...])
 
 
 class KVCache(NamedTuple):
@@ -135,7 +154,11 @@ _POLICIES: dict[str, Any] = {
 
 
 def run_stack(
-    layers: nnx.Module, x: jax.Array, body: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]], carry: Any, run: Runtime
+    layers: nnx.Module,
+    x: jax.Array,
+    body: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    carry: Any,
+    run: Runtime,
 ) -> tuple[jax.Array, Any]:
     """Runs stacked layers in order: `x, carry = body(layer, x, index, carry)` for each.
 
@@ -145,7 +168,7 @@ def run_stack(
     graphdef, stacked = nnx.split(layers)
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
 
-    def one(x_carry: tuple[jax.Array, Any], params_index: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
+    def one(x_carry: tuple[jax.Array, Any], params_index: Any) -> tuple[tuple[jax.Array, Any], None]:
         params, index = params_index
         return body(nnx.merge(graphdef, params), x_carry[0], index, x_carry[1]), None
 
@@ -172,4 +195,6 @@ def bind(graphdef: nnx.GraphDef, params: dict[str, jax.Array]) -> Any:
     def key(part: str) -> str | int:
         return int(part) if part.isdigit() else part
 
-    return nnx.merge(graphdef, nnx.from_flat_state([(tuple(map(key, path.split("."))), value) for path, value in params.items()]))
+    return nnx.merge(
+        graphdef, nnx.from_flat_state([(tuple(map(key, path.split("."))), value) for path, value in params.items()])
+    )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.models import naming, rope
 from jaxtune.models.attention import attend
 from jaxtune.models.heads import LMHead, TiedHead
-from jaxtune.models.layers import Embed, KVCache, Linear, RMSNorm, Runtime, run_stack, stack
+from jaxtune.models.layers import Embed, KVCache, Linear, RMSNorm, Runtime, recomputed, run_stack, stack
 from jaxtune.types import UserError
 
 
@@ -63,7 +62,14 @@ class Attention(nnx.Module):
             k_BSKH = jax.lax.dynamic_index_in_dim(cache.k_LBSKH, index, keepdims=False)
             v_BSKH = jax.lax.dynamic_index_in_dim(cache.v_LBSKH, index, keepdims=False)
             out_BTNH = attend(
-                q_BTNH, k_BSKH, v_BSKH, where.segment_ids_BT, cache.segment_ids_BS, run, offset=cache.used, self_attention=False
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                where.segment_ids_BT,
+                cache.segment_ids_BS,
+                run,
+                offset=cache.used,
+                self_attention=False,
             )
         return self.o_proj(out_BTNH.reshape(B, T, c.num_heads * c.head_dim), key), cache
 
@@ -76,7 +82,9 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(c.ffn_dim, c.dim, ("mlp", "embed"), run, rngs, use_bias=c.mlp_bias)
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
-        h_BTF = jax.nn.silu(self.gate_proj(x_BTD, key)) * self.up_proj(x_BTD, key)
+        h_BTF = recomputed(lambda gate, up: jax.nn.silu(gate) * up)(
+            self.gate_proj(x_BTD, key), self.up_proj(x_BTD, key)
+        )
         return self.down_proj(self.run.constrain(h_BTF, ("batch", "length", "mlp")), key)
 
 
@@ -199,7 +207,9 @@ def weights(c: Config) -> list[naming.Weight]:
     return table if c.tied_head else table + naming.linear("lm_head", "lm_head")
 
 
-def _preset(dim: int, layers: int, heads: int, kv: int, ffn: int, vocab: int, theta: float, **more: Any) -> dict[str, Any]:
+def _preset(
+    dim: int, layers: int, heads: int, kv: int, ffn: int, vocab: int, theta: float, **more: Any
+) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": dim, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": ffn, "vocab_size": vocab,

@@ -56,7 +56,9 @@ def check_attributes(config: dict[str, Any], handled: Iterable[str], family: str
       UserError: naming the attribute and its value.
     """
     if config.get("quantization_config"):
-        raise UserError("config.json has quantization_config: pre-quantised weights are not supported; use the full-precision model")
+        raise UserError(
+            "config.json has quantization_config: pre-quantised weights are not supported; use the full-precision model"
+        )
     if config.get("rope_interleaved"):
         raise UserError("config.json has rope_interleaved=True: expected the half-split rotary layout of transformers")
     known = HARMLESS | set(handled)
@@ -71,5 +73,7 @@ def check_attributes(config: dict[str, Any], handled: Iterable[str], family: str
 def required(config: dict[str, Any], name: str, kind: Callable[[Any], Any] = int) -> Any:
     """Returns `config[name]` as `kind`, or raises `UserError` naming what is missing."""
     if config.get(name) is None:
-        raise UserError(f"config.json lacks {name!r}: is this a model folder of this architecture? It has {sorted(config)[:12]}")
+        raise UserError(
+            f"config.json lacks {name!r}: is this a model folder of this architecture? It has {sorted(config)[:12]}"
+        )
     return kind(config[name])

@@ -46,9 +46,8 @@ def from_hf(config: dict[str, Any], head_dim: int) -> Rope:
     try:
         if kind == "linear":
             return Rope(tuple(base / float(scaling["factor"])))
-        if kind == "dynamic":
-            length = int(scaling.get("original_max_position_embeddings") or max_length)
-            return Rope(tuple(base), 1.0, (theta, float(scaling["factor"]), length))
+        if kind == "dynamic":  # transformers ignores `original_max_position_embeddings` for this type alone
+            return Rope(tuple(base), 1.0, (theta, float(scaling["factor"]), max_length))
         if kind == "llama3":
             return Rope(tuple(_llama3(base, scaling)))
         if kind == "yarn":
@@ -79,8 +78,9 @@ def _yarn(base: np.ndarray, theta: float, head_dim: int, scaling: dict[str, Any]
     attention = scaling.get("attention_factor")
     if attention is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        both = mscale and mscale_all
-        attention = temperature(factor, mscale) / temperature(factor, mscale_all) if both else temperature(factor)
+        attention = temperature(factor)
+        if mscale and mscale_all:
+            attention = temperature(factor, mscale) / temperature(factor, mscale_all)
 
     def dim_of(rotations: float) -> float:  # the dim that turns so many times within the original length
         return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))

@@ -30,7 +30,9 @@ class Policy(NamedTuple):
     head: Head
 
 
-LossFn = Callable[[Policy, dict[str, Policy], dict[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array, Metrics]]
+LossFn = Callable[
+    [Policy, dict[str, Policy], dict[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array, Metrics]
+]
 CollectFn = Callable[..., dict[str, jax.Array]]
 
 
@@ -43,7 +45,9 @@ class Objective(NamedTuple):
     collect: CollectFn | None = None
 
 
-def cross_entropy(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+    head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns (sum of w * -log p(target), sum of w * [argmax = target]), both float32 scalars.
 
     The full logits (B, T, V) never exist. Tokens that train come first in each row, the projection runs chunk by chunk,
@@ -55,19 +59,33 @@ def cross_entropy(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, weig
     hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
     targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
     weights_BT = jnp.take_along_axis(weights_BT, order_BT, axis=1)
-    return _chunked(head.apply, min(head.chunk_tokens, targets_BT.shape[1]), head.params, hidden_BTD, targets_BT, weights_BT)
+    return _chunked(
+        head.apply, min(head.chunk_tokens, targets_BT.shape[1]), head.params, hidden_BTD, targets_BT, weights_BT
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
-    apply: Callable[[Any, jax.Array], jax.Array], chunk: int, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    apply: Callable[[Any, jax.Array], jax.Array],
+    chunk: int,
+    params: Any,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     sums, _, _ = _scan_chunks(apply, chunk, params, hidden_BTD, targets_BT, weights_BT, False, False)
     return sums
 
 
 def _scan_chunks(
-    apply: Any, chunk: int, params: Any, hidden_BTD: Any, targets_BT: Any, weights_BT: Any, want_hidden: bool, want_params: bool
+    apply: Any,
+    chunk: int,
+    params: Any,
+    hidden_BTD: Any,
+    targets_BT: Any,
+    weights_BT: Any,
+    want_hidden: bool,
+    want_params: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None, Any]:
     """Sums over chunks, and the gradients asked for: with respect to hidden (B, T, D) and to the head's parameters."""
     B, T, D = hidden_BTD.shape
@@ -94,12 +112,16 @@ def _scan_chunks(
         nll, correct, d_params = carry
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_pulls, *xs))
         more = jax.lax.cond(jnp.any(xs[2] != 0), value_and_pulls, lambda *_: zeros, *xs)
-        d_params = jax.tree.map(lambda total, new: total + new.astype(total.dtype), d_params, more[3]) if want_params else None
+        d_params = (
+            jax.tree.map(lambda total, new: total + new.astype(total.dtype), d_params, more[3]) if want_params else None
+        )
         return (nll + more[0], correct + more[1], d_params), more[2]
 
     d_params = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params) if want_params else None
     start = (jnp.float32(0), jnp.float32(0), d_params)
-    (nll, correct, d_params), d_hidden = jax.lax.scan(one, start, (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT)))
+    (nll, correct, d_params), d_hidden = jax.lax.scan(
+        one, start, (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT))
+    )
     if want_hidden:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, T + pad, D)[:, :T]
     return (nll, correct), d_hidden, d_params

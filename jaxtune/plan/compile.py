@@ -98,7 +98,12 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any]) -> Plan:
 
 
 def _peak(memory: Any) -> int:
-    summed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    summed = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return int(max(summed + memory.generated_code_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)))
 
 
@@ -111,12 +116,18 @@ def table(plan: Plan) -> str:
     """The plan as lines for a terminal."""
     gib = 1 << 30
     rows = [
-        ("topology", f"{plan.topology}: {plan.num_chips} chips, mesh " + " x ".join(f"{k}={v}" for k, v in plan.mesh.items())),
+        (
+            "topology",
+            f"{plan.topology}: {plan.num_chips} chips, mesh " + " x ".join(f"{k}={v}" for k, v in plan.mesh.items()),
+        ),
         ("parameters", f"{plan.num_params:,}, of which {plan.num_trainable_params:,} train"),
         ("arguments", f"{plan.argument_bytes / gib:.2f} GiB  (weights, optimizer state, batch)"),
         ("temporaries", f"{plan.temporary_bytes / gib:.2f} GiB  (activations, gradients, gathered weights)"),
         ("program", f"{plan.program_bytes / gib:.2f} GiB"),
-        ("peak HBM", f"{plan.peak_hbm_bytes / gib:.2f} of {plan.hbm_bytes / gib:.0f} GiB per device: {'fits' if plan.fits else 'DOES NOT FIT'}"),
+        (
+            "peak HBM",
+            f"{plan.peak_hbm_bytes / gib:.2f} of {plan.hbm_bytes / gib:.0f} GiB per device: {'fits' if plan.fits else 'DOES NOT FIT'}",
+        ),
         ("compiled in", f"{plan.compile_seconds:.0f} s"),
     ]
     return "\n".join(f"{name:>12}  {value}" for name, value in rows)

@@ -93,7 +93,11 @@ def train(
     seconds = {"compile": 0.0, "first_step": 0.0, "training": 0.0, "validation": 0.0}
     fields, batch_size = step_lib.fields(config), config.train.batch_size
     started = time.perf_counter()
-    run_step = step_lib.make(config, program).lower(program.state, program.frozen, step_lib.abstract_batch(config, program)).compile()
+    run_step = (
+        step_lib.make(config, program)
+        .lower(program.state, program.frozen, step_lib.abstract_batch(config, program))
+        .compile()
+    )
     evaluate = _evaluator(config, program, data)
     seconds["compile"] = time.perf_counter() - started
     stop_asked, saver = _Signals(), _Saver(config)
@@ -123,7 +127,9 @@ def train(
             pending = _Pending(step, metrics, batch)
             done = step + 1
             eval_loss = None
-            if evaluate and (done == last or (config.train.eval_every_steps and done % config.train.eval_every_steps == 0)):
+            if evaluate and (
+                done == last or (config.train.eval_every_steps and done % config.train.eval_every_steps == 0)
+            ):
                 settle()
                 began = time.perf_counter()
                 eval_loss = _validate(config, evaluate, state, frozen, tracker, progress, done)
@@ -187,7 +193,9 @@ def _record(
         return
     dump = workdir / f"bad_step_{record.step:06d}"
     np.savez_compressed(dump.with_suffix(".npz"), **record.batch)  # type: ignore[arg-type]
-    dump.with_suffix(".json").write_text(json.dumps({"step": record.step, **values, "rows": rows}, indent=2, default=str))
+    dump.with_suffix(".json").write_text(
+        json.dumps({"step": record.step, **values, "rows": rows}, indent=2, default=str)
+    )
     raise UserError(
         f"{what}: training stopped, the weights stay as they were before it. Its batch and the ids of its {len(rows)} rows "
         f"({', '.join(rows[:5])}{' …' if len(rows) > 5 else ''}) are in {dump}.npz and .json; "
@@ -214,7 +222,13 @@ def _evaluator(config: ConfigDict, program: Program, data: Data) -> Callable[[Pa
 
 
 def _validate(
-    config: ConfigDict, evaluate: Callable[..., dict[str, float]], state: State, frozen: Params, tracker: Any, progress: Progress, done: int
+    config: ConfigDict,
+    evaluate: Callable[..., dict[str, float]],
+    state: State,
+    frozen: Params,
+    tracker: Any,
+    progress: Progress,
+    done: int,
 ) -> float:
     """Measures validation loss after `done` steps; keeps the best, counts towards early stopping, and says when it overfits."""
     values = evaluate(state.params, frozen)
@@ -259,7 +273,8 @@ class _Signals:
     """Notices SIGTERM, which clouds send before they take a machine; all processes of a run agree on the step."""
 
     def __init__(self) -> None:
-        self._asked, self._previous = False, None
+        self._asked = False
+        self._previous: Any = None
 
     def __enter__(self) -> None:
         if jax.process_count() == 1:

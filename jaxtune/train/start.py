@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +33,9 @@ def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
     return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options), values
 
 
-def load(config: ConfigDict, model: Model, program: Program, values: Adapter | None, progress: hf.Progress) -> tuple[State, Params]:
+def load(
+    config: ConfigDict, model: Model, program: Program, values: Adapter | None, progress: hf.Progress
+) -> tuple[State, Params]:
     """Streams the weights onto the mesh (random ones for a preset); returns the first state and the frozen params."""
     if model.tensors is None:
         base = state_lib.random_base(program, config.train.seed)
@@ -43,7 +44,9 @@ def load(config: ConfigDict, model: Model, program: Program, values: Adapter | N
     return state_lib.create(program, base, config.train.seed, values)
 
 
-def write_result(config: ConfigDict, model: Model, tokenizer: Tokenizer | None, program: Program, params: Params, frozen: Params) -> Path:
+def write_result(
+    config: ConfigDict, model: Model, tokenizer: Tokenizer | None, program: Program, params: Params, frozen: Params
+) -> Path:
     """Writes what was trained: a PEFT adapter folder, or with `export.merge`, full or head tuning a model folder.
 
     Both carry the tokenizer and its chat template. Every process must call it; the first writes.
@@ -52,7 +55,9 @@ def write_result(config: ConfigDict, model: Model, tokenizer: Tokenizer | None, 
     if program.lora is not None and not config.export.merge:
         folder = Path(config.export.output or Path(config.workdir) / "adapter")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        peft.save(folder, program.family, program.model_config, params, program.lora, str(model.path or model.uri), write)
+        peft.save(
+            folder, program.family, program.model_config, params, program.lora, str(model.path or model.uri), write
+        )
     else:
         folder = Path(config.export.output or Path(config.workdir) / "model")
         folder.parent.mkdir(parents=True, exist_ok=True)

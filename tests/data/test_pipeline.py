@@ -260,32 +260,28 @@ def test_without_shuffle_the_file_s_order_is_kept(rows: Rows) -> None:
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_iterate_resumes_at_any_step(rows: Rows, hosts: int) -> None:
     source = make(rows)
-    whole = list(pipeline.iterate(source, 0, 25, hosts - 1, hosts))
-    tail = list(pipeline.iterate(source, 11, 14, hosts - 1, hosts, prefetch=1))
+    mine = np.split(np.arange(source.batch_size), hosts)[-1]
+    whole = list(pipeline.iterate(source, 0, 25, mine))
+    tail = list(pipeline.iterate(source, 11, 14, mine, prefetch=1))
     assert len(whole) == 25
     assert all(same(a, b) for a, b in zip(whole[11:], tail, strict=True))
-    assert same(whole[3], source.local(3, hosts - 1, hosts))
+    assert same(whole[3], source.local(3, mine))
     assert list(pipeline.iterate(source, 5, 0)) == []
 
 
 @pytest.mark.parametrize("error", [ValueError, StopIteration, IndexError])
 def test_errors_of_reader_threads_surface(rows: Rows, error: type[Exception]) -> None:
     class Broken(BatchSource):
-        def local(self, step: int, process_index: int, process_count: int) -> Batch:
+        def local(self, step: int, batch_rows: np.ndarray) -> Batch:
             if step == 3:
                 raise error("broken row")
-            return super().local(step, process_index, process_count)
+            return super().local(step, batch_rows)
 
     batches = pipeline.iterate(Broken(rows, 24, True, True, 0, 4, 0), 1, 9)
     assert [next(batches) is not None for _ in range(2)] == [True, True]
     with pytest.raises(RuntimeError, match="batch of step 3 could not be made") as caught:
         next(batches)
     assert isinstance(caught.value.__cause__, error)
-
-
-def test_batch_that_does_not_divide_by_hosts(rows: Rows) -> None:
-    with pytest.raises(UserError, match=r"train\.batch_size=4 does not divide by 3 hosts"):
-        make(rows).local(0, 0, 3)
 
 
 def test_steps_outside_the_run_are_refused(rows: Rows) -> None:

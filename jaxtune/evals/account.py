@@ -1,0 +1,177 @@
+"""A run's account to its reader: report.html and report.json, and the before/after table in the terminal."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtune import report, tracking
+from jaxtune.config import ConfigDict
+from jaxtune.data import pipeline
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.evals import measure, tasks
+from jaxtune.train import loop
+from jaxtune.train import state as state_lib
+from jaxtune.train.state import Program
+from jaxtune.weights import source
+
+
+def table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
+    """Metrics of one or more models side by side, with their intervals."""
+    names = list(results)
+    lines = [f"{'':<14}" + "".join(f"{name[:28]:>30}" for name in names)]
+    for metric in results[names[0]].metrics:
+        cells = [results[name].metrics[metric] for name in names]
+        lines.append(f"{metric:<14}" + "".join(f"{f'{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]':>30}" for e in cells))
+    return "\n".join(lines) + f"\n({config.eval.confidence:.0%} bootstrap intervals)"
+
+
+class Run(NamedTuple):
+    """All that an account is made from. `data_counts` are rows and tokens by kind; `folder` holds the result."""
+
+    model: source.Model
+    tokenizer: Tokenizer
+    program: Program
+    splits: pipeline.Splits
+    data_counts: dict[str, int]
+    held: measure.HeldOut | None
+    outcome: loop.Outcome
+    before: tasks.Result | None
+    after: tasks.Result | None
+    seconds: dict[str, float]
+    folder: Path
+
+
+def write(config: ConfigDict, run: Run) -> None:
+    """Writes report.html and report.json, and prints the before/after table."""
+    before, after, workdir = run.before, run.after, Path(config.workdir)
+    difference = tasks.compare(before, after) if before and after else {}
+    if config.tracking.report:
+        facts = {
+            "name": config.name,
+            "about": _about(config, run),
+            "notices": run.outcome.progress.notices + _data_notices(run.data_counts),
+            "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,
+            "before": before.metrics if before else {},
+            "after": after.metrics if after else {},
+            "difference": difference,
+            "confusion": _confusion(before, after),
+            "train": _training(run),
+            "data": _data(run),
+            "seconds": {part: round(value, 2) for part, value in run.seconds.items()},
+            "how_to": _how_to(config, run.model, run.folder),
+            "config": config.to_dict(),
+            "examples": _examples(run.held, before, after, run.tokenizer),
+        }
+        with tracking.writing(workdir / "report.html"):
+            report.write(workdir, {name: fact for name, fact in facts.items() if fact is not None})
+    if after:
+        print(table(config, {"before": before, "after": after} if before else {"after": after}))
+    for name, gap in difference.items():
+        print(
+            f"{name}: {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
+        )
+    where = f", report in {workdir / 'report.html'}" if config.tracking.report else ""
+    print(f"result in {run.folder}{where}")
+
+
+def _about(config: ConfigDict, run: Run) -> dict[str, str]:
+    lora, trained = run.program.lora, state_lib.num_params(run.program.state.params)
+    how = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}" if lora else f"{config.tune.method} fine-tuning"
+    hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"Model": run.model.uri, "Method": f"{how}: {trained:,} trained parameters", "Hardware": hardware}
+
+
+def _training(run: Run) -> dict[str, Any]:
+    told = run.outcome.progress
+    return {
+        "steps": run.outcome.steps,
+        "trained_tokens": told.trained_tokens,
+        "tokens_per_second": round(run.outcome.tokens_per_second, 1),
+        "seconds": round(run.seconds["first_step"] + run.seconds["training"], 2),
+        "peak_memory_bytes": _peak_memory_bytes(),
+        "best_step": told.best_step,
+        "best_validation_loss": told.best_loss,
+    }
+
+
+def _data(run: Run) -> dict[str, Any]:
+    counts = run.data_counts
+    lost = {**run.splits.counts, **counts}
+    return {
+        **{name: counts[name] for name in ("rows", "tokens", "trained_tokens", "truncated")},
+        "validation_rows": len(run.splits.validation),
+        "measured_rows": len(run.after.rows) if run.after else 0,
+        "padding_share": run.outcome.padding_share,
+        "dropped": {name.replace("_", " "): n for name, n in lost.items() if n and name not in _NOT_DROPPED},
+    }
+
+
+_NOT_DROPPED = ("train", "validation", "test", "rows", "tokens", "trained_tokens", "truncated", "without_trained_stop")
+
+
+def _data_notices(counts: dict[str, int]) -> list[str]:
+    notices = []
+    if counts["truncated"]:
+        notices.append(f"{counts['truncated']:,} rows were longer than data.max_length and cut.")
+    if counts["without_trained_stop"]:
+        notices.append(
+            f"{counts['without_trained_stop']:,} of {counts['rows']:,} rows never train a token that ends an answer: a model "
+            f"may not learn from them to stop."
+        )
+    return notices
+
+
+def _confusion(before: tasks.Result | None, after: tasks.Result | None) -> dict[str, Any] | None:
+    if after is None or after.confusion is None:
+        return None
+    sides = {"after": after.confusion.tolist()}
+    if before is not None and before.confusion is not None:
+        sides = {"before": before.confusion.tolist(), **sides}
+    return {"labels": list(after.labels), **sides}
+
+
+def _peak_memory_bytes() -> int:
+    """The device's peak where it reports one, else this process's."""
+    stats = jax.local_devices()[0].memory_stats()
+    return int(stats["peak_bytes_in_use"]) if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _examples(
+    held: measure.HeldOut | None, before: tasks.Result | None, after: tasks.Result | None, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """A few held-out rows with both answers, changed ones first."""
+    if not held or not held.rows or not before or not after:
+        return []
+    trios = list(zip(held.rows, before.rows, after.rows, strict=True))
+    trios.sort(key=lambda trio: trio[1]["prediction"] == trio[2]["prediction"])
+    return [
+        {
+            "prompt": tokenizer.decode(row["prompt_ids"]),
+            "answer": row["answer"],
+            "before": b["prediction"],
+            "after": a["prediction"],
+        }
+        for row, b, a in trios[:6]
+    ]
+
+
+def _how_to(config: ConfigDict, model: source.Model, folder: Path) -> list[tuple[str, str]]:
+    base = (
+        f'"{model.path.parent}", gguf_file="{model.path.name}"'
+        if model.path and model.path.is_file()
+        else f'"{model.path or model.uri}"'
+    )
+    load = f"from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained({base})"
+    if (folder / "adapter_config.json").exists():
+        load = f'from peft import PeftModel\n{load}\nmodel = PeftModel.from_pretrained(base, "{folder}")'
+    else:
+        load = (
+            f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
+        )
+    again = f"python -m jaxtune.launch chat --config={Path(config.workdir) / 'config.json'} --workdir={config.workdir}"
+    merge = again.replace(" chat ", " export ") + " --config.export.merge=True"
+    return [("In PyTorch", load), ("In the terminal", again), ("As one merged model folder", merge)]

@@ -1,0 +1,46 @@
+"""Every file in configs/: loads, validates, and its step traces with the shapes it promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxtune import config as config_lib
+from jaxtune import launch, sharding
+from jaxtune.train import state, step
+from jaxtune.weights.source import hf_preset
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+SHAPES = {"quickstart": "smollm2_135m", "smollm2_full": "smollm2_135m", "llama3_8b_lora": "llama3_1_8b"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_file(path: Path) -> None:
+    config = launch._config_file([f"--config={path}"])
+    config_lib.validate(config)
+    assert config.is_locked
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    program = state.abstract(config, hf_preset(SHAPES[path.stem]), mesh, 10)
+    batch = step.abstract_batch(config, program)
+    _, metrics = jax.eval_shape(step.make(config, program), program.state, program.frozen, batch)
+    assert metrics["loss"].shape == ()
+    trained, slots = state.num_params(program.state.params), jax.tree.leaves(program.state.opt_state)
+    assert sum(leaf.size for leaf in slots) <= 2 * trained + 16  # Adam's two moments, for what trains and nothing else
+
+
+def test_json_round_trip() -> None:
+    config = config_lib.base()
+    config.train.steps, config.data.columns, config.data.label_bins = 7, ("a", "b"), ((0.0, 1.0, "x"),)
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    assert again.is_locked
+
+
+def test_every_field_is_in_base_with_a_comment_and_none_is_read_by_get() -> None:
+    source = (Path(config_lib.__file__)).read_text()
+    for key in config_lib.keys(config_lib.base()):
+        assert f".{key.split('.')[-1]} = " in source
+    for path in Path(config_lib.__file__).parent.rglob("*.py"):
+        assert "config.get(" not in path.read_text().replace("hf_config.get(", ""), path
