@@ -66,30 +66,44 @@ def quickstart(model: Any = None) -> Any:
 
 
 def write_rows(config: Any, folder: Path) -> Path:
-    """Tokenises the config's training rows, once for every side; the tokenizer and the model's path go with them."""
+    """Writes what every side reads: the config's training rows, tokenised once, and the model as a Hugging Face folder.
+
+    (transformers reads a GGUF file too, but then its Trainer takes the model for a quantised one and refuses.)
+    """
     import numpy as np
 
     from jaxtune import fetch
     from jaxtune.data import pipeline
-    from jaxtune.weights import source
+    from jaxtune.weights import hf, source
 
     model = source.find(config)
+    assert model.tensors is not None, "a preset has no weights to compare with"
+    hf.save(folder / "model", model.hf_config, ((name, model.tensors.read(name)) for name in model.tensors.names()))
     tokenizer = source.find_tokenizer(config, model)
     examples = pipeline.load(config.data, {"train": fetch.local(config.data.train)}, tokenizer).train
     config.data.max_length, config.data.too_long = MAX_ROW_TOKENS, "drop"
     rows = pipeline.tokenize(examples, tokenizer, config.data)
     num_bins = pipeline.BatchSource(rows, 256, True, True, 0, 4, tokenizer.pad_id).num_bins
-    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(folder / "model")
     np.savez(
-        folder / "rows.npz", tokens=rows.tokens, weights=rows.weights, offsets=rows.offsets, model=str(model.path),
-        tokenizer=str(folder / "tokenizer"), pad_id=tokenizer.pad_id,
-        rows_per_step=round(len(rows) * BATCH_TOKENS / 256 / num_bins),
+        folder / "rows.npz", tokens=rows.tokens, weights=rows.weights, offsets=rows.offsets, model=str(folder / "model"),
+        pad_id=tokenizer.pad_id, rows_per_step=round(len(rows) * BATCH_TOKENS / 256 / num_bins),
     )  # fmt: skip
     return folder / "rows.npz"
 
 
-def jaxtune_step(rows: Any, layout: str, dtype: str) -> tuple[Any, Any, Any, Iterator[tuple[Any, Any]]]:
-    """The lowered step, its state and frozen params, and (batch on the host, batch on the device) without end."""
+class Jaxtune(NamedTuple):
+    """jaxtune's program and lowered step, its arrays, and batches on the device without end."""
+
+    program: Any
+    lowered: Any
+    state: Any
+    frozen: Any
+    batches: Iterator[Any]
+
+
+def jaxtune_step(rows: Any, layout: str, dtype: str) -> Jaxtune:
+    """The training step as jaxtune's loop makes it, for packed rows of `layout` tokens, over `write_rows`' data."""
     from jaxtune import sharding
     from jaxtune.data.batches import BatchSource, Rows
     from jaxtune.train import start
@@ -113,24 +127,22 @@ def jaxtune_step(rows: Any, layout: str, dtype: str) -> tuple[Any, Any, Any, Ite
     )
     fields = step_lib.fields(config)
 
-    def batches() -> Iterator[tuple[Any, Any]]:
+    def batches() -> Iterator[Any]:
         for number in range(sys.maxsize):
             host = data[number]
-            placed = sharding.to_global({name: host[name] for name in fields}, program.mesh, config.train.batch_size)
-            yield host, placed
+            yield sharding.to_global({name: host[name] for name in fields}, program.mesh, config.train.batch_size)
 
-    return lowered, state, frozen, batches()
+    return Jaxtune(program, lowered, state, frozen, batches())
 
 
 def run_jaxtune(rows: Any, layout: str, dtype: str, enough: Enough) -> list[Step]:
     """jaxtune's own step on packed rows of `layout` tokens."""
-    lowered, state, frozen, batches = jaxtune_step(rows, layout, dtype)
+    _, lowered, state, frozen, batches = jaxtune_step(rows, layout, dtype)
     steps: list[Step] = []
     began = time.perf_counter()
     run = lowered.compile()
     while not enough(steps):
-        _, batch = next(batches)
-        state, metrics = run(state, frozen, batch)
+        state, metrics = run(state, frozen, next(batches))
         loss = float(metrics["loss"])
         now = time.perf_counter()
         steps.append(Step(now - began, loss, int(metrics["tokens"]), int(metrics["trained_tokens"])))
@@ -145,10 +157,8 @@ def torch_model(rows: Any, dtype: str) -> Any:
 
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
-    path = Path(str(rows["model"]))
-    where = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     return AutoModelForCausalLM.from_pretrained(
-        where[0], dtype=getattr(torch, dtype), attn_implementation="sdpa", **where[1]
+        str(rows["model"]), dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
 
 
@@ -200,7 +210,7 @@ def run_trl(rows: Any, layout: str, dtype: str, enough: Enough) -> list[Step]:
         trainer = SFTTrainer(
             torch_model(rows, dtype), arguments, peft_config=peft_config(), callbacks=[Clock()],
             train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}),
-            processing_class=AutoTokenizer.from_pretrained(str(rows["tokenizer"])),
+            processing_class=AutoTokenizer.from_pretrained(str(rows["model"])),
         )  # fmt: skip
         train = trainer.training_step
 

@@ -267,6 +267,10 @@ def validate(config: ConfigDict) -> None:
             f"train.batch_size={config.train.batch_size} does not divide by train.accumulation="
             f"{config.train.accumulation}: choose a multiple"
         )
+    if config.export.checkpoint not in ("best", "latest") and not str(config.export.checkpoint).isdecimal():
+        raise UserError(
+            f"config.export.checkpoint is {config.export.checkpoint!r}; expected 'best', 'latest' or a step number"
+        )
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         raise UserError(
             "data.validation_fraction + data.test_fraction leave no training rows: their sum must be below 1"
@@ -309,7 +313,9 @@ def from_json(text: str) -> ConfigDict:
                 )
             if isinstance(node[key], ConfigDict):
                 if not isinstance(value, dict):
-                    raise UserError(f"saved config has {prefix + key!r} = {value!r:.60}; expected an object, its section")
+                    raise UserError(
+                        f"saved config has {prefix + key!r} = {value!r:.60}; expected an object, its section"
+                    )
                 fill(node[key], value, f"{prefix}{key}.")
                 continue
             try:

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -100,7 +101,9 @@ def _check_outputs(options: config_lib.ConfigDict) -> None:
     for name, path in folders.items():
         taken = [p for p in (Path(path), *Path(path).parents) if path and "://" not in path and p.is_file()]
         if taken:
-            raise UserError(f"{name}={path!r}: {taken[0]} is a file; expected a folder, or a path where there is nothing")
+            raise UserError(
+                f"{name}={path!r}: {taken[0]} is a file; expected a folder, or a path where there is nothing"
+            )
     _check_export(options)
     if Path(options.generate.output or "none").is_dir():
         raise UserError(f"generate.output={options.generate.output!r} is a folder; expected the path of a file")
@@ -114,7 +117,9 @@ def _check_export(options: config_lib.ConfigDict) -> None:
     names = {path.name for path in Path(output).iterdir()}
     base = [uri for uri in (options.model.source, options.tune.adapter) if uri and Path(uri).expanduser().exists()]
     if any(Path(output).samefile(Path(uri).expanduser()) for uri in base):
-        raise UserError(f"export.output={output!r} is what the run starts from, and would be replaced; choose another folder")
+        raise UserError(
+            f"export.output={output!r} is what the run starts from, and would be replaced; choose another folder"
+        )
     if names and not names & {"adapter_config.json", "config.json"}:
         raise UserError(
             f"export.output={output!r} is a folder of other things ({', '.join(sorted(names)[:3])}), which would be replaced; "
@@ -182,7 +187,9 @@ def _config_file(arguments: list[str]) -> config_lib.ConfigDict:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise UserError(f"config file {path} {'is a folder' if path.is_dir() else f'does not exist{near}'}")
     if path.suffix not in (".py", ".json"):
-        raise UserError(f"config file {path} is of an unknown kind; expected .py with get_config(), or a run's config.json")
+        raise UserError(
+            f"config file {path} is of an unknown kind; expected .py with get_config(), or a run's config.json"
+        )
     if path.suffix == ".json":
         try:
             return config_lib.from_json(path.read_text(encoding="utf-8-sig"))
@@ -207,7 +214,7 @@ def _config_file(arguments: list[str]) -> config_lib.ConfigDict:
 
 
 def _line_of(error: BaseException, path: Path) -> str:
-    """":17", the last line of the config file that the error passed through; "" where there is none."""
+    """ ":17", the last line of the config file that the error passed through; "" where there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
@@ -215,7 +222,10 @@ def _line_of(error: BaseException, path: Path) -> str:
 
 
 def _what_went_wrong(error: BaseException) -> str:
-    message = str(error.args[0] if error.args else "")
+    inner: Any = error
+    while isinstance(inner, BaseException) and inner.args:  # a KeyError's own text would be quoted twice
+        inner = inner.args[0]
+    message = str(inner)
     unknown = re.match(r'Key "(\w+)" does not exist', message)  # ml_collections goes on to print the whole section
     if unknown:
         known = [*config_lib.keys(config_lib.base()), *config_lib.base()]

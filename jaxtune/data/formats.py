@@ -57,7 +57,8 @@ def to_examples(
             if isinstance(example, str):
                 dropped[example] += 1
             else:
-                examples.append(example._replace(row_id=f"{name}:{number}", split_key=_split_text(row, data)))
+                key = _split_text(row, data) if answers else ""  # prompts are not split, so need not have its column
+                examples.append(example._replace(row_id=f"{name}:{number}", split_key=key))
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not examples and not dropped:

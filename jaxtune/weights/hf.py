@@ -22,6 +22,17 @@ from jaxtune.types import UserError, nearest
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 _BLOCK_BYTES = 32 << 20  # a tensor is read, cast and transposed in blocks of rows of about this size
 _IGNORED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")  # buffers that old checkpoints carry
+_KINDS: dict[str, type] = dict.fromkeys(
+    (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "vocab_size",
+    ),
+    int,
+) | dict.fromkeys(("rope_parameters", "rope_scaling"), dict)
 _SHARD_BYTES = 5_000_000_000
 
 
@@ -97,6 +108,11 @@ def read_config(path: Path) -> dict[str, Any]:
     config = _json(file)
     if "model_type" not in config:
         raise UserError(f"{file} has no model_type: it is not the config of a model")
+    for key, kind in _KINDS.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise UserError(
+                f"{file} has {key}={config[key]!r:.60}; expected {'a number' if kind is int else 'an object'}"
+            )
     return config
 
 
