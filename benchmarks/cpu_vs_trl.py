@@ -168,14 +168,14 @@ def peft_config() -> Any:
     return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def examples(rows: Any) -> tuple[list[list[int]], list[list[int]]]:
+def examples(rows: Any) -> list[list[list[int]]]:
     """Token ids and labels of each row; -100 is not trained, nor is a first token, which nothing precedes."""
     import numpy as np
 
     offsets = rows["offsets"]
     labels = np.where(rows["weights"] != 0, rows["tokens"], -100)
     labels[offsets[:-1]] = -100
-    return tuple([part.tolist() for part in np.split(array, offsets[1:-1])] for array in (rows["tokens"], labels))  # type: ignore[return-value]
+    return [[part.tolist() for part in np.split(array, offsets[1:-1])] for array in (rows["tokens"], labels)]
 
 
 def run_trl(rows: Any, layout: str, dtype: str, enough: Enough) -> list[Step]:
@@ -303,7 +303,7 @@ def measure(rows_path: Path, side: str, layout: str, dtype: str, num_steps: int,
     arguments = [str(rows_path), side, layout, dtype, str(num_steps), str(seconds)]
     run = subprocess.run(
         [sys.executable, __file__, "--child", *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
     if run.returncode:
@@ -375,7 +375,7 @@ def record(results: list[Any], path: Path = RECORD) -> None:
 def main(argv: list[str] | None = None) -> int:
     if argv is None and sys.argv[1:2] == ["--child"]:
         *names, num_steps, seconds = sys.argv[2:]
-        print(json.dumps(child(*names, int(num_steps), float(seconds))))  # type: ignore[call-arg]
+        print(json.dumps(child(*names, int(num_steps), float(seconds))))
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each side")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1.5  # largest tensors, above (memory before the load + the loaded arrays)
 MIB = 1 << 20
 _VOCAB, _DIM, _FFN, _HEADS, _KV_HEADS = 128_256, 1024, 4096, 16, 8
@@ -157,7 +158,7 @@ def measure(folder: Path, devices: int, param_dtype: str) -> dict[str, Any]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     run = subprocess.run(
         [sys.executable, __file__, "--child", str(folder), param_dtype],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
     if run.returncode:

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print("plan_hbm.py needs libtpu, which compiles for TPUs anywhere: pip install 'jaxtune[tpu]'", file=sys.stderr)
         return 2
     os.environ["JAX_PLATFORMS"] = "cpu"  # an installed libtpu would look for a TPU
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may be compiling too
     print(f"{CONFIG.name}, GiB per chip; jax {version('jax')}, libtpu {version('libtpu')}")
     print("topology  rows x len   peak HBM  arguments       temp    program  compile s   Tunix  MaxText  x MaxText")
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]

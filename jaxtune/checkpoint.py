@@ -28,6 +28,7 @@ _FREE = (
     "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.loss_chunk_tokens",
     "train.on_nonfinite",
 )  # fmt: skip
+_STEERING = ("data.", "optim.", "train.")  # may differ where a checkpoint is only used
 _LATEST = 2  # so that a damaged newest one has another before it
 
 
@@ -58,9 +59,11 @@ class _Keep(checkpoint_managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager, or `close()`: a save may still be on its way."""
 
-    def __init__(self, workdir: str, config: ConfigDict):
+    def __init__(self, workdir: str, config: ConfigDict, resuming: bool = True):
+        """`resuming` asks that everything that steers training is as it was; else only what shapes the parameters."""
         # Orbax narrates every save, and prints a failed one's traceback from each thread, beside raising it.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._resuming = resuming
         self._config, self.folder = config, epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Keep(config.checkpoint.every_steps, config.checkpoint.keep),
@@ -168,7 +171,7 @@ class Checkpoints:
     def _check_config(self, saved: dict[str, Any], step: int) -> None:
         now = json.loads(_config_json(self._config))
         for key in keys(self._config):
-            if key.startswith(_FREE):
+            if key.startswith(_FREE if self._resuming else _FREE + _STEERING):
                 continue
             then, value = saved, now
             try:
@@ -176,8 +179,6 @@ class Checkpoints:
                     then, value = then[part], value[part]
             except KeyError:
                 continue  # a field that this checkpoint's jaxtune did not have
-            if key == "train.steps" and not value:
-                continue  # epochs decide: `train` has counted the steps by now, the verbs that only use a run have not
             if then != value:
                 raise UserError(
                     f"checkpoint {self.folder / str(step)} is of another config: {key} was {then!r} and is now {value!r}; "

@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return RESUME_EXIT_CODE
         from jaxtune.checkpoint import is_full
 
+        if "RESOURCE_EXHAUSTED" in str(error) and not is_full(error):
+            first = str(error).splitlines()[0]
+            return _refuse(
+                f"out of device memory ({first}): lower train.batch_size or data.max_length, set train.remat='block', or use more devices"
+            )
         if is_full(error):
             return _refuse(f"disk full: {error}; free space and run again")
         if isinstance(error, OSError) and error.filename is not None:

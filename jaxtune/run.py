@@ -57,8 +57,6 @@ def train(config: ConfigDict) -> None:
     program, values = start.program(config, model)
     _say(config, start.summary(model, program))
     _say(config, _data_summary(config, rows))
-    if is_main:
-        _write(workdir / "config.json", config_lib.to_json(config) + "\n")
     with clock("load"):
         state, frozen = start.load(config, model, program, values, show)
     before = after = None
@@ -75,6 +73,8 @@ def train(config: ConfigDict) -> None:
             state, remembered = restored.state, loop.Progress(**restored.progress)
             checkpoints.forget_after(restored.step)
             _say(config, f"resuming after step {restored.step} of {config.train.steps}")
+        if is_main:
+            _write(workdir / "config.json", config_lib.to_json(config) + "\n")
         with tracking.Tracker(
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
@@ -128,14 +128,15 @@ def dry_run(config: ConfigDict) -> None:
 
 def evaluate(config: ConfigDict) -> None:
     """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
-    tokenizer, program, params, what = _ready(config)
-    show, folder = _progress(config), Path(config.workdir)
+    show, folder, model = _progress(config), Path(config.workdir), source.find(config)
+    tokenizer = source.find_tokenizer(config, model)
     splits = pipeline.load(config.data, _data_paths(config), tokenizer, show)
     held = measure.held_out(config, splits, tokenizer)
     if held is None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
         )
+    program, params, what = _ready(config, model)
     result = measure.measure(config, held, tokenizer, program, params, show, what)
     tasks.write_predictions(folder / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
@@ -154,7 +155,9 @@ def generate(config: ConfigDict) -> None:
             "generate needs --config.generate.input=FILE: prompts or chats, in any format that data.format reads"
         )
     examples, _ = read_examples(fetch.local(config.generate.input), config.data, answers=False)
-    tokenizer, program, params, what = _ready(config)
+    model = source.find(config)
+    tokenizer = source.find_tokenizer(config, model)
+    program, params, what = _ready(config, model)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
     texts = measure.generator(config, tokenizer, program, params, _progress(config), "answering")(prompts)
     output = Path(config.generate.output or Path(config.workdir) / "generations.jsonl")
@@ -168,7 +171,9 @@ def generate(config: ConfigDict) -> None:
 
 def chat(config: ConfigDict) -> None:
     """Talks in the terminal, streaming; /reset forgets, /quit or end of input leaves."""
-    tokenizer, program, params, what = _ready(config)
+    model = source.find(config)
+    tokenizer = source.find_tokenizer(config, model)
+    program, params, what = _ready(config, model)
     sampler, options = measure.sampler(tokenizer, program, params), config.generate
     settings = (Sampling.from_config(options), options.max_new_tokens, options.seed, options.stop)
     messages: list[dict[str, str]] = []
@@ -216,6 +221,7 @@ def plan(config: ConfigDict) -> None:
 
     config.train.steps = config.train.steps or 1000
     model = source.find(config)
+    plan_compile.chip_of(config.plan.topology)
     print(f"compiling {model.uri} for {config.plan.topology} …", file=sys.stderr, flush=True)
     result = plan_compile.compile_step(config, model.hf_config)
     _write(Path(config.workdir) / "plan.json", json.dumps(result._asdict(), indent=2) + "\n")
@@ -251,9 +257,12 @@ def _write(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(path.name + ".partial")
-    with tracking.writing(path):
-        partial_path.write_text(text, encoding="utf-8")
-        partial_path.replace(path)
+    try:
+        with tracking.writing(path):
+            partial_path.write_text(text, encoding="utf-8")
+            partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 def _check_workdir(config: ConfigDict) -> None:
@@ -338,24 +347,18 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
         return None
     if wanted not in ("best", "latest") and not wanted.isdigit():
         raise UserError(f"export.checkpoint={wanted!r}; expected 'best', 'latest' or a step number")
-    with checkpoint.Checkpoints(config.workdir, config) as checkpoints:
+    with checkpoint.Checkpoints(config.workdir, config, resuming=False) as checkpoints:
         step = checkpoints.best_step() if wanted == "best" else int(wanted) if wanted.isdigit() else None
         restored = checkpoints.restore(program.state, step)
     return (restored.step, restored.state.params) if restored else None
 
 
-def _ready(config: ConfigDict) -> tuple[Tokenizer, Program, Params, str]:
-    """A model ready to be used: (tokenizer, program, parameters, what it is in words)."""
-    model = source.find(config)
-    tokenizer = source.find_tokenizer(config, model)
+def _ready(config: ConfigDict, model: source.Model) -> tuple[Program, Params, str]:
+    """A model ready to be used: (program, parameters, what it is in words)."""
     program, values = start.program(config, model)
     state, frozen = start.load(config, model, program, values, _progress(config))
     restored = _trained(config, program)
     if restored:
-        return tokenizer, program, {**frozen, **restored[1]}, f"{config.name} after step {restored[0]}"
-    return (
-        tokenizer,
-        program,
-        {**frozen, **state.params},
-        f"{model.uri}" + (f" with {config.tune.adapter}" if config.tune.adapter else ""),
-    )
+        return program, {**frozen, **restored[1]}, f"{config.name} after step {restored[0]}"
+    with_adapter = f" with {config.tune.adapter}" if config.tune.adapter else ""
+    return program, {**frozen, **state.params}, model.uri + with_adapter

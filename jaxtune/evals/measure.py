@@ -58,7 +58,10 @@ def held_out(config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer) 
         raise UserError(
             f"eval.metric='labels' found {len(labels)} different answers; expected 2 to {_MANY_LABELS}: set eval.labels or another metric"
         )
+    known = ", ".join(map(repr, labels))
     for row, example in zip(rows, examples, strict=True):
+        if row["answer"] not in labels:
+            raise UserError(f"row {row['row_id']} has answer {row['answer']!r}; expected one of eval.labels: {known}")
         row["prompt_ids"], row["candidate_ids"] = templates.continuations(example, labels, tokenizer)
     return HeldOut(metric, examples, labels, rows)
 

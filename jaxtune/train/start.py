@@ -14,6 +14,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES
 from jaxtune.train import state as state_lib
+from jaxtune.train import step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.weights import hf, peft
 from jaxtune.weights.source import Model
@@ -23,6 +24,7 @@ Adapter = Mapping[str, np.ndarray]
 
 def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
     """The training program on this machine's mesh, and the starting adapter's values if there is one."""
+    step.objective(config)  # an unknown name is said before anything is loaded
     mesh = sharding.make_mesh(config)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
     options, values = None, None

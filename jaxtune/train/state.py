@@ -24,6 +24,7 @@ from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers
 from jaxtune.models.layers import Runtime
+from jaxtune.types import UserError
 
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
 
@@ -82,6 +83,11 @@ def abstract(
     """
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
     model_config, run = family.from_hf(hf_config), runtime(config, mesh)
+    if config.data.max_length > model_config.max_positions:
+        raise UserError(
+            f"data.max_length={config.data.max_length} exceeds the model's {model_config.max_positions} positions "
+            f"(max_position_embeddings): lower it, or give the model's config.json a rope_scaling that reaches so far"
+        )
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
@@ -179,13 +185,18 @@ def create(
     """Returns (state, frozen params) for the first step. `adapter` holds starting values from a PEFT folder.
 
     Base arrays that train are taken over by the state.
+
+    Raises:
+      UserError: the adapter's shapes are not this model's.
     """
     if adapter:
         values = {path: np.asarray(value, program.adapter[path].dtype) for path, value in adapter.items()}
         for path, value in values.items():
-            assert value.shape == program.adapter[path].shape, (
-                f"{path}: {value.shape} for {program.adapter[path].shape}"
-            )
+            if value.shape != program.adapter[path].shape:
+                raise UserError(
+                    f"the adapter's {path} has shape {value.shape}; this model makes it {program.adapter[path].shape}: "
+                    f"was the adapter made for another model?"
+                )
         started: Params = sharding.put(values, {path: program.adapter[path].sharding for path in values})
     else:
         started = _initial_adapter(program, base, seed)

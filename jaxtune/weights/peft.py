@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -56,12 +57,16 @@ def save(
             tensors[f"{_PREFIX}{module}.{_SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
     if not write:
         return
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    names = _targets(modules, targets)
-    (temporary / "adapter_config.json").write_text(json.dumps(_config(options, names, modules, base), indent=2) + "\n")
-    (temporary / "README.md").write_text(_card(base, options, names))
+    temporary, names = folder.with_name(folder.name + ".tmp"), _targets(modules, targets)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.dumps(_config(options, names, modules, base), indent=2)
+        (temporary / "adapter_config.json").write_text(config + "\n")
+        (temporary / "README.md").write_text(_card(base, options, names))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     replace_folder(temporary, folder)
 
 
@@ -128,6 +133,8 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
         config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds a {type(config).__name__}; expected an object")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file} has peft_type={config.get('peft_type')!r}; jaxtune reads 'LORA'")
     for name, neutral in _NEUTRAL.items():
@@ -138,6 +145,9 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
     for name in ("r", "target_modules"):
         if not config.get(name):
             raise UserError(f"{file} lacks {name!r}")
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        if not isinstance(config.get(name, 0), int | float | None):
+            raise UserError(f"{file} has {name}={config[name]!r}; expected a number")
     options = Options(
         targets="", rank=int(config["r"]), alpha=float(config.get("lora_alpha") or 8), dropout=float(config.get("lora_dropout") or 0),
         use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")), dtype=jnp.dtype(tune_dtype),

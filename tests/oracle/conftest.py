@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
@@ -18,6 +19,21 @@ from jaxtune.models import layers
 from jaxtune.train import start
 from jaxtune.train.state import Params, Program, State
 from jaxtune.weights import source
+
+
+@pytest.fixture(scope="module")
+def quick_compile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tiny models, whose time is all compiling: less of it, and none of it twice in a module."""
+    options = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options |= {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @dataclass(repr=False)

@@ -20,7 +20,7 @@ from jaxtune.models.layers import Runtime
 from jaxtune.train import step as step_lib
 from jaxtune.weights import hf
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compile")]
 
 VOCAB, TOKENS, PAD = 128, 96, 0
 TOLERANCE = 1e-4  # of float32 logits that reach about ±10

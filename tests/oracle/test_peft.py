@@ -20,7 +20,12 @@ from jaxtune.train import start
 from jaxtune.train import step as step_lib
 from jaxtune.weights import peft as peft_files
 
-pytestmark = pytest.mark.oracle
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.usefixtures("quick_compile"),
+    # PEFT 0.21 asks transformers 5.23 by an old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 TOLERANCE = 1e-4  # of float32 logits
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -73,10 +78,8 @@ def write_random_adapter(base: Any, folder: Path, **options: Any) -> Any:
 
 EXPORTS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "rslora": {"tune.use_rslora": True},
+    "rslora_subset": {"tune.use_rslora": True, "tune.targets": r"layers\.attn\.(q|v)_proj|layers\.mlp\.down_proj"},
     "dora": {"tune.use_dora": True, "tune.rank": 3},
-    "subset": {"tune.targets": r"layers\.attn\.(q|v)_proj|layers\.mlp\.down_proj"},
-    "head": {"tune.targets": r"layers\.attn\..*|lm_head"},
     "dora_rslora_head": {"tune.targets": r".*(proj|lm_head)", "tune.use_dora": True, "tune.use_rslora": True},
 }
 
@@ -86,6 +89,7 @@ def test_trained_adapter_loads_in_peft(
     tiny_config: ConfigDict, from_folder: Any, ours: Any, theirs: Any, changes: dict[str, Any], request: Any
 ) -> None:
     from peft import PeftModel
+    from transformers import AutoTokenizer
 
     config = tiny_config
     config.update_from_flattened_dict(changes)
@@ -100,6 +104,7 @@ def test_trained_adapter_loads_in_peft(
     logits = mine.logits(tokens)
     assert np.abs(logits - untuned).max() > 100 * TOLERANCE, "training moved nothing: the comparison would be empty"
     assert apart(logits, theirs(model, tokens), request.node.callspec.id) <= TOLERANCE
+    assert_same_tokenizer(AutoTokenizer.from_pretrained(folder), Tokenizer.load(config.model.source))
 
 
 @pytest.mark.samples
@@ -245,16 +250,17 @@ def assert_same_tokenizer(theirs: Any, ours: Tokenizer) -> None:
     assert theirs.eos_token_id == ours.eos_id
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("method", ["lora", "dora", "full", "head"])
+# A tied head is not tuned alone: jaxtune refuses what would train the embedding too.
+@pytest.mark.parametrize(
+    ("method", "tied"),
+    [("lora", False), ("lora", True), ("dora", True), ("full", False), ("full", True), ("head", False)],
+)
 def test_merged_and_full_models_load_in_transformers(
     tiny_config: ConfigDict, make_model: Callable[..., Path], tmp_path: Path, from_folder: Any, ours: Any, theirs: Any,
     method: str, tied: bool,
 ) -> None:  # fmt: skip
     from transformers import AutoTokenizer
 
-    if method == "head" and tied:
-        pytest.skip("refused by jaxtune: training a tied head would train the embedding too")
     config = tiny_config
     config.model.source = str(make_model(tmp_path / "base", tie_word_embeddings=tied))
     config.tune.method, config.tune.use_dora = "lora" if method == "dora" else method, method == "dora"
@@ -270,15 +276,6 @@ def test_merged_and_full_models_load_in_transformers(
     assert apart(logits, theirs(model, tokens), f"{method}, {'tied' if tied else 'untied'}") <= TOLERANCE
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 3
     assert_same_tokenizer(AutoTokenizer.from_pretrained(folder), Tokenizer.load(tmp_path / "base"))
-
-
-def test_exported_adapter_carries_the_tokenizer(tiny_config: ConfigDict) -> None:
-    from transformers import AutoTokenizer
-
-    tiny_config.train.steps = 1
-    run.train(tiny_config)
-    exported = AutoTokenizer.from_pretrained(Path(tiny_config.workdir) / "adapter")
-    assert_same_tokenizer(exported, Tokenizer.load(tiny_config.model.source))
 
 
 # ---- initial values ----
