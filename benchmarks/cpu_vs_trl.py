@@ -122,17 +122,15 @@ def jaxtune_step(rows: Any, layout: str, dtype: str) -> Jaxtune:
         Rows(rows["tokens"], rows["weights"], rows["offsets"], names),
         config.data.max_length, True, True, 0, config.train.batch_size, int(rows["pad_id"]),
     )  # fmt: skip
-    lowered = step_lib.make(config, program).lower(
-        program.state, program.frozen, step_lib.abstract_batch(config, program)
-    )
-    fields = step_lib.fields(config)
+    abstract = (program.state, program.frozen, step_lib.abstract_batch(config, program))
 
     def batches() -> Iterator[Any]:
         for number in range(sys.maxsize):
-            host = data[number]
-            yield sharding.to_global({name: host[name] for name in fields}, program.mesh, config.train.batch_size)
+            batch = data[number]
+            host = {name: batch[name] for name in step_lib.fields(config)}
+            yield sharding.to_global(host, program.mesh, config.train.batch_size)
 
-    return Jaxtune(program, lowered, state, frozen, batches())
+    return Jaxtune(program, step_lib.make(config, program).lower(*abstract), state, frozen, batches())
 
 
 def run_jaxtune(rows: Any, layout: str, dtype: str, enough: Enough) -> list[Step]:

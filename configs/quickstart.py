@@ -29,17 +29,17 @@ def get_config():
     config.data.label_bins = ((-4.0, -0.5, "negative"), (-0.5, 0.5, "neutral"), (0.5, 4.1, "positive"))
     config.data.split_key = "id"  # "12_3" is sentence 3 of review 12
     config.data.split_regex = r"^[^_]+"
-    config.data.validation_fraction = 0.04
+    config.data.validation_fraction = 0.03
     config.data.test_fraction = 0.1
-    config.data.max_length = 256
+    config.data.max_length = 128
 
     config.tune.rank = 16
     config.tune.alpha = 32.0
     config.tune.dropout = 0.0
     config.optim.learning_rate = 1e-3
-    config.train.batch_size = 4
-    config.train.steps = 100
-    config.train.eval_every_steps = 25
+    config.train.batch_size = 8
+    config.train.steps = 40
+    config.train.eval_every_steps = 20
     config.train.remat = "none"  # 135M parameters leave memory to spare; nothing is computed twice
     config.train.loss_chunk_tokens = 128
 

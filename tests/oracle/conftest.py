@@ -26,7 +26,7 @@ def quick_compile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For tiny models, whose time is all compiling: less of it, and none of it twice in a module."""
     options = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
     options |= {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    before = {name: getattr(jax.config, name) for name in options}
+    before = {name: jax.config.values[name] for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
