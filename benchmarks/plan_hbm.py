@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import runpy
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +31,7 @@ PEERS: dict[tuple[str, int, int], tuple[float | None, float | None]] = {
 
 def load_config(topology: str, rows: int, length: int) -> Any:
     """`configs/llama3_8b_lora.py` at another topology and batch."""
-    spec = importlib.util.spec_from_file_location("llama3_8b_lora", CONFIG)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(str(CONFIG))["get_config"]()
     config.plan.topology, config.train.batch_size, config.data.max_length = topology, rows, length
     return config
 

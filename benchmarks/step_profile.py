@@ -47,7 +47,7 @@ def kinds(hlo: str) -> dict[str, str]:
             continue
         name, opcode, rest = match.groups()
         called = re.search(r"calls=%([^\s,]+)", rest)
-        if "bkgts" in rest or ("checkpoint" in rest and "rematted" in rest and _is_score(text)):
+        if "bkgts" in rest or _is_score(text):
             found[name] = "attention"
         elif opcode == "dot" or (called and called.group(1) in has_dot):
             found[name] = "matmul"
@@ -57,7 +57,7 @@ def kinds(hlo: str) -> dict[str, str]:
 
 
 def _is_score(text: str) -> bool:
-    """Whether an instruction's result has the rank of attention scores (B, K, G, T, S)."""
+    """Whether an instruction makes something of the rank of grouped queries or scores, (B, K, G, T, S)."""
     shape = re.search(r"= \w+\[([\d,]*)\]", text)
     return bool(shape) and shape.group(1).count(",") >= 4
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, every weight trained, on the quickstart's reviews: the same data, another method, side by side.
 
-    python -m jaxtune.launch --config=configs/smollm2_full.py
+python -m jaxtune.launch --config=configs/smollm2_full.py
 """
 
 import importlib.util

@@ -150,7 +150,7 @@ def test_ops_fall_into_kinds():
 
     def f(x, w):
         scores = jnp.einsum("btkgh,bskh->bkgts", x, x[:, :, :, 0])
-        return jnp.tanh(x.reshape(8, 32) @ w).sum() + jax.nn.softmax(scores).sum()
+        return jnp.tanh(x.reshape(16, 32) @ w).sum() + jax.nn.softmax(scores).sum()
 
     text = jax.jit(f).lower(jnp.ones((2, 4, 2, 2, 16)), jnp.ones((32, 32))).compile().as_text()
     assert {"matmul", "attention", "elementwise and copies"} <= set(step_profile.kinds(text).values())

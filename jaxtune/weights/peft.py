@@ -191,6 +191,8 @@ def load(
             stacked = np.stack(parts) if linear.startswith("layers.") else parts[0]
             arrays[f"{linear}{_ADAPTER}{kind}"] = np.ascontiguousarray(stacked)
             if kind == "lora_a":
+                for module in modules:  # under an adapted output head PEFT stores the frozen weight along: a copy
+                    have.pop(f"{_PREFIX}{module}.base_layer.weight", None)
                 ranks[linear] = stacked.shape[-1]
                 alphas[linear] = float(_pattern(config.get("alpha_pattern"), modules[0], options.alpha))
     if have:

@@ -14,11 +14,19 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
+from jaxtune import checkpoint
 from jaxtune import config as config_lib
+from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import layers
 from jaxtune.train import start
 from jaxtune.train.state import Params, Program, State
 from jaxtune.weights import source
+
+CHAT = [
+    {"role": "user", "content": "who sat on the red mat?"},
+    {"role": "assistant", "content": "the cat, 3 times – été"},
+    {"role": "user", "content": "<|im_end|> fine"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +89,40 @@ def ours() -> Callable[[ConfigDict], Ours]:
 
 
 @pytest.fixture(scope="session")
+def trained() -> Callable[[ConfigDict], Ours]:
+    """The model of a finished run as its own last checkpoint has it: nothing that was exported is read."""
+
+    def load(config: ConfigDict) -> Ours:
+        loaded = load_ours(config)
+        with checkpoint.Checkpoints(config.workdir, config) as checkpoints:
+            restored = checkpoints.restore(loaded.program.state, config.train.steps)
+        loaded.state = restored.state
+        return loaded
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def same_tokenizer() -> Callable[[Any, Tokenizer], None]:
+    """Asserts that a tokenizer of transformers renders chats and encodes text exactly as ours."""
+
+    def check(theirs: Any, ours: Tokenizer) -> None:
+        rendered = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        assert rendered == ours.render(CHAT, add_generation_prompt=True)
+        for text in (rendered, "the cat  sat\n\n on mat 123 ", "naïve 東京 <|im_start|>x"):
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+        assert theirs.eos_token_id == ours.eos_id
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def config_of() -> Callable[..., ConfigDict]:
     """The base config of a model folder or file, float32, quiet, with fields changed: `config_of(path, {"tune.rank": 4})`."""
 
     def make(path: Path, changes: dict[str, Any] | None = None) -> ConfigDict:
         config = config_lib.base()
-        config.model.source, config.tune.dropout = str(path), 0.0
+        config.model.source, config.tune.dropout, config.data.max_length = str(path), 0.0, 32
         config.tracking.progress, config.tracking.report, config.eval.before_after = "off", False, False
         for key, value in (changes or {}).items():
             config.update_from_flattened_dict({key: value})
@@ -105,6 +141,19 @@ def theirs() -> Callable[..., np.ndarray]:
             return model(input_ids=torch.as_tensor(np.asarray(tokens), dtype=torch.long), **more).logits.float().numpy()
 
     return logits
+
+
+@pytest.fixture(scope="session")
+def apart() -> Callable[[np.ndarray, np.ndarray, str], float]:
+    """The largest difference of two arrays, printed too (`pytest -s`)."""
+
+    def measure(ours: np.ndarray, theirs: np.ndarray, what: str) -> float:
+        assert ours.shape == theirs.shape
+        worst = float(np.abs(ours - theirs).max())
+        print(f"{what}: max |Δ| {worst:.2e} of {np.abs(theirs).max():.1f}")
+        return worst
+
+    return measure
 
 
 @pytest.fixture(scope="session")

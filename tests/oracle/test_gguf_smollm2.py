@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxtune import run
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure
 from jaxtune.generate.logits import Sampling
+from jaxtune.train import start
 
-pytestmark = [pytest.mark.oracle, pytest.mark.samples]
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.samples,
+    # PEFT 0.21 asks transformers 5.23 by an old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 TEXT = """The lighthouse keeper had counted ships for thirty-one years. Each evening, before the lamp was lit, she wrote
 the number in a ledger bound in green cloth: 14 on a calm day, 3 in a storm, none at all when the fog came down. "Why do
@@ -35,13 +43,9 @@ def test_logits_agree(
 ) -> None:
     tokens = [tokenizer.encode(TEXT)]
     assert len(tokens[0]) >= 200
-    expected = theirs(smollm2_torch, tokens)
-    apart = np.abs(smollm2_ours.logits(tokens) - expected).max()
-    record_property("max_logit_difference", float(apart))
-    print(
-        f"\nSmolLM2 from GGUF, {len(tokens[0])} tokens: max |Δ logit| {apart:.2e} (logits reach {expected.max():.1f})"
-    )
-    assert apart <= 1e-3
+    worst = apart(smollm2_ours.logits(tokens), theirs(smollm2_torch, tokens), f"GGUF, {len(tokens[0])} tokens")
+    record_property("max_logit_difference", worst)
+    assert worst <= 1e-3
 
 
 def test_greedy_answer_is_the_same(smollm2_ours: Any, smollm2_torch: Any, tokenizer: Tokenizer) -> None:
@@ -59,3 +63,31 @@ def test_greedy_answer_is_the_same(smollm2_ours: Any, smollm2_torch: Any, tokeni
     )  # fmt: skip
     assert made[: end + 1] == out[0, len(prompt) :].tolist()
     assert sampler.generate([prompt], greedy, 24) == [ANSWER]
+
+
+def test_trained_adapter_and_merged_model_load_in_torch(
+    smollm2_gguf: Path, smollm2_torch: Any, chats: Path, config_of: Any, trained: Any, theirs: Any, from_folder: Any, apart: Any,
+    same_tokenizer: Any, tokenizer: Tokenizer, tmp_path: Path,
+) -> None:  # fmt: skip
+    """GGUF in; a PEFT adapter and a merged Hugging Face folder out; all three agree, and so does the tokenizer."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    config = config_of(
+        smollm2_gguf,
+        {"data.train": str(chats), "data.max_length": 64, "train.batch_size": 8, "train.steps": 3, "tune.rank": 4,
+         "optim.learning_rate": 2e-3, "optim.warmup_steps": 0},
+    )  # fmt: skip
+    config.workdir = str(tmp_path / "run")
+    run.train(config)
+    mine, tokens = trained(config), [tokenizer.encode(TEXT)[:64]]
+    logits, untuned = mine.logits(tokens), theirs(smollm2_torch, tokens)
+    assert np.abs(logits - untuned).max() > 0.1
+    tuned = PeftModel.from_pretrained(smollm2_torch, tmp_path / "run" / "adapter").eval()
+    expected = theirs(tuned, tokens)
+    tuned.unload()  # the base model is shared with other tests
+    assert apart(logits, expected, "SmolLM2 adapter") <= 3e-4  # 30 layers in float32: the base alone differs by 1e-4
+    config.export.merge, config.export.output = True, str(tmp_path / "merged")
+    start.write_result(config, mine.model, tokenizer, mine.program, mine.state.params, mine.frozen)
+    assert apart(logits, theirs(from_folder(tmp_path / "merged"), tokens), "SmolLM2 merged") <= 3e-4
+    same_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "merged"), tokenizer)

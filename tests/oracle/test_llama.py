@@ -102,17 +102,12 @@ def random_tokens(rows: int = 2, length: int = TOKENS, seed: int = 0) -> np.ndar
     return np.random.default_rng(seed).integers(1, VOCAB, (rows, length))
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray, what: str) -> float:
-    assert ours.shape == theirs.shape
-    apart = float(np.abs(ours - theirs).max())
-    print(f"{what}: max |Δ| {apart:.2e} of {np.abs(theirs).max():.1f}")
-    return apart
-
-
 @pytest.mark.parametrize("changes", [*SHAPES.values(), *ROPES.values()], ids=[*SHAPES, *ROPES])
-def test_logits_agree(pair: Any, theirs: Any, changes: dict[str, Any], request: pytest.FixtureRequest) -> None:
+def test_logits_agree(
+    pair: Any, theirs: Any, apart: Any, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
     both, tokens = pair(changes), random_tokens()
-    assert difference(both.ours.logits(tokens), theirs(both.torch, tokens), request.node.callspec.id) <= TOLERANCE
+    assert apart(both.ours.logits(tokens), theirs(both.torch, tokens), request.node.callspec.id) <= TOLERANCE
 
 
 def test_rope_types_differ(theirs: Any, pair: Any) -> None:
@@ -186,15 +181,15 @@ def test_gradients_of_all_weights_agree(pair: Any, name: str, accumulation: int)
     expected_loss, expected = their_gradients(both.torch, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert ours.keys() == expected.keys()
-    apart = {key: np.abs(ours[key] - value).max() / np.abs(value).max() for key, value in expected.items()}
-    worst = max(apart, key=lambda key: apart[key])
+    off = {key: np.abs(ours[key] - value).max() / np.abs(value).max() for key, value in expected.items()}
+    worst = max(off, key=lambda key: off[key])
     print(
-        f"{name}, accumulation {accumulation}: loss Δ {abs(loss - expected_loss):.1e}; worst relative gradient Δ {apart[worst]:.2e} in {worst}"
+        f"{name}, accumulation {accumulation}: loss Δ {abs(loss - expected_loss):.1e}; worst relative gradient Δ {off[worst]:.2e} in {worst}"
     )
-    assert apart[worst] <= 1e-3
+    assert off[worst] <= 1e-3
 
 
-def test_left_padding_changes_nothing(plain: Pair, theirs: Any) -> None:
+def test_left_padding_changes_nothing(plain: Pair, theirs: Any, apart: Any) -> None:
     tokens, lengths = random_tokens(3), (TOKENS, 40, 7)
     padded = np.full((3, TOKENS), PAD)
     for row, length in enumerate(lengths):
@@ -203,10 +198,10 @@ def test_left_padding_changes_nothing(plain: Pair, theirs: Any) -> None:
     logits = plain.ours.logits(padded, np.maximum(index, 0), index >= 0)
     for row, length in enumerate(lengths):
         expected = theirs(plain.torch, tokens[row : row + 1, :length])
-        assert difference(logits[row : row + 1, TOKENS - length :], expected, f"left-padded {length}") <= TOLERANCE
+        assert apart(logits[row : row + 1, TOKENS - length :], expected, f"left-padded {length}") <= TOLERANCE
 
 
-def test_packed_rows_do_not_see_each_other(plain: Pair, theirs: Any) -> None:
+def test_packed_rows_do_not_see_each_other(plain: Pair, theirs: Any, apart: Any) -> None:
     lengths = (33, 1, 50)  # and padding to the end
     tokens, packed = random_tokens(3), np.full((1, TOKENS), PAD)
     segments, positions = np.zeros((1, TOKENS)), np.zeros((1, TOKENS))
@@ -219,7 +214,7 @@ def test_packed_rows_do_not_see_each_other(plain: Pair, theirs: Any) -> None:
     together = plain.ours.logits(packed, positions, segments > 0)
     for row, (start, length) in enumerate(zip(starts, lengths, strict=False)):
         expected = theirs(plain.torch, tokens[row : row + 1, :length])
-        assert difference(logits[:, start : start + length], expected, f"packed {length}") <= TOLERANCE
+        assert apart(logits[:, start : start + length], expected, f"packed {length}") <= TOLERANCE
         contaminated = np.abs(together[:, start : start + length] - expected).max()
         assert (contaminated > 100 * TOLERANCE) == (row > 0), (
             "one segment for all must show, or this test proves nothing"
@@ -227,7 +222,7 @@ def test_packed_rows_do_not_see_each_other(plain: Pair, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gqa", "llama3", "yarn"])
-def test_cached_decode_is_the_full_forward(pair: Any, theirs: Any, name: str) -> None:
+def test_cached_decode_is_the_full_forward(pair: Any, theirs: Any, apart: Any, name: str) -> None:
     """Prompts of unlike lengths, left-padded and prefilled together, then one token at a time."""
     both, tokens = pair((SHAPES | ROPES)[name]), random_tokens(2, 40)
     graphdef, params, width, lengths = both.ours.program.inference, both.ours.params, 24, np.asarray([24, 11])
@@ -251,10 +246,10 @@ def test_cached_decode_is_the_full_forward(pair: Any, theirs: Any, name: str) ->
     made = np.concatenate(last, axis=1)
     for row, length in enumerate(lengths):
         expected = theirs(both.torch, tokens[row : row + 1])[:, length - 1 : length + 12]
-        assert difference(made[row : row + 1], expected, f"{name}, cached from {length}") <= TOLERANCE
+        assert apart(made[row : row + 1], expected, f"{name}, cached from {length}") <= TOLERANCE
 
 
-def test_unrolled_is_scanned(plain: Pair) -> None:
+def test_unrolled_is_scanned(plain: Pair, apart: Any) -> None:
     config, tokens = plain.ours.program.model_config, random_tokens()
     model = nnx.eval_shape(lambda: llama.Model(config, Runtime(scan=False), nnx.Rngs(0)))
     graphdef, _ = layers.flatten(model)
@@ -266,5 +261,6 @@ def test_unrolled_is_scanned(plain: Pair) -> None:
         bound = layers.bind(graphdef, params)
         return bound.head(bound(jnp.asarray(tokens), positions, ones)[0])
 
-    apart = difference(np.asarray(unrolled(plain.ours.params)), plain.ours.logits(tokens), "unrolled")
-    assert apart <= 1e-5  # the same operations; only their fusion may differ
+    assert (
+        apart(np.asarray(unrolled(plain.ours.params)), plain.ours.logits(tokens), "unrolled") <= 1e-5
+    )  # the same operations; only their fusion may differ

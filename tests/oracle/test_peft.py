@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import checkpoint, run, sharding
+from jaxtune import run, sharding
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.train import start
 from jaxtune.train import step as step_lib
@@ -23,38 +23,17 @@ from jaxtune.weights import peft as peft_files
 pytestmark = [
     pytest.mark.oracle,
     pytest.mark.usefixtures("quick_compile"),
-    # PEFT 0.21 asks transformers 5.23 by an old name.
+    # PEFT 0.21 asks transformers 5.23 by an old name, and says what it stores beside the adapter of an output head.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
 TOLERANCE = 1e-4  # of float32 logits
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CHAT = [
-    {"role": "user", "content": "who sat on the red mat?"},
-    {"role": "assistant", "content": "the cat, 3 times – été"},
-    {"role": "user", "content": "<|im_end|> fine"},
-]
 
 
 def some_tokens(vocab: int, rows: int = 2, length: int = 48) -> np.ndarray:
     return np.random.default_rng(5).integers(4, vocab, (rows, length))
-
-
-def apart(ours: np.ndarray, theirs: np.ndarray, what: str) -> float:
-    assert ours.shape == theirs.shape
-    worst = float(np.abs(ours - theirs).max())
-    print(f"{what}: max |Δ| {worst:.2e} of {np.abs(theirs).max():.1f}")
-    return worst
-
-
-def trained(config: ConfigDict, ours: Any) -> Any:
-    """The model as the run's own checkpoint has it: nothing that was exported is read."""
-    config = copy.deepcopy(config)
-    loaded = ours(config)
-    with checkpoint.Checkpoints(config.workdir, config) as checkpoints:
-        restored = checkpoints.restore(loaded.program.state, config.train.steps)
-    loaded.state = restored.state
-    return loaded
 
 
 def write_random_adapter(base: Any, folder: Path, **options: Any) -> Any:
@@ -86,7 +65,13 @@ EXPORTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", EXPORTS.values(), ids=EXPORTS)
 def test_trained_adapter_loads_in_peft(
-    tiny_config: ConfigDict, from_folder: Any, ours: Any, theirs: Any, changes: dict[str, Any], request: Any
+    tiny_config: ConfigDict,
+    from_folder: Any,
+    trained: Any,
+    theirs: Any,
+    same_tokenizer: Any,
+    changes: dict[str, Any],
+    request: Any,
 ) -> None:
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -95,7 +80,7 @@ def test_trained_adapter_loads_in_peft(
     config.update_from_flattened_dict(changes)
     run.train(config)
     folder, base = Path(config.workdir) / "adapter", from_folder(Path(config.model.source))
-    mine = trained(config, ours)
+    mine = trained(config)
     tokens = some_tokens(mine.program.model_config.vocab_size)
     untuned = theirs(base, tokens)
     model = PeftModel.from_pretrained(base, folder).eval()
@@ -104,36 +89,7 @@ def test_trained_adapter_loads_in_peft(
     logits = mine.logits(tokens)
     assert np.abs(logits - untuned).max() > 100 * TOLERANCE, "training moved nothing: the comparison would be empty"
     assert apart(logits, theirs(model, tokens), request.node.callspec.id) <= TOLERANCE
-    assert_same_tokenizer(AutoTokenizer.from_pretrained(folder), Tokenizer.load(config.model.source))
-
-
-@pytest.mark.samples
-def test_trained_adapter_of_smollm2_loads_in_peft(
-    smollm2_gguf: Path, smollm2_torch: Any, chats: Path, config_of: Any, ours: Any, theirs: Any, from_folder: Any,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    """GGUF in; a PEFT adapter and a merged Hugging Face folder out; all three agree, and so does the tokenizer."""
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    config = config_of(
-        smollm2_gguf,
-        {"data.train": str(chats), "data.max_length": 64, "train.batch_size": 8, "train.steps": 3, "tune.rank": 4,
-         "optim.learning_rate": 2e-3, "optim.warmup_steps": 0},
-    )  # fmt: skip
-    config.workdir = str(tmp_path / "run")
-    run.train(config)
-    mine, tokens = trained(config, ours), some_tokens(49152, length=40)
-    logits, untuned = mine.logits(tokens), theirs(smollm2_torch, tokens)
-    assert np.abs(logits - untuned).max() > 0.1
-    tuned = PeftModel.from_pretrained(smollm2_torch, tmp_path / "run" / "adapter").eval()
-    expected = theirs(tuned, tokens)
-    tuned.unload()  # the base model is shared with other tests
-    assert apart(logits, expected, "SmolLM2 adapter") <= 3e-4  # 30 layers in float32: the base alone differs by 1e-4
-    config.export.merge, config.export.output = True, str(tmp_path / "merged")
-    start.write_result(config, mine.model, Tokenizer.load(smollm2_gguf), mine.program, mine.state.params, mine.frozen)
-    assert apart(logits, theirs(from_folder(tmp_path / "merged"), tokens), "SmolLM2 merged") <= 3e-4
-    assert_same_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "merged"), Tokenizer.load(smollm2_gguf))
+    same_tokenizer(AutoTokenizer.from_pretrained(folder), Tokenizer.load(config.model.source))
 
 
 # ---- PEFT -> jaxtune -> PEFT ----
@@ -161,7 +117,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_peft_adapter_goes_in_and_out(
-    tiny_model: Path, from_folder: Any, config_of: Any, ours: Any, theirs: Any, tmp_path: Path, options: dict[str, Any],
+    tiny_model: Path, from_folder: Any, config_of: Any, ours: Any, theirs: Any, apart: Any, tmp_path: Path, options: dict[str, Any],
     request: Any,
 ) -> None:  # fmt: skip
     from peft import PeftModel
@@ -175,6 +131,7 @@ def test_peft_adapter_goes_in_and_out(
     mine.config.workdir = str(tmp_path / "run")
     folder = start.write_result(mine.config, mine.model, None, mine.program, mine.state.params, mine.frozen)
     made, written = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "made", folder))
+    made.pop("base_model.model.lm_head.base_layer.weight", None)  # PEFT's copy of the frozen head: not the adapter's
     assert made.keys() == written.keys()
     assert all(np.array_equal(made[name], written[name]) and made[name].dtype == written[name].dtype for name in made)
     again = PeftModel.from_pretrained(from_folder(tiny_model), folder).eval()
@@ -242,22 +199,13 @@ def test_gradients_of_a_peft_adapter_agree(
 # ---- whole models ----
 
 
-def assert_same_tokenizer(theirs: Any, ours: Tokenizer) -> None:
-    rendered = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert rendered == ours.render(CHAT, add_generation_prompt=True)
-    for text in (rendered, "the cat  sat\n\n on mat 123 ", "naïve 東京 <|im_start|>x"):
-        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
-    assert theirs.eos_token_id == ours.eos_id
-
-
 # A tied head is not tuned alone: jaxtune refuses what would train the embedding too.
 @pytest.mark.parametrize(
     ("method", "tied"),
     [("lora", False), ("lora", True), ("dora", True), ("full", False), ("full", True), ("head", False)],
 )
 def test_merged_and_full_models_load_in_transformers(
-    tiny_config: ConfigDict, make_model: Callable[..., Path], tmp_path: Path, from_folder: Any, ours: Any, theirs: Any,
-    method: str, tied: bool,
+    tiny_config: ConfigDict, make_model: Callable[..., Path], tmp_path: Path, from_folder: Any, trained: Any, theirs: Any, apart: Any, same_tokenizer: Any, method: str, tied: bool,
 ) -> None:  # fmt: skip
     from transformers import AutoTokenizer
 
@@ -267,7 +215,7 @@ def test_merged_and_full_models_load_in_transformers(
     config.tune.targets = r"layers\..*" if tied else r".*(proj|lm_head)"
     config.export.merge = True
     run.train(config)
-    folder, mine = Path(config.workdir) / "model", trained(config, ours)
+    folder, mine = Path(config.workdir) / "model", trained(config)
     model = from_folder(folder)
     assert model.config.tie_word_embeddings == tied
     tokens = some_tokens(mine.program.model_config.vocab_size)
@@ -275,7 +223,7 @@ def test_merged_and_full_models_load_in_transformers(
     assert np.abs(logits - untuned).max() > 100 * TOLERANCE
     assert apart(logits, theirs(model, tokens), f"{method}, {'tied' if tied else 'untied'}") <= TOLERANCE
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 3
-    assert_same_tokenizer(AutoTokenizer.from_pretrained(folder), Tokenizer.load(tmp_path / "base"))
+    same_tokenizer(AutoTokenizer.from_pretrained(folder), Tokenizer.load(tmp_path / "base"))
 
 
 # ---- initial values ----
