@@ -162,6 +162,8 @@ def from_folder() -> Callable[[Path], Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # tiny matrices: threads that wait for each other cost more than they bring
+
     def load(folder: Path) -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         assert not any(info.values()), f"{folder} does not fit its config: {info}"

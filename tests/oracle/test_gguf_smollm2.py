@@ -39,7 +39,7 @@ def tokenizer(smollm2_gguf: Any) -> Tokenizer:
 
 
 def test_logits_agree(
-    smollm2_ours: Any, smollm2_torch: Any, theirs: Any, tokenizer: Tokenizer, record_property
+    smollm2_ours: Any, smollm2_torch: Any, theirs: Any, apart: Any, tokenizer: Tokenizer, record_property: Any
 ) -> None:
     tokens = [tokenizer.encode(TEXT)]
     assert len(tokens[0]) >= 200

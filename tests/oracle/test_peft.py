@@ -69,6 +69,7 @@ def test_trained_adapter_loads_in_peft(
     from_folder: Any,
     trained: Any,
     theirs: Any,
+    apart: Any,
     same_tokenizer: Any,
     changes: dict[str, Any],
     request: Any,
