@@ -55,6 +55,7 @@ def train(config: ConfigDict) -> None:
         rows = _read_rows(config, tokenizer, show)
         held = measure.held_out(config, rows.splits, tokenizer)
     program, values = start.program(config, model)
+    start.check_length(config, program)
     _say(config, start.summary(model, program))
     _say(config, _data_summary(config, rows))
     with clock("load"):
@@ -104,6 +105,7 @@ def dry_run(config: ConfigDict) -> None:
     tokenizer = source.find_tokenizer(config, model)
     rows = _read_rows(config, tokenizer, _progress(config))
     program, _ = start.program(config, model)
+    start.check_length(config, program)
     print(config_lib.to_json(config))
     batch = rows.batches[0]
     weights_T = np.concatenate([[0.0], batch["weights_BT"][0, :-1]])  # a weight stands where its token is predicted

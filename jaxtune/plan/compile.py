@@ -45,7 +45,9 @@ def topology_devices(name: str) -> list[Any]:
     """
     chip_of(name)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a Cloud TPU's metadata server
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling touches no chip, so it need not have libtpu alone
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # compiling touches no chip, so it need not have libtpu alone
     from jax.experimental import topologies
 
     try:

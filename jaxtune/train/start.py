@@ -16,6 +16,7 @@ from jaxtune.models import FAMILIES
 from jaxtune.train import state as state_lib
 from jaxtune.train import step
 from jaxtune.train.state import Params, Program, State
+from jaxtune.types import UserError
 from jaxtune.weights import hf, peft
 from jaxtune.weights.source import Model
 
@@ -33,6 +34,20 @@ def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
         options, values = peft.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
         options = options._replace(dropout=config.tune.dropout)
     return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options), values
+
+
+def check_length(config: ConfigDict, program: Program) -> None:
+    """Refuses training rows that are longer than the model's positions.
+
+    Raises:
+      UserError: with both lengths.
+    """
+    max_length, max_positions = config.data.max_length, program.model_config.max_positions
+    if max_length > max_positions:
+        raise UserError(
+            f"data.max_length={max_length} exceeds the model's {max_positions} positions (max_position_embeddings): "
+            f"lower it, or give the model's config.json a rope_scaling that reaches so far"
+        )
 
 
 def load(

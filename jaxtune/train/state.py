@@ -83,7 +83,6 @@ def abstract(
     """
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
     model_config, run = family.from_hf(hf_config), runtime(config, mesh)
-    _check_length(config.data.max_length, model_config.max_positions)
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
@@ -129,14 +128,6 @@ def abstract(
         frozen=frozen,
         optimizer=optimizer,
     )
-
-
-def _check_length(max_length: int, max_positions: int) -> None:
-    if max_length > max_positions:
-        raise UserError(
-            f"data.max_length={max_length} exceeds the model's {max_positions} positions (max_position_embeddings): "
-            f"lower it, or give the model's config.json a rope_scaling that reaches so far"
-        )
 
 
 def _shapes(
