@@ -334,7 +334,7 @@ def _loop_data(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Pr
 def _before(config: ConfigDict, workdir: Path, measured: Callable[[], tasks.Result]) -> tasks.Result:
     """The untuned model's result: measured once, kept in the workdir for a run that resumes."""
     file = workdir / "before.json"
-    if config.checkpoint.resume and file.exists():
+    if config.checkpoint.resume and jax.process_count() == 1 and file.exists():  # hosts may not see the same files
         return tasks.from_json(file.read_text())
     result = measured()
     if jax.process_index() == 0:
