@@ -168,6 +168,24 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for name in ("absl", "jax._src.xla_bridge", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not getattr(sys.excepthook, "quiet", False):
+        _without_closed_loops()
+
+
+def _without_closed_loops() -> None:
+    """Mutes one complaint: writes of a save that failed end after orbax has closed the loop that waited for them."""
+    shown, unraisable = sys.excepthook, sys.unraisablehook
+
+    def harmless(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
+        if not harmless(error):
+            shown(kind, error, trace)
+
+    excepthook.quiet = True  # type: ignore[attr-defined]
+    sys.excepthook = excepthook
+    sys.unraisablehook = lambda problem: None if harmless(problem.exc_value) else unraisable(problem)
 
 
 class _Jsonl:

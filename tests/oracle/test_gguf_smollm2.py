@@ -21,6 +21,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
+# Against float64, torch's float32 logits are off by 5.8e-5 at most, jaxtune's by 5.8e-5 (rms 7.9e-6 both, on TEXT; logits reach
+# 38): two right answers may lie further apart than 1e-4.
+ROUNDING = 3e-4
 TEXT = """The lighthouse keeper had counted ships for thirty-one years. Each evening, before the lamp was lit, she wrote
 the number in a ledger bound in green cloth: 14 on a calm day, 3 in a storm, none at all when the fog came down. "Why do
 you bother?" her nephew asked. "Nobody reads it." She turned a page. "The harbour was built for two hundred ships a day,"
@@ -75,19 +78,19 @@ def test_trained_adapter_and_merged_model_load_in_torch(
 
     config = config_of(
         smollm2_gguf,
-        {"data.train": str(chats), "data.max_length": 64, "train.batch_size": 8, "train.steps": 3, "tune.rank": 4,
-         "optim.learning_rate": 2e-3, "optim.warmup_steps": 0},
+        {"data.train": str(chats), "data.max_length": 32, "train.batch_size": 8, "train.steps": 2, "tune.rank": 4,
+         "optim.learning_rate": 2e-3, "optim.warmup_steps": 0, "data.validation_fraction": 0.0},
     )  # fmt: skip
     config.workdir = str(tmp_path / "run")
     run.train(config)
-    mine, tokens = trained(config), [tokenizer.encode(TEXT)[:64]]
+    mine, tokens = trained(config), [tokenizer.encode(TEXT)[:48]]
     logits, untuned = mine.logits(tokens), theirs(smollm2_torch, tokens)
     assert np.abs(logits - untuned).max() > 0.1
     tuned = PeftModel.from_pretrained(smollm2_torch, tmp_path / "run" / "adapter").eval()
     expected = theirs(tuned, tokens)
     tuned.unload()  # the base model is shared with other tests
-    assert apart(logits, expected, "SmolLM2 adapter") <= 3e-4  # 30 layers in float32: the base alone differs by 1e-4
+    assert apart(logits, expected, "SmolLM2 adapter") <= ROUNDING
     config.export.merge, config.export.output = True, str(tmp_path / "merged")
     start.write_result(config, mine.model, tokenizer, mine.program, mine.state.params, mine.frozen)
-    assert apart(logits, theirs(from_folder(tmp_path / "merged"), tokens), "SmolLM2 merged") <= 3e-4
+    assert apart(logits, theirs(from_folder(tmp_path / "merged"), tokens), "SmolLM2 merged") <= ROUNDING
     same_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "merged"), tokenizer)

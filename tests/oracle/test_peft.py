@@ -79,6 +79,7 @@ def test_trained_adapter_loads_in_peft(
 
     config = tiny_config
     config.update_from_flattened_dict(changes)
+    config.data.validation_fraction = 0.0
     run.train(config)
     folder, base = Path(config.workdir) / "adapter", from_folder(Path(config.model.source))
     mine = trained(config)
@@ -214,7 +215,7 @@ def test_merged_and_full_models_load_in_transformers(
     config.model.source = str(make_model(tmp_path / "base", tie_word_embeddings=tied))
     config.tune.method, config.tune.use_dora = "lora" if method == "dora" else method, method == "dora"
     config.tune.targets = r"layers\..*" if tied else r".*(proj|lm_head)"
-    config.export.merge = True
+    config.export.merge, config.data.validation_fraction = True, 0.0
     run.train(config)
     folder, mine = Path(config.workdir) / "model", trained(config)
     model = from_folder(folder)
