@@ -62,7 +62,8 @@ class Checkpoints:
     def __init__(self, workdir: str, config: ConfigDict, resuming: bool = True):
         """`resuming` asks that everything that steers training is as it was; else only what shapes the parameters."""
         # Orbax narrates every save, and prints a failed one's traceback from each thread, beside raising it.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._resuming = resuming
         self._config, self.folder = config, epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
