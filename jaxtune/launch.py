@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxtune import config as config_lib
+from jaxtune import fetch, workdir
 from jaxtune.types import RESUME_EXIT_CODE, UserError, nearest
 
 VERBS = {
@@ -76,10 +77,10 @@ def _refuse(message: str) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    verb, options, values = _parse(arguments)
     from jaxtune.tracking import quiet_libraries
 
     quiet_libraries()
+    verb, options, values = _parse(arguments)
     _without_accelerator()
     _distribute(values)
     from jaxtune import run
@@ -91,19 +92,23 @@ def _dispatch(arguments: list[str]) -> int:
     if not options.workdir:
         options.workdir = str(Path("runs") / options.name)
     _check_outputs(options)
-    if verb == "train" and values.dry_run:
-        run.dry_run(options)
-    elif values.dry_run:
+    if values.dry_run and verb != "train":
         raise UserError(f"--dry_run goes with train, not with {verb}")
-    else:
-        getattr(run, verb)(options)
+    action = run.dry_run if values.dry_run else getattr(run, verb)
+    with workdir.Folder(options.workdir, resume=verb == "train" and options.checkpoint.resume) as folder:
+        action(options, folder.path)
     return 0
 
 
 def _check_outputs(options: config_lib.ConfigDict) -> None:
     """Refuses a place for results that is taken, before any work is done."""
-    folders = {"workdir": options.workdir, "export.output": options.export.output}
-    for name, path in folders.items():
+    workdir.check("workdir", options.workdir)
+    for name, path in {"export.output": options.export.output, "generate.output": options.generate.output}.items():
+        if "://" in path:
+            raise UserError(
+                f"{name}={path!r}; expected a path of this machine: only the workdir can be in Cloud Storage"
+            )
+    for name, path in {"workdir": options.workdir, "export.output": options.export.output}.items():
         taken = [p for p in (Path(path), *Path(path).parents) if path and "://" not in path and p.is_file()]
         if taken:
             raise UserError(
@@ -117,7 +122,7 @@ def _check_outputs(options: config_lib.ConfigDict) -> None:
 def _check_export(options: config_lib.ConfigDict) -> None:
     """An export replaces the folder at its place: only one that an export can have made, never the base itself."""
     output = options.export.output
-    if not output or "://" in output or not Path(output).is_dir():
+    if not output or not Path(output).is_dir():
         return
     names = {path.name for path in Path(output).iterdir()}
     base = [uri for uri in (options.model.source, options.tune.adapter) if uri and Path(uri).expanduser().exists()]
@@ -187,7 +192,7 @@ def _config_file(arguments: list[str]) -> config_lib.ConfigDict:
     named = [a.split("=", 1)[1] for a in arguments if a.startswith(("--config=", "-config="))]
     if not named:
         raise UserError("no config: give --config=configs/quickstart.py, or a file of your own with get_config()")
-    path = Path(named[-1])
+    path = fetch.local(named[-1]) if "://" in named[-1] else Path(named[-1])
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise UserError(f"config file {path} {'is a folder' if path.is_dir() else f'does not exist{near}'}")

@@ -33,6 +33,7 @@ from jaxtune.train import loop, start
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
 from jaxtune.weights import source
+from jaxtune.workdir import shown
 
 
 class Rows(NamedTuple):
@@ -44,10 +45,10 @@ class Rows(NamedTuple):
     batches: pipeline.BatchSource
 
 
-def train(config: ConfigDict) -> None:
+def train(config: ConfigDict, workdir: Path) -> None:
     """Fine-tunes, with a measurement before and after on the same held-out rows; exports and reports."""
     _check_workdir(config)
-    clock, show, is_main, workdir = _Clock(), _progress(config), jax.process_index() == 0, Path(config.workdir)
+    clock, show, is_main = _Clock(), _progress(config), jax.process_index() == 0
     with clock("fetch"):
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
@@ -90,16 +91,16 @@ def train(config: ConfigDict) -> None:
         with clock("evaluation"):
             after = measure.measure(config, held, tokenizer, program, {**frozen, **params}, show, "after")
     with clock("export"):
-        folder = start.write_result(config, model, tokenizer, program, params, frozen)
+        folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
         seconds = clock.seconds | outcome.seconds
         found = (rows.splits, rows.train.counts, held, outcome, before, after)
-        account.write(config, account.Run(model, tokenizer, program, *found, seconds, folder))
+        account.write(config, workdir, account.Run(model, tokenizer, program, *found, seconds, folder))
 
 
-def dry_run(config: ConfigDict) -> None:
+def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
@@ -128,9 +129,9 @@ def dry_run(config: ConfigDict) -> None:
         print(f"  step {at:6d}  {float(rate(at)):.3e}")
 
 
-def evaluate(config: ConfigDict) -> None:
+def evaluate(config: ConfigDict, workdir: Path) -> None:
     """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
-    show, folder, model = _progress(config), Path(config.workdir), source.find(config)
+    show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = pipeline.load(config.data, _data_paths(config), tokenizer, show)
     held = measure.held_out(config, splits, tokenizer)
@@ -140,17 +141,17 @@ def evaluate(config: ConfigDict) -> None:
         )
     program, params, what = _ready(config, model)
     result = measure.measure(config, held, tokenizer, program, params, show, what)
-    tasks.write_predictions(folder / "evaluation.jsonl", None, result)
+    tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
     _write(
-        folder / "evaluation.json",
+        workdir / "evaluation.json",
         json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics}, indent=2) + "\n",
     )
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
     print(account.table(config, {what: result}))
 
 
-def generate(config: ConfigDict) -> None:
+def generate(config: ConfigDict, workdir: Path) -> None:
     """Answers every prompt of `generate.input`; writes a JSON line each, in order."""
     if not config.generate.input:
         raise UserError(
@@ -162,16 +163,16 @@ def generate(config: ConfigDict) -> None:
     program, params, what = _ready(config, model)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
     texts = measure.generator(config, tokenizer, program, params, _progress(config), "answering")(prompts)
-    output = Path(config.generate.output or Path(config.workdir) / "generations.jsonl")
+    output = Path(config.generate.output or workdir / "generations.jsonl")
     lines = [
         {"row_id": e.row_id, "prompt": tokenizer.decode(p, skip_special=False), "generation": t}
         for e, p, t in zip(examples, prompts, texts, strict=True)
     ]
     _write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{len(lines)} answers by {what} in {output}")
+    print(f"{len(lines)} answers by {what} in {shown(config.workdir, workdir, output)}")
 
 
-def chat(config: ConfigDict) -> None:
+def chat(config: ConfigDict, workdir: Path) -> None:
     """Talks in the terminal, streaming; /reset forgets, /quit or end of input leaves."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
@@ -204,7 +205,7 @@ def chat(config: ConfigDict) -> None:
                 print(f"error: {error} (/reset starts over)")
 
 
-def export(config: ConfigDict) -> None:
+def export(config: ConfigDict, workdir: Path) -> None:
     """Writes a checkpoint of the workdir as a PEFT adapter, or (`export.merge`, full fine-tuning) as a model folder."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
@@ -214,10 +215,11 @@ def export(config: ConfigDict) -> None:
     if restored is None:
         raise UserError(f"{config.workdir} holds no checkpoint: name the --workdir of a finished run")
     step, params = restored
-    print(f"step {step} written to {start.write_result(config, model, tokenizer, program, params, frozen)}")
+    folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
+    print(f"step {step} written to {shown(config.workdir, workdir, folder)}")
 
 
-def plan(config: ConfigDict) -> None:
+def plan(config: ConfigDict, workdir: Path) -> None:
     """Compiles the training step for `plan.topology` and prints what it needs; writes `plan.json`."""
     from jaxtune.plan import compile as plan_compile
 
@@ -226,7 +228,7 @@ def plan(config: ConfigDict) -> None:
     plan_compile.chip_of(config.plan.topology)
     print(f"compiling {model.uri} for {config.plan.topology} …", file=sys.stderr, flush=True)
     result = plan_compile.compile_step(config, model.hf_config)
-    _write(Path(config.workdir) / "plan.json", json.dumps(result._asdict(), indent=2) + "\n")
+    _write(workdir / "plan.json", json.dumps(result._asdict(), indent=2) + "\n")
     print(plan_compile.table(result))
 
 

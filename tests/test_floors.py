@@ -10,7 +10,7 @@ from jaxtune.models import FAMILIES
 
 ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
-    {"config", "registry", "types", "fetch", "archives"},
+    {"config", "registry", "types", "fetch", "archives", "workdir"},
     {"sharding", "models", "data"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},
@@ -20,7 +20,13 @@ FLOORS = [
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TOGETHER = {"fetch": {"archives", "types"}, "config": {"types"}, "registry": {"types"}, "archives": {"types"}}
+TOGETHER = {
+    "fetch": {"archives", "types"},
+    "config": {"types"},
+    "registry": {"types"},
+    "archives": {"types"},
+    "workdir": {"types"},
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -98,7 +98,7 @@ def test_refusals(sampler: Sampler) -> None:
 def test_chat_in_the_terminal(tiny_config: ConfigDict, monkeypatch, capsys) -> None:
     tiny_config.generate.max_new_tokens = 8
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n/reset\nthe cat\n/quit\n"))
-    run.chat(tiny_config)
+    run.chat(tiny_config, Path(tiny_config.workdir))
     lines = capsys.readouterr().out.split("> ")
     assert "/quit leaves" in lines[0]
     assert lines[1] == lines[3]  # after /reset the same question gets the same greedy answer
@@ -108,7 +108,7 @@ def test_generate_answers_a_file(tiny_config: ConfigDict, chats: Path) -> None:
     import json
 
     tiny_config.generate.input, tiny_config.generate.max_new_tokens = str(chats), 4
-    run.generate(tiny_config)
+    run.generate(tiny_config, Path(tiny_config.workdir))
     lines = [json.loads(x) for x in (Path(tiny_config.workdir) / "generations.jsonl").read_text().splitlines()]
     assert [line["row_id"] for line in lines] == [f"chats.jsonl:{n}" for n in range(1, 97)]
     assert all("<|im_start|>assistant" in line["prompt"] for line in lines)

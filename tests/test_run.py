@@ -19,7 +19,7 @@ def test_train_leaves_a_whole_workdir(tiny_config: ConfigDict) -> None:
     config = tiny_config
     config.tracking.report, config.eval.before_after, config.data.test_fraction = True, True, 0.2
     config.eval.metric, config.eval.bootstrap_samples, config.train.eval_every_steps = "perplexity", 50, 3
-    run.train(config)
+    run.train(config, Path(config.workdir))
     workdir = Path(config.workdir)
     steps = [m for m in metrics(workdir) if "loss" in m]
     assert [m["step"] for m in steps] == list(range(6))
@@ -45,11 +45,11 @@ def test_labels_and_generations_are_measured(tiny_config: ConfigDict, tmp_path: 
     config.data.train, config.data.prompt, config.data.label_column = str(rows), "{text}", "mood"
     config.data.test_fraction, config.train.steps, config.eval.bootstrap_samples = 0.3, 40, 50
     config.eval.before_after = True
-    run.train(config)
+    run.train(config, Path(config.workdir))
     lines = [json.loads(line) for line in (Path(config.workdir) / "predictions.jsonl").read_text().splitlines()]
     assert np.mean([line["after"]["correct"] for line in lines]) > 0.9
     config.eval.metric, config.generate.max_new_tokens = "exact_match", 8
-    run.evaluate(config)
+    run.evaluate(config, Path(config.workdir))
     result = json.loads((Path(config.workdir) / "evaluation.json").read_text())
     assert result["metrics"]["exact_match"]["value"] > 0.9
     assert "exact_match" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from jaxtune.train import loop
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Program
 from jaxtune.weights import source
+from jaxtune.workdir import shown
 
 
 def table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
@@ -45,9 +46,9 @@ class Run(NamedTuple):
     folder: Path
 
 
-def write(config: ConfigDict, run: Run) -> None:
-    """Writes report.html and report.json, and prints the before/after table."""
-    before, after, workdir = run.before, run.after, Path(config.workdir)
+def write(config: ConfigDict, workdir: Path, run: Run) -> None:
+    """Writes report.html and report.json into `workdir`, and prints the before/after table."""
+    before, after, place = run.before, run.after, shown(config.workdir, workdir, run.folder)
     difference = tasks.compare(before, after) if before and after else {}
     if config.tracking.report:
         facts = {
@@ -62,7 +63,7 @@ def write(config: ConfigDict, run: Run) -> None:
             "train": _training(run),
             "data": _data(run),
             "seconds": {part: round(value, 2) for part, value in run.seconds.items()},
-            "how_to": _how_to(config, run.model, run.folder),
+            "how_to": _how_to(config, run.model, place),
             "config": config.to_dict(),
             "examples": _examples(run.held, before, after, run.tokenizer),
         }
@@ -74,8 +75,8 @@ def write(config: ConfigDict, run: Run) -> None:
         print(
             f"{name}: {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
         )
-    where = f", report in {workdir / 'report.html'}" if config.tracking.report else ""
-    print(f"result in {run.folder}{where}")
+    where = f", report in {shown(config.workdir, workdir, workdir / 'report.html')}" if config.tracking.report else ""
+    print(f"result in {place}{where}")
 
 
 def _about(config: ConfigDict, run: Run) -> dict[str, str]:
@@ -159,19 +160,23 @@ def _examples(
     ]
 
 
-def _how_to(config: ConfigDict, model: source.Model, folder: Path) -> list[tuple[str, str]]:
+def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[str, str]]:
     base = (
         f'"{model.path.parent}", gguf_file="{model.path.name}"'
         if model.path and model.path.is_file()
         else f'"{model.path or model.uri}"'
     )
-    load = f"from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained({base})"
-    if (folder / "adapter_config.json").exists():
-        load = f'from peft import PeftModel\n{load}\nmodel = PeftModel.from_pretrained(base, "{folder}")'
+    fetched, load = [], "from transformers import AutoModelForCausalLM\n"
+    if "://" in folder:
+        fetched = [("To this machine", f"gcloud storage cp -r {folder} .")]
+        folder = folder.rsplit("/", 1)[-1]
+    if config.tune.method == "lora" and not config.export.merge:
+        load = f"from peft import PeftModel\n{load}base = AutoModelForCausalLM.from_pretrained({base})\n"
+        load += f'model = PeftModel.from_pretrained(base, "{folder}")'
     else:
-        load = (
-            f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
-        )
-    again = f"python -m jaxtune.launch chat --config={Path(config.workdir) / 'config.json'} --workdir={config.workdir}"
+        load += f'model = AutoModelForCausalLM.from_pretrained("{folder}")'
+    again = (
+        f"python -m jaxtune.launch chat --config={config.workdir.rstrip('/')}/config.json --workdir={config.workdir}"
+    )
     merge = again.replace(" chat ", " export ") + " --config.export.merge=True"
-    return [("In PyTorch", load), ("In the terminal", again), ("As one merged model folder", merge)]
+    return [*fetched, ("In PyTorch", load), ("In the terminal", again), ("As one merged model folder", merge)]

@@ -191,7 +191,8 @@ def _record(
         progress.notices.append(f"Skipped {what}; rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}.")
         tracker.say(f"WARNING: {progress.notices[-1]}")
         return
-    dump = workdir / f"bad_step_{record.step:06d}"
+    host = f"_host_{jax.process_index()}" if jax.process_count() > 1 else ""
+    dump = workdir / f"bad_step_{record.step:06d}{host}"
     np.savez_compressed(dump.with_suffix(".npz"), **record.batch)  # type: ignore[arg-type]
     dump.with_suffix(".json").write_text(
         json.dumps({"step": record.step, **values, "rows": rows}, indent=2, default=str)

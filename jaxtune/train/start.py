@@ -62,28 +62,32 @@ def load(
 
 
 def write_result(
-    config: ConfigDict, model: Model, tokenizer: Tokenizer | None, program: Program, params: Params, frozen: Params
+    config: ConfigDict,
+    workdir: Path,
+    model: Model,
+    tokenizer: Tokenizer | None,
+    program: Program,
+    params: Params,
+    frozen: Params,
 ) -> Path:
     """Writes what was trained: a PEFT adapter folder, or with `export.merge`, full or head tuning a model folder.
 
-    Both carry the tokenizer and its chat template. Every process must call it; the first writes.
+    Both carry the tokenizer and its chat template, and appear whole or not at all. Every process must call it; the first
+    writes.
     """
-    write = jax.process_index() == 0
-    if program.lora is not None and not config.export.merge:
-        folder = Path(config.export.output or Path(config.workdir) / "adapter")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        peft.save(
-            folder, program.family, program.model_config, params, program.lora, str(model.path or model.uri), write
-        )
-    else:
-        folder = Path(config.export.output or Path(config.workdir) / "model")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        dtype = np.dtype(config.export.dtype) if config.export.dtype else None
-        named = hf.tensors(program.family, program.model_config, merged(program, params, frozen), dtype)
-        hf.save(folder, model.hf_config, named, write)
-    if write and tokenizer is not None:
-        tokenizer.save(folder)
-    return folder
+    write, adapter = jax.process_index() == 0, None if config.export.merge else program.lora
+    place = Path(config.export.output or workdir / ("adapter" if adapter else "model"))
+    with hf.new_folder(place, write) as folder:
+        if adapter:
+            base = str(model.path or model.uri)
+            peft.save(folder, program.family, program.model_config, params, adapter, base, write)
+        else:
+            dtype = np.dtype(config.export.dtype) if config.export.dtype else None
+            named = hf.tensors(program.family, program.model_config, merged(program, params, frozen), dtype)
+            hf.save(folder, model.hf_config, named, write)
+        if write and tokenizer is not None:
+            tokenizer.save(folder)
+    return place
 
 
 def merged(program: Program, params: Params, frozen: Params) -> Params:

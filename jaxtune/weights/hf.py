@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -235,28 +236,38 @@ def tensors(
         yield name, np.ascontiguousarray(array.astype(dtype) if dtype else array)
 
 
+@contextmanager
+def new_folder(folder: Path, write: bool = True) -> Iterator[Path]:
+    """Yields a folder to fill, which takes the place of `folder` at the end; after an error nothing of it is left.
+
+    With `write` False (processes other than the first) nothing is made or moved.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    if not write:
+        yield temporary
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def save(folder: Path, hf_config: dict[str, Any], named: Iterable[tuple[str, np.ndarray]], write: bool = True) -> None:
     """Writes `config.json`, `generation_config.json` and safetensors shards (at most 5 GB each, with an index).
 
-    Appears whole or not at all: written beside `folder`, then renamed. With `write` False only the iteration runs
+    Use `new_folder` for a folder that appears whole or not at all. With `write` False only the iteration runs
     (processes other than the first).
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        _save(temporary, hf_config, named, write)
-    except BaseException:
-        if write:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if write:
-        replace_folder(temporary, folder)
-
-
-def _save(folder: Path, hf_config: dict[str, Any], named: Iterable[tuple[str, np.ndarray]], write: bool) -> None:
     from safetensors.numpy import save_file
 
     if write:
-        _fresh(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, np.ndarray]] = [{}]
     sizes, total, dtype = [0], 0, np.dtype(np.float32)
     files: list[tuple[Path, list[str]]] = []
@@ -298,15 +309,3 @@ def _name_shards(folder: Path, files: list[tuple[Path, list[str]]], total: int) 
         weight_map |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts a finished folder in place of an older one."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)

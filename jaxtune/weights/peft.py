@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,6 @@ from jaxtune import sharding
 from jaxtune.adapters.lora import Options
 from jaxtune.models import naming
 from jaxtune.types import UserError
-from jaxtune.weights.hf import replace_folder
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -41,7 +39,7 @@ def save(
     base: str,
     write: bool = True,
 ) -> None:
-    """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; whole or not at all.
+    """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; in `hf.new_folder`, whole or not at all.
 
     `adapter` maps our paths ("….adapter.lora_a") to arrays; `base` is what the reader should load the adapter onto.
     """
@@ -57,17 +55,12 @@ def save(
             tensors[f"{_PREFIX}{module}.{_SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
     if not write:
         return
-    temporary, names = folder.with_name(folder.name + ".tmp"), _targets(modules, targets)
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(_config(options, names, modules, base), indent=2)
-        (temporary / "adapter_config.json").write_text(config + "\n")
-        (temporary / "README.md").write_text(_card(base, options, names))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    replace_folder(temporary, folder)
+    names = _targets(modules, targets)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.dumps(_config(options, names, modules, base), indent=2)
+    (folder / "adapter_config.json").write_text(config + "\n")
+    (folder / "README.md").write_text(_card(base, options, names))
 
 
 def _targets(modules: dict[str, list[str]], chosen: set[str]) -> list[str]:

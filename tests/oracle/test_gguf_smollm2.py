@@ -82,7 +82,7 @@ def test_trained_adapter_and_merged_model_load_in_torch(
          "optim.learning_rate": 2e-3, "optim.warmup_steps": 0, "data.validation_fraction": 0.0},
     )  # fmt: skip
     config.workdir = str(tmp_path / "run")
-    run.train(config)
+    run.train(config, Path(config.workdir))
     mine, tokens = trained(config), [tokenizer.encode(TEXT)[:48]]
     logits, untuned = mine.logits(tokens), theirs(smollm2_torch, tokens)
     assert np.abs(logits - untuned).max() > 0.1

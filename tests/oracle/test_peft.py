@@ -80,7 +80,7 @@ def test_trained_adapter_loads_in_peft(
     config = tiny_config
     config.update_from_flattened_dict(changes)
     config.data.validation_fraction = 0.0
-    run.train(config)
+    run.train(config, Path(config.workdir))
     folder, base = Path(config.workdir) / "adapter", from_folder(Path(config.model.source))
     mine = trained(config)
     tokens = some_tokens(mine.program.model_config.vocab_size)
@@ -216,7 +216,7 @@ def test_merged_and_full_models_load_in_transformers(
     config.tune.method, config.tune.use_dora = "lora" if method == "dora" else method, method == "dora"
     config.tune.targets = r"layers\..*" if tied else r".*(proj|lm_head)"
     config.export.merge, config.data.validation_fraction = True, 0.0
-    run.train(config)
+    run.train(config, Path(config.workdir))
     folder, mine = Path(config.workdir) / "model", trained(config)
     model = from_folder(folder)
     assert model.config.tie_word_embeddings == tied

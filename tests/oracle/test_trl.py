@@ -71,7 +71,7 @@ def configure(
 
 
 def our_losses(config: ConfigDict) -> np.ndarray:
-    run.train(config)
+    run.train(config, Path(config.workdir))
     lines = [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
     return np.asarray([line["loss"] for line in lines if "loss" in line])
 

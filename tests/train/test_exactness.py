@@ -262,7 +262,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
 
     config = laid_out(tiny_config)
     config.checkpoint.every_steps, config.checkpoint.keep = 2, 3
-    run.train(config)
+    run.train(config, Path(config.workdir))
     folder = Path(config.workdir) / "checkpoints"
     assert sorted(int(p.name) for p in folder.iterdir()) == [2, 4, 6]
     for file in (folder / "6" / "state").rglob("d/*"):  # the arrays' values
@@ -280,7 +280,7 @@ def test_a_damaged_newest_checkpoint_falls_back(
 def test_a_checkpoint_restores_on_another_mesh(tiny_config: ConfigDict) -> None:
     from jaxtune import checkpoint, run
 
-    run.train(tiny_config)
+    run.train(tiny_config, Path(tiny_config.workdir))
     values = []
     for devices, mesh in ((8, {"fsdp": 8}), (1, {"fsdp": 1}), (8, {"fsdp": 2, "tensor": 4})):
         config = laid_out(tiny_config, **{"tensor": 1, **mesh})

@@ -1,0 +1,143 @@
+"""Folders that a run writes: of this machine, or in Cloud Storage through a copy on this machine that is sent as it grows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxtune.types import UserError
+
+_EVERY_SECONDS = 30.0
+_PARTS = (".partial", ".tmp")  # names of files and folders that are not whole yet
+_LEFT_THERE = ("checkpoints", "adapter", "model")  # not brought here when a run goes on: large, and read by others
+
+
+def check(name: str, uri: str) -> None:
+    """Refuses an output that can be no folder of this machine and no place in Cloud Storage.
+
+    Raises:
+      UserError: another kind of URI, no path in the bucket, the extra `gcs` is missing, or the bucket cannot be reached.
+    """
+    if "://" not in uri:
+        return
+    if not re.fullmatch(r"gs://[a-z0-9._-]+/.+", uri):
+        raise UserError(f"{name}={uri!r}; expected a path of this machine or gs://bucket/path")
+    files, root = _file_system(uri)
+    with _reaching(uri):
+        files.exists(root)
+
+
+def shown(uri: str, folder: Path, path: Path) -> str:
+    """Where people find `path`, which a run wrote under `folder`, its workdir `uri` on this machine."""
+    return f"{uri.rstrip('/')}/{path.relative_to(folder)}" if path.is_relative_to(folder) else str(path)
+
+
+class Folder:
+    """The folder `uri` as a path of this machine; use as a context manager.
+
+    `gs://bucket/path` is written to a temporary folder, from which a thread sends what is new every 30 seconds and once
+    more at the end: an object store knows no appending, and a lost connection must not stop a step. With `resume`, what is
+    already there (checkpoints and results apart) is brought first. What could not be sent stays, and is named.
+
+    Args:
+      uri: a path, or gs://bucket/path.
+      resume: whether the small files that are there are wanted.
+
+    Raises:
+      UserError: the place cannot be reached; on leaving, something could not be sent.
+    """
+
+    def __init__(self, uri: str, resume: bool = False):
+        self.uri, self.path = uri, Path(uri)
+        self._files: Any = None  # the file system of a place in Cloud Storage
+        self._sent: dict[str, tuple[int, int]] = {}  # name -> (when it was changed, size) as last sent
+        if "://" in uri:
+            self._files, self._root = _file_system(uri)
+            self.path = Path(tempfile.mkdtemp(prefix="jaxtune-"))
+            if resume:
+                self._bring()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_sending, daemon=True)
+
+    def send(self) -> None:
+        """Sends every file that is new or has changed; takes away there what was sent and is no more."""
+        seen = {}
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path)
+            if not path.is_file() or any(part.endswith(_PARTS) for part in name.parts):
+                continue
+            found = path.stat()
+            seen[str(name)] = (found.st_mtime_ns, found.st_size)
+            if self._sent.get(str(name)) != seen[str(name)]:
+                self._files.put_file(str(path), f"{self._root}/{name.as_posix()}")
+                self._sent[str(name)] = seen[str(name)]
+        for gone in set(self._sent) - set(seen):
+            self._files.rm_file(f"{self._root}/{gone}")
+            del self._sent[gone]
+
+    def __enter__(self) -> Folder:
+        if self._files:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if not self._files:
+            return
+        self._ended.set()
+        self._thread.join()
+        try:
+            self.send()
+        except Exception as failure:  # gcsfs raises its own, aiohttp's and google.auth's
+            kept = f"cannot write to {self.uri}: {failure}; what was not sent is in {self.path}"
+            if error is None:
+                raise UserError(kept) from failure
+            print(f"WARNING: {kept}", file=sys.stderr, flush=True)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _keep_sending(self) -> None:
+        while not self._ended.wait(_EVERY_SECONDS):
+            try:
+                self.send()
+            except Exception as failure:
+                print(f"WARNING: cannot write to {self.uri} now: {failure}", file=sys.stderr, flush=True)
+
+    def _bring(self) -> None:
+        with _reaching(self.uri):
+            for name in self._files.find(self._root):
+                inside = Path(name[len(self._root) :].strip("/"))
+                if inside.parts and inside.parts[0] not in _LEFT_THERE:
+                    (self.path / inside).parent.mkdir(parents=True, exist_ok=True)
+                    self._files.get_file(name, str(self.path / inside))
+                    found = (self.path / inside).stat()
+                    self._sent[str(inside)] = (found.st_mtime_ns, found.st_size)
+
+
+@contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # gcsfs raises its own, aiohttp's and google.auth's
+        raise UserError(
+            f"cannot reach {uri!r}: {error}; check the network, the bucket, and `gcloud auth application-default login`"
+        ) from error
+
+
+def _file_system(uri: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+
+        files, root = fsspec.core.url_to_fs(uri.rstrip("/"))
+    except ImportError as error:
+        raise UserError(
+            f"{uri!r} needs the Cloud Storage client: pip install 'jaxtune[gcs]', or choose a path of this machine"
+        ) from error
+    return files, root
