@@ -48,12 +48,12 @@ def write_model(folder: Path, gigabytes: float) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     config, program, rng = hf_config(gigabytes), _program(hf_config(gigabytes), "bfloat16"), np.random.default_rng(0)
-    table = naming.hf_names(program.family.weights(program.model_config), program.model_config.num_layers)
+    table = naming.hf_names(program.family.weights(program.model_config))
     shard: dict[str, Any] = {}
     weight_map: dict[str, str] = {}
     total = held = number = 0
-    for index, (name, (weight, layer)) in enumerate(table.items(), 1):
-        ours = program.base[weight.ours].shape[0 if layer is None else 1 :]
+    for index, (name, (weight, place)) in enumerate(table.items(), 1):
+        ours = program.base[weight.ours].shape[len(place) :]
         value = rng.random(ours[::-1] if weight.transpose else ours, np.float32) - np.float32(0.5)
         shard[name] = value.astype(ml_dtypes.bfloat16)
         total, held = total + shard[name].nbytes, held + shard[name].nbytes

@@ -98,7 +98,7 @@ def flops(program: Any, tokens: int, trained_tokens: int, length: int) -> tuple[
     }
     adapters = sum(leaf.size for path, leaf in program.adapter.items())
     matmuls = tokens * (4 * sum(layers.values()) + 6 * adapters) + trained_tokens * 4 * c.dim * c.vocab_size
-    return float(matmuls), float(tokens * 8 * length * c.num_heads * c.head_dim * c.num_layers)
+    return float(matmuls), float(tokens * 8 * length * c.num_heads * c.blocks[0][0].attention.head_dim * c.num_layers)
 
 
 def profile(rows_path: Path, layout: str, dtype: str, num_steps: int) -> dict[str, Any]:

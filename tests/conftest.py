@@ -8,13 +8,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
@@ -27,6 +28,21 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(scope="module")
+def quick_compile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tiny models, whose time is all compiling: less of it, and none of it twice in a module."""
+    options = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options |= {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +85,15 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     vocab = write_tokenizer(folder)
     config = llama._preset(64, 2, 8, 4, 96, -(-vocab // 8) * 8, 1e4, max_position_embeddings=256, head_dim=16) | changes
     parsed, rng = llama.from_hf(config), np.random.default_rng(seed)
-    c = parsed
+    c, block = parsed, parsed.blocks[0][0]
+    q_dim, kv_dim = (n * block.attention.head_dim for n in (c.num_heads, c.num_kv_heads))
     sizes = {
-        "embed_tokens": (c.vocab_size, c.dim), "lm_head": (c.vocab_size, c.dim), "q_proj": (c.num_heads * c.head_dim, c.dim),
-        "k_proj": (c.num_kv_heads * c.head_dim, c.dim), "v_proj": (c.num_kv_heads * c.head_dim, c.dim),
-        "o_proj": (c.dim, c.num_heads * c.head_dim), "gate_proj": (c.ffn_dim, c.dim), "up_proj": (c.ffn_dim, c.dim), "down_proj": (c.dim, c.ffn_dim),
+        "embed_tokens": (c.vocab_size, c.dim), "lm_head": (c.vocab_size, c.dim), "q_proj": (q_dim, c.dim),
+        "k_proj": (kv_dim, c.dim), "v_proj": (kv_dim, c.dim), "o_proj": (c.dim, q_dim),
+        "gate_proj": (block.ffn.dim, c.dim), "up_proj": (block.ffn.dim, c.dim), "down_proj": (c.dim, block.ffn.dim),
     }  # fmt: skip
     tensors = {}
-    for name in naming.hf_names(llama.weights(parsed), parsed.num_layers):
+    for name in naming.hf_names(llama.weights(parsed)):
         module, kind = name.split(".")[-2:]
         shape = sizes.get(module, (c.dim,))
         value = rng.normal(0, 0.15, shape[:1] if kind == "bias" else shape)

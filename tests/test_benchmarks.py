@@ -164,8 +164,9 @@ def test_flops_of_a_lora_step(tiny_config, tiny_model):
     hf = json.loads((tiny_model / "config.json").read_text())
     mesh = sharding.make_mesh(tiny_config, jax.devices()[:1])
     program, c = state.abstract(tiny_config, hf, mesh, 6), llama.from_hf(hf)
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    shapes = [(c.dim, q), (c.dim, kv), (c.dim, kv), (q, c.dim), *[(c.dim, c.ffn_dim)] * 3]
+    block = c.blocks[0][0]
+    q, kv = c.num_heads * block.attention.head_dim, c.num_kv_heads * block.attention.head_dim
+    shapes = [(c.dim, q), (c.dim, kv), (c.dim, kv), (q, c.dim), *[(c.dim, block.ffn.dim)] * 3]
     weights = c.num_layers * sum(a * b for a, b in shapes)
     lora = c.num_layers * sum(4 * (a + b) for a, b in shapes)  # tune.rank is 4
     matmuls, attention = step_profile.flops(program, 100, 7, 64)

@@ -87,7 +87,7 @@ def test_importing_starts_nothing() -> None:
 
     code = (
         "import sys, jaxtune.run, jax; from jax._src import xla_bridge as x; "
-        "print(x.backends_are_initialized(), *(m for m in ('torch', 'tensorflow', 'google.cloud') if m in sys.modules))"
+        "print(x.backends_are_initialized(), *(m for m in ('torch', 'tensorflow', 'gcsfs') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,5 +1,28 @@
 """Model families: the `model_type` of a Hugging Face config -> the module that implements it."""
 
 FAMILIES: dict[str, str] = {
+    "bloom": "jaxtune.models.bloom",
+    "deepseek_v3": "jaxtune.models.deepseek_v3",
+    "ernie4_5": "jaxtune.models.ernie4_5",
+    "ernie4_5_moe": "jaxtune.models.ernie4_5_moe",
+    "falcon": "jaxtune.models.falcon",
+    "gemma": "jaxtune.models.gemma",
+    "gemma2": "jaxtune.models.gemma2",
+    "gemma3_text": "jaxtune.models.gemma3_text",
+    "gpt2": "jaxtune.models.gpt2",
+    "gpt_neox": "jaxtune.models.gpt_neox",
+    "gpt_oss": "jaxtune.models.gpt_oss",
+    "gptj": "jaxtune.models.gptj",
     "llama": "jaxtune.models.llama",
+    "mistral": "jaxtune.models.mistral",
+    "mixtral": "jaxtune.models.mixtral",
+    "mpt": "jaxtune.models.mpt",
+    "olmo2": "jaxtune.models.olmo2",
+    "olmo3": "jaxtune.models.olmo3",
+    "opt": "jaxtune.models.opt",
+    "phi3": "jaxtune.models.phi3",
+    "qwen2": "jaxtune.models.qwen2",
+    "qwen3": "jaxtune.models.qwen3",
+    "qwen3_moe": "jaxtune.models.qwen3_moe",
+    "smollm3": "jaxtune.models.smollm3",
 }

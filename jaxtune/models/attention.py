@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over packed segments: one brick, its form chosen by platform.
+"""Grouped-query attention over packed segments: one brick, its form chosen by platform.
 
 On TPU: splash attention, the Pallas kernel in JAX (scores never leave the chip's fast memory). Elsewhere: plain XLA,
 in blocks of queries once rows are long, so that memory grows with T and not with T^2.
@@ -6,7 +6,8 @@ in blocks of queries once rows are long, so that memory grows with T and not wit
 
 from __future__ import annotations
 
-import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,71 +18,113 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) sta
 _QUERY_BLOCK_TOKENS = 512
 
 
+class Rule(NamedTuple):
+    """Who sees whom, and how scores are made: static, the same for all layers of a stack.
+
+    scale: of q k^T. softcap: c tanh(s / c) (arXiv:2408.00118). causal: no key ahead of its query. slopes: ALiBi's, one per
+    query head (arXiv:2108.12409). windows: the distinct window sizes of the layers, in tokens; 0 is no window. A causal
+    query sees the last `window` tokens, itself included; another sees `window` tokens to either side.
+    """
+
+    scale: float
+    softcap: float | None = None
+    causal: bool = True
+    slopes: tuple[float, ...] = ()
+    windows: tuple[int, ...] = (0,)
+
+
 def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     q_segments_BT: jax.Array,
     k_segments_BS: jax.Array,
+    rule: Rule,
     run: Runtime,
     *,
+    window_index: jax.Array | int = 0,
+    sinks_N: jax.Array | None = None,
     offset: jax.Array | int = 0,
     self_attention: bool = True,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, within a segment and never ahead. Returns (B, T, N, H) in q's dtype.
+    """softmax(scores) v within a segment, by `rule`. Returns (B, T, N, H of v) in q's dtype.
 
-    Query t stands at key slot `offset + t`; it sees the slots up to its own that hold its segment. Segment 0 is padding.
-    Softmax is float32. K and V are never repeated for grouped queries. `self_attention` says that keys are the queries'
-    own tokens (S = T, offset 0): the form that the TPU kernel takes.
+    Query t stands at key slot `offset + t`. Segment 0 is padding. Softmax is float32. K and V are never repeated for
+    grouped queries. `window_index` picks one of `rule.windows` (it may differ from layer to layer of one scan). `sinks_N`
+    is a learnt score per head that takes its share of the softmax and gives nothing (arXiv:2309.17453). `self_attention`
+    says that keys are the queries' own tokens (S = T, offset 0): the form that the TPU kernel takes.
     """
-    if self_attention and _use_splash(run, q_BTNH):
-        return _splash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, run)
+    if self_attention and _use_splash(run, rule, q_BTNH, v_BSKH):
+        return _splash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, rule, run, window_index, sinks_N)
     num_tokens = q_BTNH.shape[1]
+    window = jnp.asarray(rule.windows, jnp.int32)[window_index] if any(rule.windows) else None
+    dense = recomputed(partial(_dense, rule))
     if num_tokens <= _QUERY_BLOCK_TOKENS or num_tokens % _QUERY_BLOCK_TOKENS:
-        return recomputed(_dense)(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, jnp.asarray(offset))
+        return dense(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, jnp.asarray(offset), window, sinks_N)
 
     num_blocks = num_tokens // _QUERY_BLOCK_TOKENS
 
     def blocks(x: jax.Array) -> jax.Array:  # (B, T, …) -> (blocks, B, T / blocks, …)
         return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, _QUERY_BLOCK_TOKENS, *x.shape[2:]), 1, 0)
 
-    @recomputed
     def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, segments, index = args
-        return _dense(q, k_BSKH, v_BSKH, segments, k_segments_BS, offset + index * _QUERY_BLOCK_TOKENS)
+        start = offset + index * _QUERY_BLOCK_TOKENS
+        return dense(q, k_BSKH, v_BSKH, segments, k_segments_BS, start, window, sinks_N)
 
     out = jax.lax.map(one, (blocks(q_BTNH), blocks(q_segments_BT), jnp.arange(num_blocks)))
-    return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape)
+    return jnp.moveaxis(out, 0, 1).reshape(*q_BTNH.shape[:3], v_BSKH.shape[3])
 
 
 def _dense(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_seg_BT: jax.Array, k_seg_BS: jax.Array, offset: jax.Array
-) -> jax.Array:
+    rule: Rule, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_seg_BT: jax.Array, k_seg_BS: jax.Array,
+    offset: jax.Array, window: jax.Array | None, sinks_N: jax.Array | None,
+) -> jax.Array:  # fmt: skip
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) / math.sqrt(H)
-    behind_TS = jnp.arange(S)[None, :] <= offset + jnp.arange(T)[:, None]
-    visible_BTS = (q_seg_BT[:, :, None] == k_seg_BS[:, None, :]) & behind_TS[None]
+    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * rule.scale
+    if rule.softcap:
+        scores_BKGTS = jnp.tanh(scores_BKGTS / rule.softcap) * rule.softcap
+    behind_TS = offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]  # how far a key lies behind its query
+    if rule.slopes:
+        slopes_KG = jnp.asarray(rule.slopes, jnp.float32).reshape(K, N // K)
+        scores_BKGTS -= slopes_KG[None, :, :, None, None] * behind_TS[None, None, None]
+    seen_TS = behind_TS >= 0 if rule.causal else jnp.ones_like(behind_TS, bool)
+    if window is not None:
+        near_TS = behind_TS < window if rule.causal else jnp.abs(behind_TS) <= window
+        seen_TS &= near_TS | (window == 0)
+    visible_BTS = (q_seg_BT[:, :, None] == k_seg_BS[:, None, :]) & seen_TS[None]
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+    if sinks_N is None:
+        probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    else:
+        sinks_BKGT1 = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1), (B, K, N // K, T, 1))
+        probs_BKGTS = jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks_BKGT1], -1), axis=-1)[..., :-1]
+    return jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, -1)
 
 
-def _use_splash(run: Runtime, q_BTNH: jax.Array) -> bool:
+def _use_splash(run: Runtime, rule: Rule, q_BTNH: jax.Array, v_BSKH: jax.Array) -> bool:
     on_tpu = run.mesh is not None and run.mesh.devices.flat[0].platform == "tpu"
     fits = q_BTNH.shape[1] % 128 == 0  # the kernel's tile; rows of other lengths take the XLA form
-    return run.attention == "splash" or (run.attention == "auto" and on_tpu and fits)
+    can = not rule.slopes and (rule.causal or not any(rule.windows))
+    return can and (run.attention == "splash" or (run.attention == "auto" and on_tpu and fits))
 
 
-def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, run: Runtime) -> jax.Array:
-    """Splash attention per device: the compiler cannot partition a kernel, so batch and heads are split by hand."""
+def _splash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, rule: Rule, run: Runtime,
+    window_index: jax.Array | int, sinks_N: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """Splash attention per device: the compiler cannot partition a kernel, so batch and heads are split by hand.
+
+    A kernel's mask is static: layers of one scan that differ in their window choose among one kernel for each.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     assert run.mesh is not None, "splash attention needs the mesh"
     assert run.spec is not None, "splash attention needs the rules of the mesh"
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    T = q_BTNH.shape[1]
     interpret = run.mesh.devices.flat[0].platform != "tpu"
     block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
     sizes = splash.BlockSizes(
@@ -89,24 +132,33 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT
         block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True,
     )  # fmt: skip
 
-    def on_device(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        mask = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(q_BTNH.shape[2])])
+    def mask(window: int) -> Any:
+        if not rule.causal:
+            return masks.FullMask((T, T))
+        return masks.LocalMask((T, T), (window - 1, 0), 0) if 0 < window < T else masks.CausalMask((T, T))
+
+    def with_window(window: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seg_BT: jax.Array, *sinks: jax.Array) -> jax.Array:  # fmt: skip
         kernel = splash.make_splash_mqa_single_device if k_BTKH.shape[2] == 1 else splash.make_splash_mha_single_device
-        attend_row = kernel(mask=mask, block_sizes=sizes, interpret=interpret)
+        heads = masks.MultiHeadMask([mask(window) for _ in range(q_BTNH.shape[2])])
+        attend_row = kernel(mask=heads, block_sizes=sizes, interpret=interpret, attn_logits_soft_cap=rule.softcap)
 
         def row(q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, segments_T: jax.Array) -> jax.Array:
             k_KTH, v_KTH = k_TKH.swapaxes(0, 1), v_TKH.swapaxes(0, 1)
             if k_KTH.shape[0] == 1:
                 k_KTH, v_KTH = k_KTH[0], v_KTH[0]
-            out_NTH = attend_row(q_TNH.swapaxes(0, 1), k_KTH, v_KTH, splash.SegmentIds(segments_T, segments_T))
-            return out_NTH.swapaxes(0, 1)
+            segment_ids = splash.SegmentIds(segments_T, segments_T)
+            return attend_row(q_TNH.swapaxes(0, 1), k_KTH, v_KTH, segment_ids, *sinks).swapaxes(0, 1)
 
-        return jax.vmap(row)(q_BTNH / math.sqrt(H), k_BTKH, v_BTKH, segments_BT).astype(q_BTNH.dtype)
+        return jax.vmap(row)(q_BTNH * rule.scale, k_BTKH, v_BTKH, seg_BT).astype(q_BTNH.dtype)
+
+    def on_device(which: jax.Array, *arrays: jax.Array) -> jax.Array:
+        branches = [partial(with_window, window) for window in rule.windows]
+        return branches[0](*arrays) if len(branches) == 1 else jax.lax.switch(which, branches, *arrays)
 
     heads = run.spec(("batch", "length", "heads", None))
     kv_heads = run.spec(("batch", "length", "kv_heads", None))
-    rows = run.spec(("batch", "length"))
-    split = jax.shard_map(
-        on_device, mesh=run.mesh, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False
-    )
-    return split(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    rows, whole = run.spec(("batch", "length")), jax.sharding.PartitionSpec()
+    in_specs = [whole, heads, kv_heads, kv_heads, rows] + ([] if sinks_N is None else [run.spec(("heads",))])
+    split = jax.shard_map(on_device, mesh=run.mesh, in_specs=tuple(in_specs), out_specs=heads, check_vma=False)
+    sinks = () if sinks_N is None else (sinks_N.astype(jnp.float32),)
+    return split(jnp.asarray(window_index, jnp.int32), q_BTNH, k_BTKH, v_BTKH, segments_BT, *sinks)

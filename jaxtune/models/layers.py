@@ -6,7 +6,7 @@ of layers is one module whose parameters carry a leading "layers" dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from jaxtune.models.spec import Norm
+from jaxtune.types import UserError
 
 Axes = tuple[str | None, ...]
 
@@ -102,38 +105,77 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale, in float32 (arXiv:1910.07467)."""
+    """y = x / sqrt(mean(x^2) + eps) * scale, in float32 (arXiv:1910.07467); `plus_one` stores scale - 1."""
 
-    def __init__(self, dim: int, eps: float, run: Runtime):
-        self.run, self.eps = run, eps
-        self.scale = nnx.Param(jnp.ones((dim,), run.param_dtype), axes=("norm",))
+    def __init__(self, dim: int, eps: float, run: Runtime, plus_one: bool = False, scale: bool = True):
+        self.run, self.eps, self.plus_one = run, eps, plus_one
+        start = jnp.zeros if plus_one else jnp.ones
+        self.scale = nnx.Param(start((dim,), run.param_dtype), axes=("norm",)) if scale else nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
 
         @recomputed
-        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        def norm(x: jax.Array, scale: jax.Array | None) -> jax.Array:
             x32 = x.astype(jnp.float32)
             x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-            return (x32 * along_last(scale.astype(jnp.float32), x32)).astype(self.run.compute_dtype)
+            if scale is not None:
+                x32 = x32 * along_last(scale.astype(jnp.float32) + (1.0 if self.plus_one else 0.0), x32)
+            return x32.astype(self.run.compute_dtype)
 
-        return norm(x, self.scale[...])
+        return norm(x, None if self.scale is None else self.scale[...])
 
 
-class KVCache(NamedTuple):
-    """Keys and values of all layers for S slots. `segment_ids_BS` is 0 for empty or padding slots.
+class LayerNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + eps) * scale + bias, in float32 (arXiv:1607.06450)."""
 
-    k, v: (L, B, S, K, H); segment_ids: (B, S) int32; used: () int32, the slots written so far, the same in every row.
+    def __init__(self, dim: int, eps: float, run: Runtime, use_bias: bool = True):
+        self.run, self.eps = run, eps
+        self.scale = nnx.Param(jnp.ones((dim,), run.param_dtype), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((dim,), run.param_dtype), axes=("norm",)) if use_bias else nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+
+        @recomputed
+        def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+            x32 = x.astype(jnp.float32)
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+            x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+            x32 = x32 * along_last(scale.astype(jnp.float32), x32)
+            if bias is not None:
+                x32 = x32 + along_last(bias.astype(jnp.float32), x32)
+            return x32.astype(self.run.compute_dtype)
+
+        return norm(x, self.scale[...], None if self.bias is None else self.bias[...])
+
+
+def make_norm(n: Norm, dim: int, run: Runtime) -> RMSNorm | LayerNorm:
+    """The norm that `n` describes, over `dim` values."""
+    if n.kind == "layer":
+        return LayerNorm(dim, n.eps, run, n.bias)
+    return RMSNorm(dim, n.eps, run, n.plus_one, n.scale)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function that a Hugging Face config calls `name`.
+
+    Raises:
+      UserError: listing the known ones.
     """
-
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-    segment_ids_BS: jax.Array
-    used: jax.Array
-
-    @classmethod
-    def zeros(cls, layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> KVCache:
-        shape = (layers, rows, slots, kv_heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, slots), jnp.int32), jnp.int32(0))
+    if name not in _ACTIVATIONS:
+        raise UserError(f"unsupported activation {name!r} in config.json; supported: {', '.join(sorted(_ACTIVATIONS))}")
+    return _ACTIVATIONS[name]
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -154,32 +196,34 @@ _POLICIES: dict[str, Any] = {
 
 
 def run_stack(
-    layers: nnx.Module,
+    stacks: Sequence[nnx.Module],
     x: jax.Array,
-    body: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    body: Callable[[Sequence[Any], jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
     carry: Any,
+    xs: Any,
     run: Runtime,
 ) -> tuple[jax.Array, Any]:
-    """Runs stacked layers in order: `x, carry = body(layer, x, index, carry)` for each.
+    """Runs stacked layers in order: `x, carry = body(one layer of each stack, x, index, carry, xs[index])`, again and again.
 
-    One layer is compiled, whatever the depth. `carry` is any pytree of arrays that crosses layers (a KV cache) or None.
-    The residual x is what a rematerialised step keeps per layer.
+    One round is compiled, whatever the depth. `carry` is any pytree of arrays that crosses layers (a KV cache); `xs` is a
+    pytree of arrays with what differs between layers. The residual x is what a rematerialised step keeps per round.
     """
-    graphdef, stacked = nnx.split(layers)
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    graphdefs, stacked = zip(*[nnx.split(layers) for layers in stacks], strict=True)
+    num_rounds = jax.tree.leaves(stacked)[0].shape[0]
 
-    def one(x_carry: tuple[jax.Array, Any], params_index: Any) -> tuple[tuple[jax.Array, Any], None]:
-        params, index = params_index
-        return body(nnx.merge(graphdef, params), x_carry[0], index, x_carry[1]), None
+    def one(x_carry: tuple[jax.Array, Any], given: Any) -> tuple[tuple[jax.Array, Any], None]:
+        params, index, own = given
+        layers = [nnx.merge(graphdef, values) for graphdef, values in zip(graphdefs, params, strict=True)]
+        return body(layers, x_carry[0], index, x_carry[1], own), None
 
     if run.remat != "none":
         one = jax.checkpoint(one, policy=_POLICIES[run.remat], prevent_cse=not run.scan)
-    indices = np.arange(num_layers, dtype=np.int32)
-    if run.scan:
-        (x, carry), _ = jax.lax.scan(one, (x, carry), (stacked, indices))
+    indices = np.arange(num_rounds, dtype=np.int32)
+    if run.scan and num_rounds > 1:
+        (x, carry), _ = jax.lax.scan(one, (x, carry), (stacked, indices, xs))
     else:
         for i in indices:
-            (x, carry), _ = one((x, carry), (jax.tree.map(lambda p, i=i: p[i], stacked), jnp.int32(i)))
+            (x, carry), _ = one((x, carry), jax.tree.map(lambda p, i=i: jnp.asarray(p[i]), (stacked, indices, xs)))
     return x, carry
 
 

@@ -26,21 +26,26 @@ class Rope(NamedTuple):
     dynamic: tuple[float, float, int] | None = None
 
 
-def from_hf(config: dict[str, Any], head_dim: int) -> Rope:
+def still(dims: int) -> Rope:
+    """A rope that turns nothing, for layers without positions."""
+    return Rope((0.0,) * (dims // 2))
+
+
+def from_hf(config: dict[str, Any], head_dim: int, parameters: dict[str, Any] | None = None) -> Rope:
     """Reads `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`, of a Hugging Face config.
+
+    `head_dim` is how many dims of a head turn; `parameters` replaces the config's own (one kind of layer's).
 
     Raises:
       UserError: the rope type is not one of `KINDS`, or a field it needs is missing.
     """
-    scaling: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    scaling: dict[str, Any] = dict(parameters or config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if kind not in KINDS:
         raise UserError(f"unsupported rope_type {kind!r} in config.json; supported: {', '.join(KINDS)}")
-    partial = float(scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0)
-    if partial != 1.0:
-        raise UserError(f"unsupported partial_rotary_factor {partial} in config.json: this family rotates all dims")
+    scaling.pop("partial_rotary_factor", None)  # the family's: it says how many dims turn
     max_length = int(config.get("max_position_embeddings", 2048))
     base = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     try:
@@ -106,8 +111,23 @@ def tables(rope: Rope, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
 
 
-def rotate(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
-    """Rotates each pair (i, i + H/2) by its angle, in float32; returns x's dtype."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+def rotate(
+    x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array, dims: int | None = None, interleaved: bool = False
+) -> jax.Array:
+    """Rotates each pair by its angle, in float32; returns x's dtype.
+
+    Pairs are (i, i + H/2), or (2i, 2i + 1) when `interleaved`; only the first `dims` of a head turn (None: all).
+    """
+    dims = x_BTNH.shape[-1] if dims is None else dims
+    turned, kept = x_BTNH[..., :dims], x_BTNH[..., dims:]
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    turned32 = turned.astype(jnp.float32)
+    if interleaved:
+        first, second = turned32[..., ::2], turned32[..., 1::2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        out = pairs.reshape(turned.shape)
+    else:
+        first, second = jnp.split(turned32, 2, axis=-1)
+        out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    out = out.astype(x_BTNH.dtype)
+    return jnp.concatenate([out, kept], axis=-1) if dims < x_BTNH.shape[-1] else out

@@ -128,7 +128,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def check_names(
-    source: Source, table: dict[str, tuple[naming.Weight, int | None]], shapes: Mapping[str, tuple[int, ...]]
+    source: Source, table: dict[str, tuple[naming.Weight, tuple[int, ...]]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Holds the source's tensors against the family's table, before anything is read.
 
@@ -147,9 +147,9 @@ def check_names(
         raise UserError(
             f"{source.path}: unexpected weight {extra[0]!r} ({len(extra)} in all); is config.json of another model?"
         )
-    for name, (weight, layer) in table.items():
-        ours = shapes[weight.ours] if layer is None else shapes[weight.ours][1:]
-        expected = ours[::-1] if weight.transpose else ours
+    for name, (weight, place) in table.items():
+        ours = shapes[weight.ours][len(place) :]
+        expected = weight.on_disk((*ours[:-2], ours[-1], ours[-2]) if weight.transpose else ours)
         if tuple(source.shape(name)) != tuple(expected):
             raise UserError(
                 f"{source.path}: weight {name!r} has shape {tuple(source.shape(name))}; config.json makes it {tuple(expected)}"
@@ -168,19 +168,19 @@ def load(
     One tensor is on its way at a time, read in blocks of rows, only the regions that this process's devices hold: above
     the arrays themselves, host memory holds one tensor's shard and a block.
     """
-    table = naming.hf_names(family.weights(model_config), model_config.num_layers)
+    table = naming.hf_names(family.weights(model_config))
     check_names(source, table, {path: target.shape for path, target in targets.items()})
     arrays: dict[str, jax.Array] = {}
-    for name, (weight, layer) in (progress or _silent)(table.items(), len(table), "loading weights"):
+    for name, (weight, place) in (progress or _silent)(table.items(), len(table), "loading weights"):
         target = targets[weight.ours]
-        if layer is None:
-            arrays[weight.ours] = _tensor(source, name, weight.transpose, target.shape, target.dtype, target.sharding)
-            continue
-        if layer == 0:
+        if place and weight.ours not in arrays:
             arrays[weight.ours] = _zeros(target.shape, target.dtype, target.sharding)()
-        one = NamedSharding(target.sharding.mesh, PartitionSpec(*tuple(target.sharding.spec)[1:]))
-        tensor = _tensor(source, name, weight.transpose, target.shape[1:], target.dtype, one)
-        arrays[weight.ours] = jax.block_until_ready(_set_layer(arrays[weight.ours], tensor, layer))
+        depth = len(place)
+        where = NamedSharding(target.sharding.mesh, PartitionSpec(*tuple(target.sharding.spec)[depth:]))
+        tensor = _tensor(source, name, weight, target.shape[depth:], target.dtype, where)
+        if place:
+            tensor = jax.block_until_ready(_set_at(arrays[weight.ours], tensor, place))
+        arrays[weight.ours] = tensor
     return arrays
 
 
@@ -194,21 +194,27 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, tensor, layer, 0)
+def _set_at(stacked: jax.Array, tensor: jax.Array, place: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(stacked, tensor[(None,) * len(place)], (*place, *[0] * tensor.ndim))
 
 
 def _tensor(
-    source: Source, name: str, transpose: bool, shape: tuple[int, ...], dtype: Any, where: NamedSharding
+    source: Source, name: str, weight: naming.Weight, shape: tuple[int, ...], dtype: Any, where: NamedSharding
 ) -> jax.Array:
     """One tensor as an array in our orientation."""
+    on_disk = source.shape(name)
+    step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(on_disk[1:]))))
 
     def region(index: Any) -> np.ndarray:
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
         out = _aligned([stop - start for start, stop in bounds], dtype)
-        theirs, view = (bounds[::-1], out.T) if transpose else (bounds, out)
+        if weight.shape:  # dims of size 1, in small tensors
+            out[...] = source.read(name).reshape(shape)[tuple(slice(*b) for b in bounds)]
+            return out
+        theirs, view = bounds, out
+        if weight.transpose:
+            theirs, view = [*bounds[:-2], bounds[-1], bounds[-2]], np.swapaxes(out, -1, -2)
         (first, last), rest = theirs[0], tuple(slice(*b) for b in theirs[1:])
-        step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(source.shape(name)[1:]))))
         for start in range(first, last, step):
             stop = min(start + step, last)
             view[start - first : stop - first] = source.read(name, slice(start, stop))[(slice(None), *rest)]
@@ -230,9 +236,10 @@ def tensors(
     family: ModuleType, model_config: Any, params: Mapping[str, jax.Array], dtype: Any = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, host array) one tensor at a time; every process of a multi-host run must iterate."""
-    for name, (weight, layer) in naming.hf_names(family.weights(model_config), model_config.num_layers).items():
-        array = sharding.to_host(params[weight.ours] if layer is None else params[weight.ours][layer])
-        array = array.T if weight.transpose else array
+    for name, (weight, place) in naming.hf_names(family.weights(model_config)).items():
+        array = sharding.to_host(params[weight.ours][place] if place else params[weight.ours])
+        array = np.swapaxes(array, -1, -2) if weight.transpose else array
+        array = array.reshape(weight.on_disk(array.shape))
         yield name, np.ascontiguousarray(array.astype(dtype) if dtype else array)
 
 

@@ -24,8 +24,8 @@ _KERNEL, _ADAPTER = ".kernel", ".adapter."
 def _modules(family: ModuleType, model_config: Any) -> dict[str, list[str]]:
     """Our linear path -> its Hugging Face module names, one per layer."""
     found: dict[str, list[str]] = {}
-    for name, (weight, _) in naming.hf_names(family.weights(model_config), model_config.num_layers).items():
-        if weight.ours.endswith(_KERNEL):
+    for name, (weight, place) in naming.hf_names(family.weights(model_config)).items():
+        if weight.ours.endswith(_KERNEL) and len(place) < 2 and name.endswith(".weight"):
             found.setdefault(weight.ours.removesuffix(_KERNEL), []).append(name.removesuffix(".weight"))
     return found
 
@@ -55,7 +55,8 @@ def save(
             tensors[f"{_PREFIX}{module}.{_SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
     if not write:
         return
-    names = _targets(modules, targets)
+    has_experts = any(weight.experts for weight in family.weights(model_config))
+    names = _targets(modules, targets, has_experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.dumps(_config(options, names, modules, base), indent=2)
@@ -63,10 +64,13 @@ def save(
     (folder / "README.md").write_text(_card(base, options, names))
 
 
-def _targets(modules: dict[str, list[str]], chosen: set[str]) -> list[str]:
-    """The short names ("q_proj") where they say exactly what was chosen; else the full module names."""
+def _targets(modules: dict[str, list[str]], chosen: set[str], experts: bool) -> list[str]:
+    """The short names ("q_proj") where they say exactly what was chosen; else the full module names.
+
+    With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well.
+    """
     short = {linear.rsplit(".", 1)[-1] for linear in chosen}
-    if {linear for linear in modules if linear.rsplit(".", 1)[-1] in short} == chosen:
+    if not experts and {linear for linear in modules if linear.rsplit(".", 1)[-1] in short} == chosen:
         return sorted({module.rsplit(".", 1)[-1] for linear in chosen for module in modules[linear]})
     return sorted(module for linear in chosen for module in modules[linear])
 

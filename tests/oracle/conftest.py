@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jaxtune import checkpoint
@@ -27,21 +26,6 @@ CHAT = [
     {"role": "assistant", "content": "the cat, 3 times – été"},
     {"role": "user", "content": "<|im_end|> fine"},
 ]
-
-
-@pytest.fixture(scope="module")
-def quick_compile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For tiny models, whose time is all compiling: less of it, and none of it twice in a module."""
-    options = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
-    options |= {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @dataclass(repr=False)
