@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import checkpoint, fetch, optim, sharding, tracking
+from jaxtune import checkpoint, fetch, optim, registry, sharding, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import classes, pipeline, templates
 from jaxtune.data.formats import read_examples
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
+from jaxtune.models import FAMILIES
 from jaxtune.train import loop, start
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
@@ -53,8 +54,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
     with clock("tokenise"):
-        rows = _read_rows(config, tokenizer, show)
-        held = measure.held_out(config, rows.splits, tokenizer)
+        rows = _read_rows(config, tokenizer, show, classifier := _classifier(config, model))
+        held = measure.held_out(config, rows.splits, tokenizer, classifier)
     program, values = start.program(config, model)
     start.check_length(config, program)
     _say(config, start.summary(model, program))
@@ -104,7 +105,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    rows = _read_rows(config, tokenizer, _progress(config))
+    rows = _read_rows(config, tokenizer, _progress(config), _classifier(config, model))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     print(config_lib.to_json(config))
@@ -134,7 +135,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = pipeline.load(config.data, _data_paths(config), tokenizer, show)
-    held = measure.held_out(config, splits, tokenizer)
+    held = measure.held_out(config, splits, tokenizer, _classifier(config, model))
     if held is None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
@@ -285,13 +286,29 @@ def _data_paths(config: ConfigDict) -> dict[str, Path]:
     return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
 
 
-def _read_rows(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
+def _classifier(config: ConfigDict, model: source.Model) -> measure.Classifier | None:
+    """The model's labels and how it reads a text, for the `classify` objective."""
+    if config.train.objective != "classify":
+        return None
+    family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+    head = family.from_hf(model.hf_config).head
+    if head is None or not head.pool:
+        raise UserError("train.objective='classify' needs a model that classes texts: set model.head='sequence'")
+    return measure.Classifier(source.labels(model), head.pool)
+
+
+def _read_rows(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: measure.Classifier | None) -> Rows:
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide."""
     data, training = config.data, config.train
     splits = pipeline.load(data, _data_paths(config), tokenizer, show)
-    rows = pipeline.tokenize(splits.train, tokenizer, data, show)
+    encode = (
+        partial(classes.encode, labels=classifier.labels, pool=classifier.pool, tokenizer=tokenizer)
+        if classifier
+        else None
+    )
+    rows = pipeline.tokenize(splits.train, tokenizer, data, show, encode=encode)
     validation = (
-        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation")
+        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", encode)
         if splits.validation
         else None
     )
