@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from jaxtune.config import ConfigDict, keys
+from jaxtune.config import ConfigDict, base, keys
 from jaxtune.types import UserError
 
 # Fields that may differ between a checkpoint and the run that resumes it: none of them changes what is computed.
@@ -243,8 +243,34 @@ def _raise_if_full(error: Exception, folder: Any) -> None:
 
 
 def is_used(workdir: str) -> bool:
-    """Whether a training run has left its marks in this workdir."""
+    """Whether a training run has taken a step in this workdir; one that failed before has left nothing to lose."""
     folder = epath.Path(workdir)
-    return folder.exists() and any(
-        (folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "predictions.jsonl")
+    checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
+    return (
+        (folder / "predictions.jsonl").exists()
+        or (metrics.exists() and metrics.stat().length > 0)
+        or (checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir()))
     )
+
+
+def check_workdir(workdir: str, resume: bool) -> None:
+    """Refuses a workdir where training would overwrite what is somebody's: an earlier run, or a model's own config.
+
+    Raises:
+      UserError: saying what is there.
+    """
+    if not resume and is_used(workdir):
+        raise UserError(
+            f"workdir {workdir} holds an earlier run: add --config.checkpoint.resume=True to go on with it, or choose another "
+            "--workdir"
+        )
+    file = epath.Path(workdir) / "config.json"
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(found) <= set(base()):
+        raise UserError(
+            f"workdir {workdir} holds a config.json that is not a run's (a model's?), which training would overwrite; choose "
+            "another --workdir"
+        )

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Fine-tunes, with a measurement before and after on the same held-out rows; exports and reports."""
-    _check_workdir(config)
+    checkpoint.check_workdir(config.workdir, config.checkpoint.resume)
     clock, show, is_main = _Clock(), _progress(config), jax.process_index() == 0
     with clock("fetch"):
         model = source.find(config)
@@ -267,14 +267,6 @@ def _write(path: Path, text: str) -> None:
             partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
-
-
-def _check_workdir(config: ConfigDict) -> None:
-    """A used workdir is only entered to resume: nobody's run is overwritten."""
-    if not config.checkpoint.resume and checkpoint.is_used(config.workdir):
-        raise UserError(
-            f"workdir {config.workdir} holds an earlier run: add --config.checkpoint.resume=True to go on with it, or choose another --workdir"
-        )
 
 
 def _data_paths(config: ConfigDict) -> dict[str, Path]:

@@ -170,6 +170,19 @@ def _index(run: Run, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def _apart(run: Run) -> None:
+    run.workdir = run.folder.with_name(run.folder.name + "-run")
+
+
+def _other_run(run: Run) -> None:
+    """A finished run's workdir, which has a config.json as a model folder has."""
+    folder = run.folder / "other"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / name).write_text("{}\n")
+    run.set(f"export.output={folder}")
+
+
 def _generate(run: Run, *lines: str) -> None:
     run.verb = "generate"
     (run.folder / "prompts.txt").write_text("\n".join(lines))
@@ -364,8 +377,16 @@ _VERBS = [
     row("workdir is a file", lambda r: r.file(r.workdir, "mine"), "run", "is a file"),
     row("workdir inside a file", lambda r: setattr(r, "workdir", r.folder / "rows.jsonl" / "run"), r"rows\.jsonl"),
     row("export into a file", lambda r: r.set(f"export.output={r.folder / 'rows.jsonl'}"), r"export\.output", "is a file"),
-    row("export over a folder of other things", lambda r: r.set(f"export.output={r.folder}"), r"export\.output=.* is a folder of other things \(config\.py, rows\.jsonl\)"),
+    row("export over a folder of other things", lambda r: (_apart(r), r.set(f"export.output={r.folder}")), r"export\.output=.* is a folder of other things \(config\.py, rows\.jsonl\)"),
     row("export over the base", lambda r: r.set(f"export.output={r.copy_model()}"), r"export\.output=.* is what the run starts from"),
+    row("export over what holds the base", lambda r: (_apart(r), r.set(f"export.output={r.copy_model().parent}")), r"export\.output=.* is what the run starts from"),
+    row("export over the workdir", lambda r: (setattr(r, "verb", "export"), r.set(f"export.output={r.workdir}")), r"export\.output=.* holds the workdir"),
+    row("export into the checkpoints", lambda r: r.set(f"export.output={r.workdir}/checkpoints"), r"lies in the workdir's checkpoints"),
+    row("export over a run of somebody's", lambda r: _other_run(r), r"export\.output=.* is a folder of other things \(checkpoints, metrics\.jsonl\)"),
+    row("result over the base, by the workdir's name", lambda r: (r.copy_model().rename(r.folder / "model"), setattr(r, "workdir", r.folder), r.set(f"model.source={r.folder}/model", "export.merge=True")), r"export\.output=.*/model' is what the run starts from"),
+    row("training in the base's folder", lambda r: setattr(r, "workdir", r.copy_model()), r"workdir=.*model-copy' is what the run starts from"),
+    row("training in the adapter's folder", lambda r: (r.adapter(), setattr(r, "workdir", r.folder / "given-adapter")), r"workdir=.*given-adapter' is what the run starts from"),
+    row("training in another model's folder", lambda r: (r.workdir.mkdir(), r.file(r.workdir / "config.json", '{"model_type": "llama"}')), r"holds a config\.json that is not a run's"),
 ]  # fmt: skip
 
 TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _VERBS
@@ -390,9 +411,12 @@ def _refused(run: Run, capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def _half_written(folder: Path) -> list[Path]:
+    return [path for pattern in HALF_WRITTEN for path in folder.glob(pattern)] if folder.is_dir() else []
+
+
 def _assert_nothing_half_written(folder: Path) -> None:
-    left = [path for pattern in HALF_WRITTEN for path in folder.glob(pattern)] if folder.is_dir() else []
-    assert not left
+    assert not _half_written(folder)
 
 
 @pytest.mark.parametrize("mistake", TABLE, ids=lambda mistake: mistake.name)
@@ -401,10 +425,11 @@ def test_a_mistake_ends_in_one_clear_line(
 ) -> None:
     run = Run(tmp_path, tiny_model)
     _break(run, mistake)
+    there = _half_written(run.workdir)
     line = _refused(run, capsys)
     for pattern in mistake.says:
         assert re.search(pattern, line), line
-    _assert_nothing_half_written(run.workdir)
+    assert _half_written(run.workdir) == there
 
 
 @pytest.fixture(scope="module")
@@ -454,6 +479,19 @@ def test_a_finished_run_is_exported_by_its_own_config_file(
     arguments = ["export", "--config=config.json", f"--config.export.output={tmp_path / 'out'}"]
     assert launch.main(arguments) == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert launch.main(arguments) == 0, "an export may replace an export"
+
+
+def test_an_export_follows_a_link_and_takes_nobodys_folder(finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real.tmp").mkdir()  # somebody's own
+    arguments = ["export", f"--config={finished.workdir}/config.json", f"--config.export.output={tmp_path / 'link'}"]
+    assert launch.main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "real.tmp"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "real").stat().st_mode == (tmp_path / "real.tmp").stat().st_mode
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
