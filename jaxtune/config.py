@@ -118,6 +118,7 @@ def _mesh() -> ConfigDict:
     c = ConfigDict()
     c.data = 1  # replicas of the weights; one axis may be -1: all devices left over
     c.fsdp = -1  # weights, gradients and optimizer state are sharded over this axis, batch rows too
+    c.expert = 1  # experts of a mixture are sharded over this axis, batch rows too
     c.tensor = 1  # heads and feed-forward dims are sharded over this axis
     c.rules = ()  # overrides: ((regex over parameter paths, (mesh axis or "" per dim, …)), …)
     return c

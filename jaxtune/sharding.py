@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune.config import ConfigDict
 from jaxtune.types import Batch, UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # experts are spread over hosts of rows: each hands its tokens around
 
 # Logical axis -> mesh axes. A logical axis that is not here is not sharded.
 RULES: dict[str, tuple[str, ...]] = {
@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "expert": ("expert",),
     # LoRA factors: their own axes, never their base's; small, so spread over fsdp alone where they divide
     "lora_in": ("fsdp",),
     "lora_out": ("fsdp",),
@@ -123,7 +124,7 @@ def param_sharding(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`, every other dim whole."""
+    """Rows over `BATCH_AXES`, every other dim whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -146,8 +147,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int) -> None:
     if batch_size % ways:
         up = -(-batch_size // ways) * ways
         raise UserError(
-            f"train.batch_size={batch_size} does not divide by data x fsdp x accumulation = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} x {accumulation} = {ways}: use a multiple, e.g. {up}"
+            f"train.batch_size={batch_size} does not divide by {' x '.join(BATCH_AXES)} x accumulation = "
+            f"{' x '.join(str(mesh.shape[axis]) for axis in BATCH_AXES)} x {accumulation} = {ways}: use a multiple, e.g. {up}"
         )
 
 

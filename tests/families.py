@@ -127,3 +127,37 @@ CASES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 4, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "max_position_embeddings": 64,
     },
 }  # fmt: skip
+
+_LABELS = {"id2label": {i: f"label {i}" for i in range(3)}, "label2id": {f"label {i}": i for i in range(3)}}
+_BERT = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "Bert": {**_BERT, "model_type": "bert", "layer_norm_eps": 1e-6},
+    "Roberta": {**_BERT, "model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1},
+    "Ernie": {**_BERT, "model_type": "ernie", "use_task_id": True, "hidden_act": "relu"},
+    "DistilBert": {
+        "model_type": "distilbert", "vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4,
+        "max_position_embeddings": 64, "pad_token_id": 0,
+    },
+    "ModernBert": {
+        **_BERT, "model_type": "modernbert", "local_attention": 8, "cls_token_id": 3, "sep_token_id": 4, "bos_token_id": 3,
+        "eos_token_id": 4, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
+_TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+_DECODERS_WITH_LABELS = {
+    "LlamaForSequenceClassification": "llama", "LlamaForTokenClassification": "llama", "GPT2ForSequenceClassification": "gpt2",
+    "FalconForTokenClassification": "falcon", "Gemma2ForSequenceClassification": "gemma2",
+}  # fmt: skip
+
+# transformers' class -> config.json of a model for a task other than causal language modelling
+TASKS: dict[str, dict[str, Any]] = {
+    f"{name}{task}": {**settings, **_LABELS, "architectures": [f"{name}{task}"]}
+    for name, settings in _ENCODERS.items()
+    for task in _TASKS
+} | {
+    name: {**CASES[case], **_LABELS, "pad_token_id": 0, "architectures": [name]}
+    for name, case in _DECODERS_WITH_LABELS.items()
+}

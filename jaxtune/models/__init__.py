@@ -1,8 +1,11 @@
 """Model families: the `model_type` of a Hugging Face config -> the module that implements it."""
 
 FAMILIES: dict[str, str] = {
+    "bert": "jaxtune.models.bert",
     "bloom": "jaxtune.models.bloom",
     "deepseek_v3": "jaxtune.models.deepseek_v3",
+    "distilbert": "jaxtune.models.distilbert",
+    "ernie": "jaxtune.models.ernie",
     "ernie4_5": "jaxtune.models.ernie4_5",
     "ernie4_5_moe": "jaxtune.models.ernie4_5_moe",
     "falcon": "jaxtune.models.falcon",
@@ -16,6 +19,7 @@ FAMILIES: dict[str, str] = {
     "llama": "jaxtune.models.llama",
     "mistral": "jaxtune.models.mistral",
     "mixtral": "jaxtune.models.mixtral",
+    "modernbert": "jaxtune.models.modernbert",
     "mpt": "jaxtune.models.mpt",
     "olmo2": "jaxtune.models.olmo2",
     "olmo3": "jaxtune.models.olmo3",
@@ -24,5 +28,6 @@ FAMILIES: dict[str, str] = {
     "qwen2": "jaxtune.models.qwen2",
     "qwen3": "jaxtune.models.qwen3",
     "qwen3_moe": "jaxtune.models.qwen3_moe",
+    "roberta": "jaxtune.models.roberta",
     "smollm3": "jaxtune.models.smollm3",
 }

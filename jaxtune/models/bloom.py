@@ -32,6 +32,7 @@ def from_hf(hf: dict[str, Any]) -> Config:
         max_positions=1 << 20,  # ALiBi has no last position
         embed_norm=True,
         tied_head=bool(hf.get("tie_word_embeddings", True)),
+        head=reading.decoder_head(hf, "classifier"),
     )
 
 

@@ -10,26 +10,42 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.models import spec
-from jaxtune.models.layers import Axes, Linear, Runtime, activation
+from jaxtune.models.layers import Axes, Linear, Runtime, activation, along_last, unconstrained
 
 
 class ExpertLinear(nnx.Module):
-    """y_i = x_i W_e(i) + b_e(i): one matmul per expert over the rows that chose it, W (E, in, out)."""
+    """y_i = x_i W_e(i) + b_e(i): one matmul per expert over the rows that chose it, W (E, in, out).
+
+    `axes` are the logical axes of one expert's W. The arrays leave the module (`arrays`) before they are used (`apply`),
+    because on a mesh the use happens on each device, with that device's experts.
+    """
 
     def __init__(
         self, num: int, in_dim: int, out_dim: int, axes: Axes, run: Runtime, rngs: nnx.Rngs, *, use_bias: bool
     ):
-        self.run = run
+        self.run, self.axes = run, axes
         kernel = jax.random.normal(rngs.params(), (num, in_dim, out_dim), jnp.float32) * 0.02
         self.kernel = nnx.Param(kernel.astype(run.param_dtype), axes=("expert", *axes))
         bias = jnp.zeros((num, out_dim), run.param_dtype)
         self.bias = nnx.Param(bias, axes=("expert", axes[1])) if use_bias else nnx.data(None)
 
-    def __call__(self, x_MI: jax.Array, sizes_E: jax.Array, expert_M: jax.Array) -> jax.Array:
-        """x: rows sorted by expert; `sizes_E` how many each has; `expert_M` whose each is. Returns (rows, out)."""
-        dtype = self.run.compute_dtype
-        y_MO = jax.lax.ragged_dot(x_MI.astype(dtype), self.kernel[...].astype(dtype), sizes_E)
-        return y_MO if self.bias is None else y_MO + self.bias[...].astype(dtype)[expert_M]
+    def arrays(self) -> dict[str, jax.Array]:
+        found = {"kernel": self.kernel[...].astype(self.run.compute_dtype)}
+        return found if self.bias is None else found | {"bias": self.bias[...].astype(self.run.compute_dtype)}
+
+    def device_axes(self) -> dict[str, Axes]:
+        """The logical axes by which `arrays` lie on devices while in use: whole over "embed"."""
+        kept = tuple(axis if axis == "mlp" else None for axis in self.axes)
+        found: dict[str, Axes] = {"kernel": ("expert", *kept)}
+        return found if self.bias is None else found | {"bias": ("expert", kept[1])}
+
+
+def apply(
+    w: dict[str, jax.Array], x_NI: jax.Array, sizes_E: jax.Array, expert_N: jax.Array, with_bias: Any = 1
+) -> jax.Array:
+    """x: rows sorted by expert; `sizes_E` how many each has; `expert_N` whose each is. Returns (rows, out)."""
+    y_NO = jax.lax.ragged_dot(x_NI.astype(w["kernel"].dtype), w["kernel"], sizes_E)
+    return y_NO + w["bias"][expert_N] * with_bias if "bias" in w else y_NO
 
 
 class Experts(nnx.Module):
@@ -63,17 +79,15 @@ class Experts(nnx.Module):
         self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x (B, T, D) -> (y (B, T, D), what the router reports of tokens that are not padding)."""
-        B, T, D = x_BTD.shape
-        x_MD = x_BTD.reshape(B * T, D)
-        logits_ME = self.router(x_MD, key).astype(jnp.float32)
-        weights_MK, chosen_MK = self._chosen(logits_ME)
-        y_MD = self._experts(x_MD, weights_MK, chosen_MK)
+        logits_BTE = self.router(x_BTD, key).astype(jnp.float32)
+        weights_BTK, chosen_BTK = self._chosen(logits_BTE)
+        y_BTD = self._on_mesh(x_BTD, weights_BTK, chosen_BTK)
         if self.shared is not None:
-            y_MD = y_MD + self.shared(x_BTD, key).reshape(B * T, D)
-        return y_MD.reshape(B, T, D), self._report(logits_ME, chosen_MK, segment_ids_BT.reshape(B * T) != 0)
+            y_BTD = y_BTD + self.shared(x_BTD, key)
+        return y_BTD, self._report(logits_BTE, chosen_BTK, segment_ids_BT != 0)
 
     def _chosen(self, logits_ME: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(weights, expert numbers) of each token's experts, (M, k) each."""
+        """Logits (…, E) -> (weights, expert numbers) of each token's experts, (…, k) each."""
         e = self.e
         if e.scoring == "top_softmax":
             top_MK, chosen_MK = jax.lax.top_k(logits_ME, e.top_k)
@@ -81,9 +95,9 @@ class Experts(nnx.Module):
         scores_ME = jax.nn.sigmoid(logits_ME) if e.scoring == "sigmoid" else jax.nn.softmax(logits_ME, axis=-1)
         ranked_ME = scores_ME
         if self.select_bias is not None:
-            ranked_ME = scores_ME + self.select_bias[...].astype(jnp.float32)[None]
+            ranked_ME = scores_ME + along_last(self.select_bias[...].astype(jnp.float32), scores_ME)
         if e.groups > 1:
-            grouped = ranked_ME.reshape(-1, e.groups, e.num_experts // e.groups)
+            grouped = ranked_ME.reshape(*ranked_ME.shape[:-1], e.groups, e.num_experts // e.groups)
             best_MG = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
             _, kept = jax.lax.top_k(best_MG, e.top_groups)
             in_MG = jnp.sum(jax.nn.one_hot(kept, e.groups), axis=-2) > 0
@@ -94,40 +108,74 @@ class Experts(nnx.Module):
             weights_MK = weights_MK / (jnp.sum(weights_MK, axis=-1, keepdims=True) + 1e-20)
         return weights_MK * e.weight_scale, chosen_MK
 
-    def _experts(self, x_MD: jax.Array, weights_MK: jax.Array, chosen_MK: jax.Array) -> jax.Array:
-        """Sum over a token's experts of weight * expert(x): rows sorted by expert, so that each is one dense matmul."""
-        e, k = self.e, self.e.top_k
-        expert_N = chosen_MK.reshape(-1)
+    def _on_mesh(self, x_BTD: jax.Array, weights_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
+        """Sum over a token's experts of weight * expert(x), each device for its own experts and its share of their width.
+
+        Tokens go around the "expert" axis (all-gather), partial sums come back (reduce-scatter). Nothing is dropped.
+        """
+        run = self.run
+        linears = {name: getattr(self, name) for name in ("gate_up_proj", "gate_proj", "up_proj", "down_proj")}
+        linears = {name: linear for name, linear in linears.items() if linear is not None}
+        w = {name: linear.arrays() for name, linear in linears.items()}
+        if run.mesh is None or run.spec is None or run.mesh.size == 1 or run.constrain is unconstrained:
+            return self._on_device(x_BTD, weights_BTK, chosen_BTK, w, self.e.num_experts)
+        num_local, axis = self.e.num_experts // run.mesh.shape["expert"], "expert"
+
+        def on_device(x: jax.Array, weights: jax.Array, chosen: jax.Array, w: Any) -> jax.Array:
+            first = jax.lax.axis_index(axis) * num_local
+            x, weights, chosen = (jax.lax.all_gather(each, axis, tiled=True) for each in (x, weights, chosen))
+            own = (chosen >= first) & (chosen < first + num_local)
+            chosen, weights = jnp.where(own, chosen - first, num_local), jnp.where(own, weights, 0)
+            y = self._on_device(x, weights, chosen, w, num_local, jax.lax.axis_index("tensor") == 0)
+            return jax.lax.psum_scatter(jax.lax.psum(y, "tensor"), axis, tiled=True)
+
+        rows = run.spec(("batch", None, None))
+        places = {name: {k: run.spec(a) for k, a in linear.device_axes().items()} for name, linear in linears.items()}
+        specs = (rows, rows, rows, places)
+        split = jax.shard_map(on_device, mesh=run.mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        return split(x_BTD, weights_BTK, chosen_BTK, w)
+
+    def _on_device(
+        self, x_BTD: jax.Array, weights_BTK: jax.Array, chosen_BTK: jax.Array, w: Any, num: int, with_bias: Any = True
+    ) -> jax.Array:
+        """Experts 0 … num - 1 of `w` for these tokens; a token that chose number `num` gets nothing for it.
+
+        Rows are sorted by expert, so that each expert is one dense matmul. `with_bias`: whether the output's bias is added.
+        """
+        k, lead = self.e.top_k, x_BTD.shape[:-1]
+        x_MD, expert_N = x_BTD.reshape(-1, x_BTD.shape[-1]), chosen_BTK.reshape(-1)
         order_N = jnp.argsort(expert_N, stable=True)
         sorted_N = expert_N[order_N]
-        sizes_E = jnp.bincount(expert_N, length=e.num_experts).astype(jnp.int32)
+        sizes_E = jnp.bincount(expert_N, length=num + 1)[:num].astype(jnp.int32)
+        mine_N, at_N = (sorted_N < num)[:, None], jnp.minimum(sorted_N, num - 1)
         rows_ND = x_MD[order_N // k]
-        out_ND = self.down_proj(self._hidden(rows_ND, sizes_E, sorted_N), sizes_E, sorted_N)
-        out_ND = out_ND * weights_MK.reshape(-1)[order_N, None].astype(out_ND.dtype)
-        return jnp.zeros_like(x_MD).at[order_N // k].add(out_ND)
+        hidden_NF = self._hidden(w, rows_ND, sizes_E, at_N)
+        out_ND = apply(w["down_proj"], hidden_NF, sizes_E, at_N, jnp.asarray(with_bias, rows_ND.dtype))
+        out_ND = jnp.where(mine_N, out_ND, 0) * weights_BTK.reshape(-1)[order_N, None].astype(out_ND.dtype)
+        return jnp.zeros_like(x_MD).at[order_N // k].add(out_ND).reshape(*lead, -1)
 
-    def _hidden(self, rows_ND: jax.Array, sizes_E: jax.Array, expert_N: jax.Array) -> jax.Array:
+    def _hidden(self, w: Any, rows_ND: jax.Array, sizes_E: jax.Array, expert_N: jax.Array) -> jax.Array:
         if self.e.clamp is None:
-            gate = self.gate_proj(rows_ND, sizes_E, expert_N)
-            return activation(self.e.act)(gate) * self.up_proj(rows_ND, sizes_E, expert_N)
+            gate = apply(w["gate_proj"], rows_ND, sizes_E, expert_N)
+            return activation(self.e.act)(gate) * apply(w["up_proj"], rows_ND, sizes_E, expert_N)
         alpha, limit = self.e.clamp
-        both_NF = self.gate_up_proj(rows_ND, sizes_E, expert_N)
+        both_NF = apply(w["gate_up_proj"], rows_ND, sizes_E, expert_N)
         gate, up = jnp.minimum(both_NF[..., ::2], limit), jnp.clip(both_NF[..., 1::2], -limit, limit)
         return (up + 1) * gate * jax.nn.sigmoid(gate * alpha)
 
-    def _report(self, logits_ME: jax.Array, chosen_MK: jax.Array, real_M: jax.Array) -> dict[str, jax.Array]:
+    def _report(self, logits_BTE: jax.Array, chosen_BTK: jax.Array, real_BT: jax.Array) -> dict[str, jax.Array]:
         """Switch's load balance loss E sum_e f_e P_e / k (arXiv:2101.03961 eq. 4) and ST-MoE's z-loss (2202.08906 eq. 5)."""
-        e, real = self.e, real_M.astype(jnp.float32)
-        num = jnp.maximum(jnp.sum(real), 1.0)
-        probs_ME = jax.nn.softmax(logits_ME, axis=-1)
-        share_E = jnp.sum(jax.nn.one_hot(chosen_MK, e.num_experts) * real[:, None, None], axis=(0, 1)) / num
-        mean_E = jnp.sum(probs_ME * real[:, None], axis=0) / num
-        entropy_M = -jnp.sum(probs_ME * jnp.log(probs_ME + 1e-20), axis=-1)
-        z_M = jnp.square(jax.nn.logsumexp(logits_ME, axis=-1))
+        e, real_BT1 = self.e, real_BT.astype(jnp.float32)[..., None]
+        num, tokens = jnp.maximum(jnp.sum(real_BT1), 1.0), (0, 1)
+        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        counts_BTE = jnp.sum(jax.nn.one_hot(chosen_BTK, e.num_experts), axis=-2)
+        share_E, mean_E = (jnp.sum(each * real_BT1, axis=tokens) / num for each in (counts_BTE, probs_BTE))
+        entropy_BT1 = -jnp.sum(probs_BTE * jnp.log(probs_BTE + 1e-20), axis=-1, keepdims=True)
+        z_BT1 = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True))
         return {
             "balance": e.num_experts * jnp.sum(share_E * mean_E) / e.top_k,
-            "router_z": jnp.sum(z_M * real) / num,
-            "router_entropy": jnp.sum(entropy_M * real) / num,
+            "router_z": jnp.sum(z_BT1 * real_BT1) / num,
+            "router_entropy": jnp.sum(entropy_BT1 * real_BT1) / num,
             "max_load": jnp.max(share_E) * e.num_experts / e.top_k,
             "layers": jnp.float32(1),
         }

@@ -35,6 +35,7 @@ def from_hf(hf: dict[str, Any]) -> Config:
         max_positions=int(hf.get("max_position_embeddings", 2048)),
         ropes=() if alibi else (rope.from_hf(hf, H),),
         tied_head=bool(hf.get("tie_word_embeddings", True)),
+        head=reading.decoder_head(hf, "classifier"),
     )
 
 

@@ -28,6 +28,7 @@ def from_hf(hf: dict[str, Any]) -> Config:
         max_positions=positions,
         learned_positions=positions,
         tied_head=bool(hf.get("tie_word_embeddings", True)),
+        head=reading.decoder_head(hf, "classifier"),
     )
 
 

@@ -29,6 +29,7 @@ def from_hf(hf: dict[str, Any]) -> Config:
         max_positions=int(hf.get("max_position_embeddings", 2048)),
         ropes=(rope.from_hf(hf, turned),),
         tied_head=bool(hf.get("tie_word_embeddings", False)),
+        head=reading.decoder_head(hf, "classifier"),
     )
 
 

@@ -28,6 +28,7 @@ def from_hf(hf: dict[str, Any]) -> Config:
         ropes=(rope.from_hf({}, turned),),
         tied_head=bool(hf.get("tie_word_embeddings", False)),
         head_bias=True,
+        head=reading.decoder_head(hf),
     )
 
 

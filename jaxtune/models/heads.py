@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtune.models.layers import Embed, Linear
+from jaxtune.models import spec
+from jaxtune.models.layers import Embed, Linear, Runtime, activation, along_last, make_norm
 
 
 class LMHead(nnx.Module):
@@ -32,3 +33,38 @@ class TiedHead(nnx.Module):
 def capped(logits_V: jax.Array, softcap: float | None) -> jax.Array:
     """c tanh(logits / c) (arXiv:2408.00118)."""
     return logits_V if not softcap else jnp.tanh(logits_V / softcap) * softcap
+
+
+class TaskHead(nnx.Module):
+    """dense → activation → norm → out, each where `spec.Head` has it: scores (..., out_dim) in float32."""
+
+    def __init__(self, h: spec.Head, norm: spec.Norm, dim: int, run: Runtime, rngs: nnx.Rngs):
+        self.h, none = h, nnx.data(None)
+        self.dense = Linear(dim, dim, ("embed", None), run, rngs, use_bias=h.dense_bias) if h.dense else none
+        self.norm = make_norm(norm, dim, run) if h.norm else none
+        self.out = Linear(dim, h.out_dim, ("embed", None), run, rngs, use_bias=h.bias) if h.out and not h.tied else none
+        zeros = jnp.zeros((h.out_dim,), run.param_dtype)
+        self.bias = nnx.Param(zeros, axes=("vocab",)) if h.tied and h.out else none
+
+    def features(self, hidden_D: jax.Array) -> jax.Array:
+        """What the last linear reads, (..., D)."""
+        if self.dense is not None:
+            hidden_D = activation(self.h.act)(self.dense(hidden_D))
+        return hidden_D if self.norm is None else self.norm(hidden_D)
+
+
+class ScoreHead(nnx.Module):
+    """A `TaskHead` and, where it is tied, the embedding table: ready to be applied."""
+
+    def __init__(self, task: TaskHead, embed: Embed | None):
+        self.task, self.embed = task, nnx.data(embed)
+
+    def __call__(self, hidden_D: jax.Array) -> jax.Array:
+        features_D = self.task.features(hidden_D)
+        if self.embed is not None:
+            scores_V = self.embed.attend(features_D)
+            bias = self.task.bias
+            return scores_V if bias is None else scores_V + along_last(bias[...].astype(jnp.float32), scores_V)
+        if self.task.out is None:
+            return features_D.astype(jnp.float32)
+        return self.task.out(features_D).astype(jnp.float32)

@@ -37,6 +37,7 @@ def from_hf(hf: dict[str, Any]) -> Config:
         norm=spec.Norm("layer", float(hf.get("layer_norm_epsilon", 1e-5)), bias=False),
         max_positions=int(hf.get("max_seq_len", 2048)),
         tied_head=bool(hf.get("tie_word_embeddings", True)),
+        head=reading.decoder_head(hf, "classifier"),
     )
 
 

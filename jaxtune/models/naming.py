@@ -7,10 +7,10 @@ linear weights as (in, out).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from jaxtune.models.spec import Config, Delta, Latent, Mlp
+from jaxtune.models.spec import Config, Delta, Head, Latent, Mlp
 
 
 class Weight(NamedTuple):
@@ -72,6 +72,7 @@ class Names(NamedTuple):
     embed: str = "model.embed_tokens"
     positions: str = ""
     types: str = ""
+    task_types: str = ""
     embed_norm: str = ""
     project_in: str = ""
     project_out: str = ""
@@ -126,13 +127,21 @@ def table(c: Config, names: Names) -> list[Weight]:
         found += linear(n.project_in, "project_in") + linear(n.project_out, "project_out")
     if c.final_norm:
         found += norm(n.norm, "norm")
-    if not c.tied_head:
+    if c.task_types:
+        found.append(Weight(f"{n.task_types}.weight", "task_embed.table"))
+    if c.head:
+        found += _head(c.head, norm)
+    elif not c.tied_head:
         found += linear(n.head, "lm_head", bias=c.head_bias)
     for number, (block, layers) in enumerate(c.blocks):
         ours = "layers" if len(c.blocks) == 1 else f"layers.{number}"
         parts = _mixer(block.attention, n) + _feed(block.ffn, n)
         before, after = block.norms not in ("post", "after"), block.norms in ("post", "after", "sandwich")
-        for wanted, part in ((before, "attn_norm"), (after, "attn_post_norm"), (after, "mlp_post_norm")):
+        for wanted, part in (
+            (before and block.first_norm, "attn_norm"),
+            (after, "attn_post_norm"),
+            (after, "mlp_post_norm"),
+        ):
             parts += norm(getattr(n, part), part) if wanted else []
         if before and block.norms != "parallel_one":
             parts += norm(n.mlp_norm, "mlp_norm")
@@ -140,6 +149,14 @@ def table(c: Config, names: Names) -> list[Weight]:
             parts.append(Weight(n.residual_scale, "scale"))
         found += [w._replace(hf=f"{n.layer}.{w.hf}", ours=f"{ours}.{w.ours}", layers=layers) for w in parts]
     return found
+
+
+def _head(h: Head, norm: Callable[[str, str], list[Weight]]) -> list[Weight]:
+    found = linear(h.dense, "task_head.dense", bias=h.dense_bias) if h.dense else []
+    found += norm(h.norm, "task_head.norm")
+    if h.tied:
+        return [*found, Weight(h.out, "task_head.bias")] if h.out else found
+    return found + linear(h.out, "task_head.out", bias=h.bias) if h.out else found
 
 
 def _mixer(a: Any, n: Names) -> list[Weight]:

@@ -42,6 +42,7 @@ def from_hf(hf: dict[str, Any]) -> Config:
         embed_dim=int(hf.get("word_embed_proj_dim") or dim),
         final_norm=before and not hf.get("_remove_final_layer_norm", False),
         tied_head=bool(hf.get("tie_word_embeddings", True)),
+        head=reading.decoder_head(hf),
     )
 
 

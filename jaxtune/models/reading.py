@@ -16,7 +16,7 @@ HARMLESS = frozenset(
     gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id model_type
     output_attentions output_hidden_states pad_token_id problem_type quantization_config return_dict rope_interleaved
     tokenizer_class torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed use_cache
-    unsloth_version max_length add_cross_attention cross_attention_hidden_size decoder_start_token_id sep_token_id
+    unsloth_version max_length num_labels add_cross_attention cross_attention_hidden_size decoder_start_token_id sep_token_id
     attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout activation_dropout dropout layerdrop
     hidden_dropout_prob attention_probs_dropout_prob classifier_dropout output_router_logits router_aux_loss_coef
     init_std initializer_factor _remove_final_layer_norm prefix task_specific_params pruned_heads""".split()
@@ -102,8 +102,40 @@ def decoder(
         tied_head=bool(hf.get("tie_word_embeddings", tied)),
         ropes=() if nested or "ropes" in config else (rope.from_hf(hf, rope_dims),),
         windows=windows(hf, num_layers, types),
+        head=decoder_head(hf),
     )
     return whole._replace(**config)
+
+
+TASKS = ("Model", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification")
+
+
+def task(hf: dict[str, Any]) -> str:
+    """Which of `TASKS` the first of the config's `architectures` ends in; "" where it names none.
+
+    Raises:
+      UserError: an architecture for another task.
+    """
+    names = hf.get("architectures") or []
+    if not names:
+        return ""
+    found = [known for known in TASKS if str(names[0]).endswith(known)]
+    if not found:
+        raise UserError(f"config.json has architectures={names}; expected a name that ends in {', '.join(TASKS)}")
+    return max(found, key=len)
+
+
+def num_labels(hf: dict[str, Any]) -> int:
+    """How many labels a classifier has; transformers takes two where nothing is said."""
+    return len(hf.get("id2label") or {}) or int(hf.get("num_labels") or 2)
+
+
+def decoder_head(hf: dict[str, Any], token_out: str = "score") -> spec.Head | None:
+    """The head of a decoder for the task that `architectures` names: a linear layer on the last token, or on every one."""
+    kind = task(hf)
+    if kind == "ForSequenceClassification":
+        return spec.Head(num_labels(hf), "score", bias=False, pool="last")
+    return spec.Head(num_labels(hf), token_out) if kind == "ForTokenClassification" else None
 
 
 def rotary_dims(hf: dict[str, Any], head_dim: int) -> int:

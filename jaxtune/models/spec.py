@@ -120,11 +120,13 @@ class Experts(NamedTuple):
 
 class Block(NamedTuple):
     """norms: pre | post (of a sublayer's output, before the residual) | sandwich (both) | after (of the sum) | parallel
-    (both sublayers read the same x, each its own norm) | parallel_one (one norm for both)."""
+    (both sublayers read the same x, each its own norm) | parallel_one (one norm for both). `first_norm` False: the norm
+    before attention is left out."""
 
     attention: Attention | Latent | Delta
     ffn: Mlp | Experts
     norms: str = "pre"
+    first_norm: bool = True
     residual_scale: bool = False  # a learnt scalar that multiplies the block's output
 
 
@@ -133,6 +135,25 @@ class Group(NamedTuple):
 
     blocks: tuple[Block, ...]
     repeats: int
+
+
+class Head(NamedTuple):
+    """What stands on the last hidden state, where that is not the plain projection to the vocabulary.
+
+    dense (with bias) → act → norm → out: each part is there where it has a Hugging Face name. `out_dim` scores come out
+    (labels, or the vocabulary where `tied` to the embedding table, `out` then names its bias alone). pool says which token's
+    scores count for a whole text: first | last | mean; "" = every token has its own.
+    """
+
+    out_dim: int
+    out: str = ""
+    bias: bool = True
+    tied: bool = False
+    dense: str = ""
+    dense_bias: bool = True
+    act: str = "tanh"
+    norm: str = ""
+    pool: str = ""
 
 
 class Config(NamedTuple):
@@ -154,9 +175,12 @@ class Config(NamedTuple):
     position_offset: int = 0
     token_types: int = 0
     final_norm: bool = True
+    task_types: int = 0  # rows of a second table of types, of which only the first is used
     head_bias: bool = False
     head_softcap: float | None = None
-    head_transform: str = ""  # activation of a masked-LM head's dense layer
+    head: Head | None = (
+        None  # None: the projection to the vocabulary that `tied_head` and the two fields above describe
+    )
 
     @property
     def num_layers(self) -> int:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtune.models import rope, spec
 from jaxtune.models.attention import Rule, attend
 from jaxtune.models.experts import Experts
-from jaxtune.models.heads import LMHead, TiedHead
+from jaxtune.models.heads import LMHead, ScoreHead, TaskHead, TiedHead
 from jaxtune.models.layers import (
     Embed,
     Linear,
@@ -196,7 +196,7 @@ class Block(nnx.Module):
         def norm(wanted: bool) -> Any:
             return make_norm(c.norm, c.dim, run) if wanted else none
 
-        self.attn_norm, self.attn_post_norm = norm(before), norm(after)
+        self.attn_norm, self.attn_post_norm = norm(before and b.first_norm), norm(after)
         self.mlp_norm, self.mlp_post_norm = norm(before and b.norms != "parallel_one"), norm(after)
         self.scale = nnx.Param(jnp.ones((1,), run.param_dtype), axes=(None,)) if b.residual_scale else none
 
@@ -241,6 +241,7 @@ class Model(nnx.Module):
         self.embed = Embed(c.vocab_size, width, run, rngs)
         self.position_embed = Embed(c.learned_positions, c.dim, run, rngs) if c.learned_positions else none
         self.type_embed = Embed(c.token_types, c.dim, run, rngs) if c.token_types else none
+        self.task_embed = Embed(c.task_types, c.dim, run, rngs) if c.task_types else none
         self.embed_norm = make_norm(c.norm, c.dim, run) if c.embed_norm else none
         self.project_in = Linear(width, c.dim, (None, "embed"), run, rngs) if width != c.dim else none
 
@@ -251,12 +252,17 @@ class Model(nnx.Module):
         self.layers: Any = made[0] if len(made) == 1 else nnx.List(made)
         self.norm = make_norm(c.norm, c.dim, run) if c.final_norm else none
         self.project_out = Linear(c.dim, width, ("embed", None), run, rngs) if width != c.dim else none
-        head = Linear(width, c.vocab_size, ("embed", "vocab"), run, rngs, use_bias=c.head_bias)
-        self.lm_head = none if c.tied_head else head
+        plain = c.head is None and not c.tied_head
+        self.lm_head = (
+            Linear(width, c.vocab_size, ("embed", "vocab"), run, rngs, use_bias=c.head_bias) if plain else none
+        )
+        self.task_head = TaskHead(c.head, c.norm, width, run, rngs) if c.head else none
 
     @property
     def head(self) -> nnx.Module:
-        """The output head, hidden (..., D) -> logits (..., V) float32."""
+        """The output head, hidden (..., D) -> logits (..., V), or a task's scores, float32."""
+        if self.task_head is not None:
+            return ScoreHead(self.task_head, self.embed if self.c.head and self.c.head.tied else None)
         if self.lm_head is None:
             return TiedHead(self.embed, self.c.head_softcap)
         return LMHead(self.lm_head, self.c.head_softcap)
@@ -300,6 +306,8 @@ class Model(nnx.Module):
             x_BTD = x_BTD + self.position_embed(positions_BT + c.position_offset)
         if self.type_embed is not None:
             x_BTD = x_BTD + self.type_embed(jnp.zeros_like(tokens_BT) if types_BT is None else types_BT)
+        if self.task_embed is not None:
+            x_BTD = x_BTD + self.task_embed(jnp.zeros_like(tokens_BT))
         if self.embed_norm is not None:
             x_BTD = self.embed_norm(x_BTD)
         return self.run.constrain(x_BTD, ("batch", "length", None))

@@ -17,7 +17,7 @@ from jaxtune.models import FAMILIES, layers, naming
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import ops
 from jaxtune.types import UserError
-from tests.families import CASES
+from tests.families import CASES, TASKS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 ROUNDING = 3e-5  # float32, logits of about 4, sums in another order; Gemma's scaled embeddings come to 1.7e-5
@@ -156,7 +156,7 @@ def test_names_go_both_ways(tiny: Tiny) -> None:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
+    assert {case["model_type"] for case in [*CASES.values(), *TASKS.values()]} == set(FAMILIES)
 
 
 def test_what_is_not_handled_is_refused_by_name(tiny: Tiny, request: pytest.FixtureRequest) -> None:
