@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -66,6 +68,30 @@ def held_out(config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer) 
     return HeldOut(metric, examples, labels, rows)
 
 
+def nothing_held(config: ConfigDict) -> str:
+    """What to say where `held_out` finds no rows."""
+    keys = {
+        "test": "data.test_fraction, data.test, or eval.split='validation'",
+        "validation": "data.validation_fraction, data.eval, or eval.split='test' with data.test",
+    }
+    return f"no {config.eval.split} rows: nothing is measured before and after; set {keys[config.eval.split]}"
+
+
+def asked(config: ConfigDict, held: HeldOut) -> str:
+    """A hash of all that a measurement depends on, the model apart: rows, answers, labels, metric, intervals, tokens."""
+    settings = {**config.data.to_dict(), **intervals(config)}
+    if held.metric == "exact_match":
+        settings |= {key: config.generate[key] for key in config.generate if key not in ("input", "output")}
+    text = json.dumps([held, settings], ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def intervals(config: ConfigDict) -> dict[str, Any]:
+    """How every figure's interval is made, as keywords of the functions in `tasks`."""
+    e = config.eval
+    return {"num_samples": e.bootstrap_samples, "confidence": e.confidence, "seed": config.train.seed}
+
+
 def measure(
     config: ConfigDict,
     held: HeldOut,
@@ -76,11 +102,7 @@ def measure(
     what: str,
 ) -> tasks.Result:
     """Measures one model on the held-out rows; every figure with a bootstrap interval."""
-    options = {
-        "num_samples": config.eval.bootstrap_samples,
-        "confidence": config.eval.confidence,
-        "seed": config.train.seed,
-    }
+    options = intervals(config)
     if held.metric == "exact_match":
         return tasks.exact_match(
             held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options
@@ -90,10 +112,11 @@ def measure(
         score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, f"scoring, {what}")
         return tasks.score_labels(held.rows, held.labels, score, **options)
     rows = pipeline.tokenize(held.examples, tokenizer, config.data, progress, "tokenising")
-    nll_M, tokens_M = likelihood.row_nll(
-        program.inference, params, rows, tokenizer.pad_id, config.eval.batch_size, progress, f"reading, {what}"
+    size, special = config.eval.batch_size, tokenizer.special_ids
+    nll_M, tokens_M, text_nll_M = likelihood.row_nll(
+        program.inference, params, rows, special, tokenizer.pad_id, size, progress, f"reading, {what}"
     )
-    return tasks.perplexity(nll_M, tokens_M, _trained_bytes(rows, tokenizer), rows.row_ids, **options)
+    return tasks.perplexity(nll_M, tokens_M, text_nll_M, _trained_bytes(rows, tokenizer), rows.row_ids, **options)
 
 
 def _trained_bytes(rows: pipeline.Rows, tokenizer: Tokenizer) -> np.ndarray:
