@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from jaxtune.types import UserError
 T = TypeVar("T")
 Clock = Callable[[], float]
 
+_TENSORBOARD = ("tensorboard", "tracking.tensorboard=True", "tracking.tensorboard=False")  # extra, asked, instead
 _LINE_SECONDS = 10.0  # between two plain lines of `progress`
 
 
@@ -108,6 +110,26 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check(tracking: ConfigDict) -> None:
+    """Refuses what needs an extra that is not installed, before any work is done.
+
+    Raises:
+      UserError: saying what to install.
+    """
+    if tracking.tensorboard:
+        _extra("tensorboardX", *_TENSORBOARD)
+    if tracking.wandb:
+        _extra("wandb", "wandb", f"tracking.wandb={tracking.wandb!r}", "tracking.wandb=''")
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames a file with anything in it, `metrics.jsonl` to `metrics.1.jsonl`; returns its new path, or None."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(other for other in numbered if not other.exists()))
 
 
 @contextlib.contextmanager
@@ -230,7 +252,7 @@ def _keep_before(path: Path, first_step: int) -> None:
 
 class _TensorBoard:
     def __init__(self, folder: Path, first_step: int):
-        module = _extra("tensorboardX", "tensorboard", "tracking.tensorboard=True", "tracking.tensorboard=False")
+        module = _extra("tensorboardX", *_TENSORBOARD)
         self._writer = module.SummaryWriter(str(folder), purge_step=first_step or None)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -90,6 +90,7 @@ def abstract(
         family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
     )
     labels = partition.label(variables, config.tune.method)
+    sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
     def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
