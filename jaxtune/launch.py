@@ -117,8 +117,9 @@ def _check_outputs(options: config_lib.ConfigDict, verb: str) -> None:
     output, given = options.generate.output, options.generate.input
     if Path(output or "none").is_dir():
         raise UserError(f"generate.output={output!r} is a folder; expected the path of a file")
-    if verb == "generate" and output and given and Path(output).resolve() == Path(given).resolve():
-        raise UserError(f"generate.output={output!r} is generate.input, which would be replaced; choose another path")
+    place = Path(output or Path(options.workdir) / "generations.jsonl")
+    if verb == "generate" and given and place.resolve() == Path(given).resolve():
+        raise UserError(f"generate.input={given!r} is where the answers go, and would be replaced; set generate.output")
     if verb in ("train", "export"):
         _check_result(options, verb)
 
@@ -174,13 +175,13 @@ def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.Flag
 
 
 def _joined(arguments: list[str]) -> list[str]:
-    """`--flag value` as `--flag=value`; a verb after a flag stays a verb."""
+    """`--flag value` as `--flag=value`; a verb after a flag stays a verb, unless there was one before it."""
     joined: list[str] = []
     for argument in arguments:
         bare = joined and re.fullmatch(
             r"--?(config(\.[\w.]+)?|workdir|coordinator|num_processes|process_id)", joined[-1]
         )
-        if bare and not argument.startswith("--") and argument not in VERBS:
+        if bare and not argument.startswith("--") and (argument not in VERBS or VERBS.keys() & set(joined)):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -255,6 +256,11 @@ def _checked_overrides(arguments: list[str], config: config_lib.ConfigDict) -> l
             listed = ", ".join(inside[:8]) + (", …" if len(inside) > 8 else "")
             more = f" by itself; it is a section: {listed}" if inside else nearest(name, known)
             raise UserError(f"config key {name!r} does not exist{more}")
+        name, has_value, value = argument.partition("=")
+        if match and has_value and isinstance(config_lib.lookup(config, match.group(1)), tuple):
+            # a,b is two words; a tuple that is written out, as ('a, b', 'c'), is read as Python.
+            words = value if value[:1] in tuple("([\"'") else repr(tuple(word for word in value.split(",") if word))
+            argument = f"{name}={words}"
         kept.append(argument)
     return kept
 

@@ -157,6 +157,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
     tokenizer = source.find_tokenizer(config, model)
     program, params, what = _ready(config, model)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
+    measure.check_prompts(config, program, [example.row_id for example in examples], prompts)
     texts = measure.generator(config, tokenizer, program, params, _progress(config), "answering")(prompts)
     output = Path(config.generate.output or workdir / "generations.jsonl")
     lines = [

@@ -226,6 +226,12 @@ _COMMAND = [
     row("broken regex in mesh.rules", lambda r: r.get_config("c.mesh.rules = (('(', ('fsdp',)),)"), r"mesh\.rules", "not a regular expression"),
     row("mesh.rules of another form", lambda r: r.get_config("c.mesh.rules = ('layers', 'fsdp')"), r"mesh\.rules", "expected"),
     row("mesh axis twice in a rule", lambda r: r.get_config("c.mesh.rules = (('.*q_proj.kernel', ('', 'fsdp', 'fsdp')),)"), r"mesh\.rules", "fsdp"),
+    row("alpha of nothing", "--config.tune.alpha=0", r"config\.tune\.alpha is 0.*; expected above 0"),
+    row("patience without evaluations", "--config.train.patience=2", r"train\.patience=2", r"set train\.eval_every_steps"),
+    row("evaluations without rows", "--config.train.eval_every_steps=1", r"train\.eval_every_steps=1 needs validation rows", r"data\.validation_fraction"),
+    row("patience without rows", "--config.train.eval_every_steps=1 --config.train.patience=2", r"train\.patience=2 needs validation rows"),
+    row("rule that matches nothing", lambda r: r.get_config("c.mesh.rules = ((r'layers\\.attn\\.q_porj\\.kernel', ('', 'fsdp', '')),)"), r"mesh\.rules .* matches no parameter; did you mean .*layers\.attn\.q_proj\.kernel"),
+    row("splash with rows of an odd length", "--config.model.attention=splash --config.data.max_length=100", r"data\.max_length=100 is no multiple of 128", "make it 128"),
     row("label bins of another form", lambda r: r.get_config("c.data.label_bins = ((1, 2),)"), r"data\.label_bins", "expected"),
 ]  # fmt: skip
 
@@ -325,6 +331,9 @@ _DATA = [
     row("not gzip", lambda r: r.rows("{}", name="rows.jsonl.gz"), r"rows\.jsonl\.gz: not a whole gzip file"),
     row("not Parquet", lambda r: r.rows("{}", name="rows.parquet"), r"rows\.parquet: not a Parquet file"),
     row("quote left open", lambda r: r.rows("text", '"a', name="rows.csv"), r"rows\.csv:2: not CSV"),
+    row("line ends of old Macs", lambda r: r.rows(b"text\ra\rb\r", name="rows.csv"), r"rows\.csv: lines end in \\r alone"),
+    row("line ends of old Macs in the middle", lambda r: r.rows("text", b"a\rb\n", name="rows.csv"), r"rows\.csv:2: not CSV .*lines end in \\r alone"),
+    row("answer missing, its prompt there", lambda r: r.rows('{"prompt": "a"}'), r"rows\.jsonl:1: fields 'prompt' fit no known format; known"),
     row("column too many", lambda r: r.rows("a,b", "1,2,3", name="rows.csv"), r"rows\.csv:2: 3 columns; expected 2"),
     row("fields of no known format", lambda r: r.rows('{"mesages": []}'), r"rows\.jsonl:1: fields 'mesages' fit no known format", "did you mean 'messages'"),
     row("missing field", lambda r: r.rows(json.dumps(CHAT), '{"massages": []}'), r"rows\.jsonl:2: no field 'messages'", "'massages'"),
@@ -371,6 +380,9 @@ _VERBS = [
     row("answers into a folder", lambda r: (_generate(r, "the cat"), r.set(f"generate.output={r.folder}")), r"generate\.output=.* is a folder"),
     row("export of an empty workdir", _verb("export"), "holds no checkpoint", "--workdir"),
     row("evaluate without test rows", _verb("evaluate"), r"eval\.split='test' has no rows", r"data\.test_fraction"),
+    row("answers over the prompts", lambda r: (_generate(r, "the cat"), r.set(f"generate.output={r.folder}/prompts.txt")), r"generate\.input=.* is where the answers go"),
+    row("prompt too long, by its row", lambda r: (_generate(r, "the cat", "cat " * 300), r.set("data.split_key=messages")), r"prompts\.txt:2: a prompt of \d+ tokens"),
+    row("prompt that is empty", lambda r: (_generate(r), r.rows('{"prompt": "a"}', '{"prompt": ""}', name="asked.jsonl"), r.set(f"generate.input={r.folder}/asked.jsonl", "data.chat=False")), r"asked\.jsonl:2: the prompt is empty"),
     row("plan for an unknown chip", _verb("plan", "plan.topology=v9:4x4"), r"plan\.topology='v9:4x4'", "v5e"),
     row("plan for no slice", _verb("plan", "plan.topology=v5e"), "expected GENERATION:SHAPE"),
     row("plan without a model", _verb("plan", "model.source="), r"model\.source is empty"),
@@ -516,6 +528,17 @@ def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path: Path, tiny_model: Pa
     assert launch.main(run.arguments()) == 0
     lines = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [1, 1]
+    assert lines[0]["learning_rate"] == lines[1]["learning_rate"], "a skipped step moves no schedule"
+
+
+def test_too_many_steps_skipped_in_a_row_stop(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, tiny_model)
+    run.weights(lambda tensors: tensors["model.norm.weight"].fill(np.inf))
+    run.set("train.on_nonfinite=skip", "train.max_skipped_steps=2", "train.steps=9")
+    assert re.search(r"like 1 steps? before it in a row .* another --workdir", _refused(run, capsys))
+    assert len((run.workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(("choice", "said"), [("truncate", "1 truncated"), ("drop", "1 too long")])

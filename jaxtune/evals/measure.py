@@ -104,6 +104,7 @@ def measure(
     """Measures one model on the held-out rows; every figure with a bootstrap interval."""
     options = intervals(config)
     if held.metric == "exact_match":
+        check_prompts(config, program, [r["row_id"] for r in held.rows], [r["prompt_ids"] for r in held.rows])
         return tasks.exact_match(
             held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options
         )
@@ -140,6 +141,23 @@ def sampler(tokenizer: Tokenizer, program: Program, params: Params) -> Sampler:
         tokenizer.vocab_size,
         program.model_config.max_positions,
     )
+
+
+def check_prompts(config: ConfigDict, program: Program, row_ids: list[str], prompts: list[list[int]]) -> None:
+    """Refuses, before any is answered, a prompt that is empty or leaves no room for an answer.
+
+    Raises:
+      UserError: naming the row.
+    """
+    room, most = config.generate.max_new_tokens, program.model_config.max_positions
+    for row_id, prompt in zip(row_ids, prompts, strict=True):
+        if not prompt:
+            raise UserError(f"{row_id}: the prompt is empty: there is nothing to go on from")
+        if len(prompt) + room > most:
+            raise UserError(
+                f"{row_id}: a prompt of {len(prompt)} tokens and generate.max_new_tokens={room} exceed the model's {most} "
+                "positions: shorten one of them"
+            )
 
 
 def generator(
