@@ -479,8 +479,7 @@ def test_a_mistake_after_a_finished_run_leaves_it_as_it_was(
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    # Without config.json, which `run.train` writes before it looks at the checkpoints.
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.json"]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -537,7 +536,7 @@ def test_too_many_steps_skipped_in_a_row_stop(
     run = Run(tmp_path, tiny_model)
     run.weights(lambda tensors: tensors["model.norm.weight"].fill(np.inf))
     run.set("train.on_nonfinite=skip", "train.max_skipped_steps=2", "train.steps=9")
-    assert re.search(r"like 1 steps? before it in a row .* another --workdir", _refused(run, capsys))
+    assert re.search(r"step 1: .* the last of 2 in a row .* another --workdir", _refused(run, capsys))
     assert len((run.workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -602,3 +601,13 @@ def test_without_arguments_or_with_help_it_says_how_it_is_used(capsys: pytest.Ca
     done = _python("-m", "jaxtune.launch")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m jaxtune.launch")
+
+
+def test_a_value_may_stand_apart_or_be_a_list_with_commas(tmp_path: Path, tiny_model: Path) -> None:
+    config = Run(tmp_path, tiny_model).config
+    verb, options, _ = launch._parse(["evaluate", "--config", str(config), "--config.eval.split", "train"])
+    assert (verb, options.eval.split) == ("evaluate", "train")
+    assert launch._parse(["--config", str(config), "evaluate"])[0] == "evaluate"
+    for given, read in (("a,b", ("a", "b")), ("a", ("a",)), ("('a,b', 'c')", ("a,b", "c")), ("1,2", ("1", "2"))):
+        _, options, _ = launch._parse([f"--config={config}", f"--config.generate.stop={given}"])
+        assert options.generate.stop == read

@@ -222,8 +222,8 @@ def _record(
         tracker.say(f"WARNING: {progress.notices[-1]}")
         if config.train.max_skipped_steps and progress.skipped_in_row >= config.train.max_skipped_steps:
             raise UserError(
-                f"{what}: skipped, like {progress.skipped_in_row - 1} steps before it in a row (train.max_skipped_steps), so "
-                "training stopped; lower optim.learning_rate or mend the data, and train in another --workdir"
+                f"{what}: skipped, the last of {progress.skipped_in_row} in a row (train.max_skipped_steps), so training stopped; "
+                "lower optim.learning_rate or mend the data, and train in another --workdir"
             )
         return
     host = f"_host_{jax.process_index()}" if jax.process_count() > 1 else ""
