@@ -19,14 +19,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from jaxtune.config import ConfigDict, keys
+from jaxtune.config import ConfigDict, base, keys
 from jaxtune.types import UserError
 
 # Fields that may differ between a checkpoint and the run that resumes it: none of them changes what is computed.
 _FREE = (
     "name", "workdir", "mesh.", "tracking.", "eval.", "generate.", "export.", "plan.", "checkpoint.", "model.attention",
     "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.loss_chunk_tokens",
-    "train.on_nonfinite",
+    "train.on_nonfinite", "train.max_skipped_steps",
 )  # fmt: skip
 _STEERING = ("data.", "optim.", "train.")  # may differ where a checkpoint is only used
 _LATEST = 2  # so that a damaged newest one has another before it
@@ -59,12 +59,14 @@ class _Keep(checkpoint_managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one workdir. Use as a context manager, or `close()`: a save may still be on its way."""
 
-    def __init__(self, workdir: str, config: ConfigDict, resuming: bool = True):
-        """`resuming` asks that everything that steers training is as it was; else only what shapes the parameters."""
+    def __init__(self, workdir: str, config: ConfigDict, data: str = "", resuming: bool = True):
+        """`data` is a hash of the training rows. `resuming` asks that it and everything that steers training is as it was; else
+        only what shapes the parameters.
+        """
         # Orbax narrates every save, and prints a failed one's traceback from each thread, beside raising it.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._resuming = resuming
+        self._resuming, self._data = resuming, data
         self._config, self.folder = config, epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Keep(config.checkpoint.every_steps, config.checkpoint.keep),
@@ -96,6 +98,7 @@ class Checkpoints:
             "config": json.loads(_config_json(self._config)),
             "progress": progress,
             "data_position_steps": step,
+            "data": self._data,
             "checksums": _checksums(_storable(state)),
         }
         args = ocp.args.Composite(state=ocp.args.StandardSave(_storable(state)), meta=ocp.args.JsonSave(meta))
@@ -119,8 +122,8 @@ class Checkpoints:
         candidates = [step] if step is not None else steps[::-1]
         for candidate in candidates:
             try:
-                meta = self._manager.restore(candidate, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-                self._check_config(meta["config"], candidate)
+                meta = self._meta(candidate)
+                self._check_meta(meta, candidate)
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(_storable(shapes)))
                 state = self._manager.restore(candidate, args=args)["state"]
                 if _checksums(state) != meta["checksums"]:
@@ -142,6 +145,19 @@ class Checkpoints:
                 f"every checkpoint in {self.folder} is damaged (steps {candidates[::-1]}): start anew in another --workdir"
             )
         return None
+
+    def check(self) -> None:
+        """Refuses, before anything is loaded, a run that the newest checkpoint does not belong to.
+
+        Raises:
+          UserError: the checkpoint is of another config or of other training rows.
+        """
+        for step in self.steps()[-1:]:
+            try:
+                meta = self._meta(step)
+            except Exception:  # damaged: `restore` names it, and looks at the one before
+                return
+            self._check_meta(meta, step)
 
     def forget_after(self, step: int) -> None:
         """Deletes checkpoints newer than `step`: damaged ones that a resumed run will write again."""
@@ -169,8 +185,12 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_config(self, saved: dict[str, Any], step: int) -> None:
-        now = json.loads(_config_json(self._config))
+    def _meta(self, step: int) -> dict[str, Any]:
+        meta: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return meta
+
+    def _check_meta(self, meta: dict[str, Any], step: int) -> None:
+        saved, now = meta["config"], json.loads(_config_json(self._config))
         for key in keys(self._config):
             if key.startswith(_FREE if self._resuming else _FREE + _STEERING):
                 continue
@@ -185,6 +205,11 @@ class Checkpoints:
                     f"checkpoint {self.folder / str(step)} is of another config: {key} was {then!r} and is now {value!r}; "
                     f"set it back to resume, or start in another --workdir"
                 )
+        if self._resuming and self._data and meta.get("data", self._data) != self._data:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} was trained on other rows: data.train ({self._config.data.train}), its "
+                "tokenizer or its chat template has changed since; put it back to resume, or start in another --workdir"
+            )
 
 
 def _config_json(config: ConfigDict) -> str:
@@ -243,8 +268,34 @@ def _raise_if_full(error: Exception, folder: Any) -> None:
 
 
 def is_used(workdir: str) -> bool:
-    """Whether a training run has left its marks in this workdir."""
+    """Whether a training run has taken a step in this workdir; one that failed before has left nothing to lose."""
     folder = epath.Path(workdir)
-    return folder.exists() and any(
-        (folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "predictions.jsonl")
+    checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
+    return (
+        (folder / "predictions.jsonl").exists()
+        or (metrics.exists() and metrics.stat().length > 0)
+        or (checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir()))
     )
+
+
+def check_workdir(workdir: str, resume: bool) -> None:
+    """Refuses a workdir where training would overwrite what is somebody's: an earlier run, or a model's own config.
+
+    Raises:
+      UserError: saying what is there.
+    """
+    if not resume and is_used(workdir):
+        raise UserError(
+            f"workdir {workdir} holds an earlier run: add --config.checkpoint.resume=True to go on with it, or choose another "
+            "--workdir"
+        )
+    file = epath.Path(workdir) / "config.json"
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(found) <= set(base()):
+        raise UserError(
+            f"workdir {workdir} holds a config.json that is not a run's (a model's?), which training would overwrite; choose "
+            "another --workdir"
+        )

@@ -1,7 +1,7 @@
 """The config: one locked `ConfigDict` that holds every field jaxtune reads, each with a default, a unit and a comment.
 
 A run is a file in `configs/` with `get_config()`: it calls `base()`, changes fields, returns it. The command line
-overrides (`--config.train.steps=100`). A key that is not below does not exist: misspelling one is an error that names
+overrides (`--config.train.steps=100`; a tuple of words as `--config.eval.labels=good,bad`). A key that is not below does not exist: misspelling one is an error that names
 the nearest keys.
 """
 
@@ -102,6 +102,7 @@ def _train() -> ConfigDict:
     c.on_nonfinite = (
         "stop"  # NaN, infinite or exploding loss: stop (with a dump) | skip (leave the weights as they are)
     )
+    c.max_skipped_steps = 20  # on_nonfinite="skip": stop after so many skipped steps in a row; 0 = never
     c.explode_factor = 0.0  # also call a loss exploding above this multiple of its running mean; 0 = non-finite only
     c.log_every_steps = 1  # console line every so many steps where there is no terminal
     return c
@@ -217,7 +218,7 @@ _AT_LEAST: dict[str, float] = {
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
     "generate.temperature": 0, "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
     "tune.lora_plus_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0, "train.seed": 0, "train.eval_every_steps": 0,
-    "train.eval_batches": 0, "train.patience": 0, "train.explode_factor": 0, "train.log_every_steps": 1,
+    "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.log_every_steps": 1,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.seed": 0, "generate.batch_size": 1,
 }  # fmt: skip
 
@@ -266,6 +267,13 @@ def validate(config: ConfigDict) -> None:
         if not low <= lookup(config, key) <= high:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected {low} to {high}")
     _check_forms(config)
+    if not config.tune.alpha > 0:
+        raise UserError(f"config.tune.alpha is {config.tune.alpha}; expected above 0, or the adapter changes nothing")
+    if config.train.patience and not config.train.eval_every_steps:
+        raise UserError(
+            f"train.patience={config.train.patience} counts evaluations, and train.eval_every_steps=0 makes none on the way: "
+            "set train.eval_every_steps"
+        )
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
             f"train.batch_size={config.train.batch_size} does not divide by train.accumulation="

@@ -91,7 +91,7 @@ def _dispatch(arguments: list[str]) -> int:
             options.workdir = values.workdir
     if not options.workdir:
         options.workdir = str(Path("runs") / options.name)
-    _check_outputs(options)
+    _check_outputs(options, verb)
     if values.dry_run and verb != "train":
         raise UserError(f"--dry_run goes with train, not with {verb}")
     action = run.dry_run if values.dry_run else getattr(run, verb)
@@ -100,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _check_outputs(options: config_lib.ConfigDict) -> None:
+def _check_outputs(options: config_lib.ConfigDict, verb: str) -> None:
     """Refuses a place for results that is taken, before any work is done."""
     workdir.check("workdir", options.workdir)
     for name, path in {"export.output": options.export.output, "generate.output": options.generate.output}.items():
@@ -114,27 +114,27 @@ def _check_outputs(options: config_lib.ConfigDict) -> None:
             raise UserError(
                 f"{name}={path!r}: {taken[0]} is a file; expected a folder, or a path where there is nothing"
             )
-    _check_export(options)
-    if Path(options.generate.output or "none").is_dir():
-        raise UserError(f"generate.output={options.generate.output!r} is a folder; expected the path of a file")
+    output, given = options.generate.output, options.generate.input
+    if Path(output or "none").is_dir():
+        raise UserError(f"generate.output={output!r} is a folder; expected the path of a file")
+    place = Path(output or Path(options.workdir) / "generations.jsonl")
+    if verb == "generate" and given and place.resolve() == Path(given).resolve():
+        raise UserError(f"generate.input={given!r} is where the answers go, and would be replaced; set generate.output")
+    if verb in ("train", "export"):
+        _check_result(options, verb)
 
 
-def _check_export(options: config_lib.ConfigDict) -> None:
-    """An export replaces the folder at its place: only one that an export can have made, never the base itself."""
-    output = options.export.output
-    if not output or not Path(output).is_dir():
-        return
-    names = {path.name for path in Path(output).iterdir()}
-    base = [uri for uri in (options.model.source, options.tune.adapter) if uri and Path(uri).expanduser().exists()]
-    if any(Path(output).samefile(Path(uri).expanduser()) for uri in base):
-        raise UserError(
-            f"export.output={output!r} is what the run starts from, and would be replaced; choose another folder"
-        )
-    if names and not names & {"adapter_config.json", "config.json"}:
-        raise UserError(
-            f"export.output={output!r} is a folder of other things ({', '.join(sorted(names)[:3])}), which would be replaced; "
-            "choose another"
-        )
+def _check_result(options: config_lib.ConfigDict, verb: str) -> None:
+    """A result replaces the folder at its place, and a run writes into its workdir: neither may be the base itself."""
+    local = [Path(uri).expanduser() for uri in (options.model.source, options.tune.adapter) if uri]
+    sources = [path for path in local if path.exists()]
+    folder = None if "://" in options.workdir else Path(options.workdir)
+    if verb == "train" and folder and any(folder.resolve() == path.resolve() for path in sources):
+        raise UserError(f"workdir={options.workdir!r} is what the run starts from; choose another --workdir")
+    kind = "adapter" if options.tune.method == "lora" and not options.export.merge else "model"
+    place = Path(options.export.output) if options.export.output else folder and folder / kind
+    if place:
+        workdir.check_result(place, folder, sources)
 
 
 def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.FlagValues]:
@@ -175,13 +175,13 @@ def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.Flag
 
 
 def _joined(arguments: list[str]) -> list[str]:
-    """`--flag value` as `--flag=value`; a verb after a flag stays a verb."""
+    """`--flag value` as `--flag=value`; a verb after a flag stays a verb, unless there was one before it."""
     joined: list[str] = []
     for argument in arguments:
         bare = joined and re.fullmatch(
             r"--?(config(\.[\w.]+)?|workdir|coordinator|num_processes|process_id)", joined[-1]
         )
-        if bare and not argument.startswith("--") and argument not in VERBS:
+        if bare and not argument.startswith("--") and (argument not in VERBS or VERBS.keys() & set(joined)):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -256,6 +256,11 @@ def _checked_overrides(arguments: list[str], config: config_lib.ConfigDict) -> l
             listed = ", ".join(inside[:8]) + (", …" if len(inside) > 8 else "")
             more = f" by itself; it is a section: {listed}" if inside else nearest(name, known)
             raise UserError(f"config key {name!r} does not exist{more}")
+        name, has_value, value = argument.partition("=")
+        if match and has_value and isinstance(config_lib.lookup(config, match.group(1)), tuple):
+            # a,b is two words; a tuple that is written out, as ('a, b', 'c'), is read as Python.
+            words = value if value[:1] in tuple("([\"'") else repr(tuple(word for word in value.split(",") if word))
+            argument = f"{name}={words}"
         kept.append(argument)
     return kept
 

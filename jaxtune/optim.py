@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import optax
@@ -33,17 +34,18 @@ def make(config: ConfigDict, labels: Mapping[str, str], num_steps: int) -> optax
         ratio = config.tune.lora_plus_ratio if name == "lora_b" else 1.0
         scaled = (lambda step: rate(step) * ratio) if ratio != 1.0 else rate
         if optim.name == "sgd":
-            return optax.sgd(scaled)
-        return optax.adamw(
-            scaled, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _decays(path[-1].key), params),
-        )  # fmt: skip
+            return optax.chain(optax.add_decayed_weights(optim.weight_decay, _decaying), optax.sgd(scaled))
+        return optax.adamw(scaled, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay, mask=_decaying)
 
     groups = {name: group(name) for name in sorted(set(trained.values()))}
     chain = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
     return optax.chain(*chain, optax.partition(groups, trained))
 
 
-def _decays(path: str) -> bool:
+def _decaying(params: Any) -> Any:
     """Weight decay falls on matrices only: not on norms, biases or DoRA magnitudes."""
-    return path.rsplit(".", 1)[-1] in ("kernel", "table", "lora_a", "lora_b")
+
+    def one(path: tuple[Any, ...], _: Any) -> bool:
+        return path[-1].key.rsplit(".", 1)[-1] in ("kernel", "table", "lora_a", "lora_b")
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -16,50 +16,48 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtune import checkpoint, fetch, optim, registry, sharding, tracking
+from jaxtune import checkpoint, fetch, optim, registry, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.data import classes, pipeline, templates
 from jaxtune.data.formats import read_examples
-from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.models import FAMILIES
 from jaxtune.train import loop, start
-from jaxtune.train.state import Params, Program
+from jaxtune.train import rows as rows_lib
+from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
 from jaxtune.weights import source
 from jaxtune.workdir import shown
 
 
-class Rows(NamedTuple):
-    """The data of a run: examples of each split; training rows as batches; validation rows as tokens."""
-
-    splits: pipeline.Splits
-    train: pipeline.Rows
-    validation: pipeline.Rows | None
-    batches: pipeline.BatchSource
-
-
 def train(config: ConfigDict, workdir: Path) -> None:
     """Fine-tunes, with a measurement before and after on the same held-out rows; exports and reports."""
-    _check_workdir(config)
+    checkpoint.check_workdir(config.workdir, config.checkpoint.resume)
+    tracking.check(config.tracking)
+    given = config_lib.to_json(config)  # as it stands before epochs become steps: used again, it says the same
     clock, show, is_main = _Clock(), _progress(config), jax.process_index() == 0
     with clock("fetch"):
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
     with clock("tokenise"):
-        rows = _read_rows(config, tokenizer, show, classifier := _classifier(config, model))
+        rows = rows_lib.read(config, tokenizer, show, classifier := _classifier(config, model))
         held = measure.held_out(config, rows.splits, tokenizer, classifier)
+    if config.checkpoint.resume:
+        with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
+            checkpoints.check()
     program, values = start.program(config, model)
     start.check_length(config, program)
     _say(config, start.summary(model, program))
-    _say(config, _data_summary(config, rows))
+    _say(config, rows_lib.summary(config, rows))
+    if held is None:
+        _say(config, measure.nothing_held(config))
     with clock("load"):
         state, frozen = start.load(config, model, program, values, show)
     before = after = None
@@ -68,21 +66,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
             before = _before(
                 config,
                 workdir,
+                measure.asked(config, held),
                 lambda: measure.measure(config, held, tokenizer, program, {**frozen, **state.params}, show, "before"),
             )
-    with checkpoint.Checkpoints(config.workdir, config) as checkpoints:
-        remembered = loop.Progress()
-        if config.checkpoint.resume and (restored := checkpoints.restore(program.state)) is not None:
-            state, remembered = restored.state, loop.Progress(**restored.progress)
-            checkpoints.forget_after(restored.step)
-            _say(config, f"resuming after step {restored.step} of {config.train.steps}")
+    with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
+        state, remembered = _resumed(config, workdir, checkpoints, program, state)
         if is_main:
-            _write(workdir / "config.json", config_lib.to_json(config) + "\n")
+            _write(workdir / "config.json", given + "\n")
         with tracking.Tracker(
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            data = _loop_data(config, rows, tokenizer, program)
+            data = rows_lib.for_loop(config, rows, tokenizer, program)
             outcome = loop.train(config, program, state, frozen, data, tracker, checkpoints, workdir, remembered)
         params = outcome.state.params
         if outcome.progress.best_step not in (0, outcome.steps):
@@ -105,7 +100,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    rows = _read_rows(config, tokenizer, _progress(config), _classifier(config, model))
+    rows = rows_lib.read(config, tokenizer, _progress(config), _classifier(config, model))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     print(config_lib.to_json(config))
@@ -134,7 +129,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    splits = pipeline.load(config.data, _data_paths(config), tokenizer, show)
+    splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show)
     held = measure.held_out(config, splits, tokenizer, _classifier(config, model))
     if held is None:
         raise UserError(
@@ -163,6 +158,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
     tokenizer = source.find_tokenizer(config, model)
     program, params, what = _ready(config, model)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
+    measure.check_prompts(config, program, [example.row_id for example in examples], prompts)
     texts = measure.generator(config, tokenizer, program, params, _progress(config), "answering")(prompts)
     output = Path(config.generate.output or workdir / "generations.jsonl")
     lines = [
@@ -228,7 +224,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
     model = source.find(config)
     plan_compile.chip_of(config.plan.topology)
     print(f"compiling {model.uri} for {config.plan.topology} …", file=sys.stderr, flush=True)
-    result = plan_compile.compile_step(config, model.hf_config)
+    result = plan_compile.compile_step(config, model.hf_config, start.adapter(config, model)[0])
     _write(workdir / "plan.json", json.dumps(result._asdict(), indent=2) + "\n")
     print(plan_compile.table(result))
 
@@ -270,23 +266,7 @@ def _write(path: Path, text: str) -> None:
         partial_path.unlink(missing_ok=True)
 
 
-def _check_workdir(config: ConfigDict) -> None:
-    """A used workdir is only entered to resume: nobody's run is overwritten."""
-    if not config.checkpoint.resume and checkpoint.is_used(config.workdir):
-        raise UserError(
-            f"workdir {config.workdir} holds an earlier run: add --config.checkpoint.resume=True to go on with it, or choose another --workdir"
-        )
-
-
-def _data_paths(config: ConfigDict) -> dict[str, Path]:
-    if not config.data.train:
-        raise UserError(
-            "data.train is empty: name a file of training rows (.jsonl, .csv, .tsv, .txt, .parquet; path or URI)"
-        )
-    return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
-
-
-def _classifier(config: ConfigDict, model: source.Model) -> measure.Classifier | None:
+def _classifier(config: ConfigDict, model: source.Model) -> classes.Classifier | None:
     """The model's labels and how it reads a text, for the `classify` objective."""
     if config.train.objective != "classify":
         return None
@@ -294,71 +274,37 @@ def _classifier(config: ConfigDict, model: source.Model) -> measure.Classifier |
     head = family.from_hf(model.hf_config).head
     if head is None or not head.pool:
         raise UserError("train.objective='classify' needs a model that classes texts: set model.head='sequence'")
-    return measure.Classifier(source.labels(model), head.pool)
+    return classes.Classifier(source.labels(model), head.pool)
 
 
-def _read_rows(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: measure.Classifier | None) -> Rows:
-    """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide."""
-    data, training = config.data, config.train
-    splits = pipeline.load(data, _data_paths(config), tokenizer, show)
-    encode = (
-        partial(classes.encode, labels=classifier.labels, pool=classifier.pool, tokenizer=tokenizer)
-        if classifier
-        else None
-    )
-    rows = pipeline.tokenize(splits.train, tokenizer, data, show, encode=encode)
-    validation = (
-        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", encode)
-        if splits.validation
-        else None
-    )
-    batches = pipeline.BatchSource(
-        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id
-    )
-    training.steps = training.steps or max(1, round(training.epochs * batches.steps_per_epoch))
-    return Rows(splits, rows, validation, batches)
-
-
-def _data_summary(config: ConfigDict, rows: Rows) -> str:
-    c = rows.train.counts
-    lost = {
-        name: n
-        for name, n in {**rows.splits.counts, **c}.items()
-        if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop")
-    }
-    note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
-    return (
-        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens ({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows{note}; "
-        f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
-    )
-
-
-def _loop_data(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Program) -> loop.Data:
-    """Batches as the loop asks for them: this host's rows only."""
-    mine, validation = sharding.host_rows(program.mesh, config.train.batch_size), rows.validation
-    data = config.data
-
-    def batches(first_step: int, num_steps: int) -> Iterator[Any]:
-        return pipeline.iterate(rows.batches, first_step, num_steps, mine, data.prefetch_batches)
-
-    def held_back() -> Iterator[Any]:
-        assert validation is not None
-        options = (data.max_length, data.packing, config.train.batch_size, tokenizer.pad_id, config.train.eval_batches)
-        for batch in pipeline.eval_batches(validation, *options):
-            yield {name: array[mine] for name, array in batch.items()}
-
-    return loop.Data(batches, held_back if validation else None, lambda row: rows.train.row_ids[row])
-
-
-def _before(config: ConfigDict, workdir: Path, measured: Callable[[], tasks.Result]) -> tasks.Result:
-    """The untuned model's result: measured once, kept in the workdir for a run that resumes."""
+def _before(config: ConfigDict, workdir: Path, asked: str, measured: Callable[[], tasks.Result]) -> tasks.Result:
+    """The untuned model's result: measured once, kept in the workdir for a run that resumes and asks the same."""
     file = workdir / "before.json"
     if config.checkpoint.resume and jax.process_count() == 1 and file.exists():  # hosts may not see the same files
-        return tasks.from_json(file.read_text())
+        kept = tasks.from_json(file.read_text(), asked)
+        if kept is not None:
+            return kept
+        _say(config, "what is measured has changed since the run began: the untuned model is measured again")
     result = measured()
     if jax.process_index() == 0:
-        _write(file, tasks.to_json(result))
+        _write(file, tasks.to_json(result, asked))
     return result
+
+
+def _resumed(
+    config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints, program: Program, state: State
+) -> tuple[State, loop.Progress]:
+    """What training goes on from: with `checkpoint.resume` the newest checkpoint, else the first state."""
+    restored = checkpoints.restore(program.state) if config.checkpoint.resume else None
+    if restored is not None:
+        checkpoints.forget_after(restored.step)
+        _say(config, f"resuming after step {restored.step} of {config.train.steps}")
+        return restored.state, loop.Progress(**restored.progress)
+    if config.checkpoint.resume:
+        kept = tracking.set_aside(workdir / "metrics.jsonl") if jax.process_index() == 0 else None
+        note = f"; the steps that metrics.jsonl holds were lost, and are in {kept.name}" if kept else ""
+        _say(config, f"{config.workdir} has no checkpoint to resume from: starting at step 0{note}")
+    return state, loop.Progress()
 
 
 def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.config import ConfigDict
-from jaxtune.types import Batch, UserError
+from jaxtune.types import Batch, UserError, nearest
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # experts are spread over hosts of rows: each hands its tokens around
@@ -121,6 +121,18 @@ def param_sharding(
                 f"{shape[dim]}, or override with mesh.rules"
             )
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def check_rules(overrides: Sequence[tuple[str, Sequence[str]]], paths: Sequence[str]) -> None:
+    """Refuses an override whose regex matches no parameter.
+
+    Raises:
+      UserError: naming the regex and the nearest paths.
+    """
+    for pattern, _ in overrides:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            near = nearest(pattern.replace("\\", ""), list(paths)) or f"; there are {', '.join(sorted(paths)[:4])}, …"
+            raise UserError(f"mesh.rules {pattern!r} matches no parameter{near} The regex must match a whole path")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from jaxtune.types import UserError
 T = TypeVar("T")
 Clock = Callable[[], float]
 
+_TENSORBOARD = ("tensorboard", "tracking.tensorboard=True", "tracking.tensorboard=False")  # extra, asked, instead
 _LINE_SECONDS = 10.0  # between two plain lines of `progress`
 
 
@@ -36,7 +38,8 @@ class Tracker:
     """Writes the metrics of a run, a line a step, to every sink that `config.tracking` chooses; only process 0 writes.
 
     Use it as a context manager, or call `close()`. Values may be Python, NumPy or JAX scalars; reading a JAX scalar
-    waits for the device. The console shows `loss, learning_rate, tokens_per_second, padding_share` where present.
+    waits for the device. The console shows `loss, learning_rate, tokens_per_second, padding_share` where present, and
+    counts steps that are done: step 0 of the files is its 1.
 
     Args:
       workdir: folder of the run.
@@ -108,6 +111,26 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check(tracking: ConfigDict) -> None:
+    """Refuses what needs an extra that is not installed, before any work is done.
+
+    Raises:
+      UserError: saying what to install.
+    """
+    if tracking.tensorboard:
+        _extra("tensorboardX", *_TENSORBOARD)
+    if tracking.wandb:
+        _extra("wandb", "wandb", f"tracking.wandb={tracking.wandb!r}", "tracking.wandb=''")
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames a file with anything in it, `metrics.jsonl` to `metrics.1.jsonl`; returns its new path, or None."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(other for other in numbered if not other.exists()))
 
 
 @contextlib.contextmanager
@@ -230,7 +253,7 @@ def _keep_before(path: Path, first_step: int) -> None:
 
 class _TensorBoard:
     def __init__(self, folder: Path, first_step: int):
-        module = _extra("tensorboardX", "tensorboard", "tracking.tensorboard=True", "tracking.tensorboard=False")
+        module = _extra("tensorboardX", *_TENSORBOARD)
         self._writer = module.SummaryWriter(str(folder), purge_step=first_step or None)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -263,18 +286,17 @@ class _Bar:
     """tqdm's bar, with the facts behind it; evaluations scroll by above it."""
 
     def __init__(self, total_steps: int, first_step: int, stream: TextIO):
-        initial = max(first_step - 1, 0)  # steps are numbered from 1
         form = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix} [{elapsed} < {remaining}]"
         self._bar = tqdm(
-            total=total_steps, initial=initial, desc="train", file=stream, dynamic_ncols=True, bar_format=form
+            total=total_steps, initial=first_step, desc="train", file=stream, dynamic_ncols=True, bar_format=form
         )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         if evaluated := _eval_facts(metrics):
-            self.say(f"step {step}  {evaluated}")
+            self.say(f"step {step + 1}  {evaluated}")
         if facts := _facts(metrics):
             self._bar.set_postfix_str("  ".join(facts), refresh=False)
-        self._bar.update(step - self._bar.n)
+        self._bar.update(step + 1 - self._bar.n)
 
     def say(self, text: str) -> None:
         self._bar.write(text, file=self._bar.fp)
@@ -292,16 +314,16 @@ class _Lines:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         facts, evaluated = _facts(metrics), _eval_facts(metrics)
-        left = ""
+        left, done = "", step + 1
         if facts:
             now = self._clock()
-            first, start = self._began = self._began or (step, now)
-            if first < step < self._total:
-                left = f"{_duration((now - start) / (step - first) * (self._total - step))} left"
-            if step % self._every and step not in (first, self._total):
+            first, start = self._began = self._began or (done, now)
+            if first < done < self._total:
+                left = f"{_duration((now - start) / (done - first) * (self._total - done))} left"
+            if done % self._every and done not in (first, self._total):
                 facts = []
         if facts or evaluated:
-            self.say("  ".join(filter(None, [f"step {step}/{self._total}", *facts, evaluated, left if facts else ""])))
+            self.say("  ".join(filter(None, [f"step {done}/{self._total}", *facts, evaluated, left if facts else ""])))
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,11 @@ from jaxtune.types import UserError
 
 _EVERY_SECONDS = 30.0
 _PARTS = (".partial", ".tmp")  # names of files and folders that are not whole yet
+# Names of what an exported adapter or model is made of, its tokenizer included.
+_RESULT = (
+    r"(adapter_|generation_)?config\.json|(adapter_)?model[\w-]*\.safetensors(\.index\.json)?|README\.md|tokenizer.*|"
+    r"special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|additional_chat_templates|\.DS_Store"
+)
 _LEFT_THERE = ("checkpoints", "adapter", "model")  # not brought here when a run goes on: large, and read by others
 
 
@@ -33,6 +38,34 @@ def check(name: str, uri: str) -> None:
     files, root = _file_system(uri)
     with _reaching(uri):
         files.exists(root)
+
+
+def check_result(place: Path, workdir: Path | None, sources: Sequence[Path]) -> None:
+    """Refuses a folder for a result whose replacing would cost anything but an earlier result.
+
+    Args:
+      place: the folder that the result is to replace, if it is there.
+      workdir: of the run, which need not be there; None where it is not on this machine.
+      sources: what the run starts from: folders or files.
+
+    Raises:
+      UserError: it holds the workdir, its checkpoints or a source, or what no result is made of.
+    """
+    what, place = f"export.output={str(place)!r}", place.resolve()
+    if workdir and place in (workdir.resolve(), *workdir.resolve().parents):
+        raise UserError(f"{what} holds the workdir {workdir}, which would be replaced; choose another folder")
+    if workdir and place.is_relative_to(workdir.resolve() / "checkpoints"):
+        raise UserError(f"{what} lies in the workdir's checkpoints; choose another folder")
+    for source in sources:
+        if place in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{what} is what the run starts from, and would be replaced; choose another folder")
+    names = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    others = sorted(name for name in names if not re.fullmatch(_RESULT, name))
+    if others or (names and not names & {"adapter_config.json", "config.json"}):
+        raise UserError(
+            f"{what} is a folder of other things ({', '.join((others or sorted(names))[:3])}), which would be replaced; "
+            "choose another"
+        )
 
 
 def shown(uri: str, folder: Path, path: Path) -> str:

@@ -170,6 +170,19 @@ def _index(run: Run, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def _apart(run: Run) -> None:
+    run.workdir = run.folder.with_name(run.folder.name + "-run")
+
+
+def _other_run(run: Run) -> None:
+    """A finished run's workdir, which has a config.json as a model folder has."""
+    folder = run.folder / "other"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / name).write_text("{}\n")
+    run.set(f"export.output={folder}")
+
+
 def _generate(run: Run, *lines: str) -> None:
     run.verb = "generate"
     (run.folder / "prompts.txt").write_text("\n".join(lines))
@@ -213,6 +226,12 @@ _COMMAND = [
     row("broken regex in mesh.rules", lambda r: r.get_config("c.mesh.rules = (('(', ('fsdp',)),)"), r"mesh\.rules", "not a regular expression"),
     row("mesh.rules of another form", lambda r: r.get_config("c.mesh.rules = ('layers', 'fsdp')"), r"mesh\.rules", "expected"),
     row("mesh axis twice in a rule", lambda r: r.get_config("c.mesh.rules = (('.*q_proj.kernel', ('', 'fsdp', 'fsdp')),)"), r"mesh\.rules", "fsdp"),
+    row("alpha of nothing", "--config.tune.alpha=0", r"config\.tune\.alpha is 0.*; expected above 0"),
+    row("patience without evaluations", "--config.train.patience=2", r"train\.patience=2", r"set train\.eval_every_steps"),
+    row("evaluations without rows", "--config.train.eval_every_steps=1", r"train\.eval_every_steps=1 needs validation rows", r"data\.validation_fraction"),
+    row("patience without rows", "--config.train.eval_every_steps=1 --config.train.patience=2", r"train\.patience=2 needs validation rows"),
+    row("rule that matches nothing", lambda r: r.get_config("c.mesh.rules = ((r'layers\\.attn\\.q_porj\\.kernel', ('', 'fsdp', '')),)"), r"mesh\.rules .* matches no parameter; did you mean .*layers\.attn\.q_proj\.kernel"),
+    row("splash with rows of an odd length", "--config.model.attention=splash --config.data.max_length=100", r"data\.max_length=100 is no multiple of 128", "make it 128"),
     row("label bins of another form", lambda r: r.get_config("c.data.label_bins = ((1, 2),)"), r"data\.label_bins", "expected"),
 ]  # fmt: skip
 
@@ -312,6 +331,9 @@ _DATA = [
     row("not gzip", lambda r: r.rows("{}", name="rows.jsonl.gz"), r"rows\.jsonl\.gz: not a whole gzip file"),
     row("not Parquet", lambda r: r.rows("{}", name="rows.parquet"), r"rows\.parquet: not a Parquet file"),
     row("quote left open", lambda r: r.rows("text", '"a', name="rows.csv"), r"rows\.csv:2: not CSV"),
+    row("line ends of old Macs", lambda r: r.rows(b"text\ra\rb\r", name="rows.csv"), r"rows\.csv: lines end in \\r alone"),
+    row("line ends of old Macs in the middle", lambda r: r.rows("text", b"a\rb\n", name="rows.csv"), r"rows\.csv:2: not CSV .*lines end in \\r alone"),
+    row("answer missing, its prompt there", lambda r: r.rows('{"prompt": "a"}'), r"rows\.jsonl:1: fields 'prompt' fit no known format; known"),
     row("column too many", lambda r: r.rows("a,b", "1,2,3", name="rows.csv"), r"rows\.csv:2: 3 columns; expected 2"),
     row("fields of no known format", lambda r: r.rows('{"mesages": []}'), r"rows\.jsonl:1: fields 'mesages' fit no known format", "did you mean 'messages'"),
     row("missing field", lambda r: r.rows(json.dumps(CHAT), '{"massages": []}'), r"rows\.jsonl:2: no field 'messages'", "'massages'"),
@@ -358,14 +380,25 @@ _VERBS = [
     row("answers into a folder", lambda r: (_generate(r, "the cat"), r.set(f"generate.output={r.folder}")), r"generate\.output=.* is a folder"),
     row("export of an empty workdir", _verb("export"), "holds no checkpoint", "--workdir"),
     row("evaluate without test rows", _verb("evaluate"), r"eval\.split='test' has no rows", r"data\.test_fraction"),
+    row("answers over the prompts", lambda r: (_generate(r, "the cat"), r.set(f"generate.output={r.folder}/prompts.txt")), r"generate\.input=.* is where the answers go"),
+    row("prompt too long, by its row", lambda r: (_generate(r, "the cat", "cat " * 300), r.set("data.split_key=messages")), r"prompts\.txt:2: a prompt of \d+ tokens"),
+    row("prompt that is empty", lambda r: (_generate(r), r.rows('{"prompt": "a"}', '{"prompt": ""}', name="asked.jsonl"), r.set(f"generate.input={r.folder}/asked.jsonl", "data.chat=False")), r"asked\.jsonl:2: the prompt is empty"),
     row("plan for an unknown chip", _verb("plan", "plan.topology=v9:4x4"), r"plan\.topology='v9:4x4'", "v5e"),
     row("plan for no slice", _verb("plan", "plan.topology=v5e"), "expected GENERATION:SHAPE"),
     row("plan without a model", _verb("plan", "model.source="), r"model\.source is empty"),
     row("workdir is a file", lambda r: r.file(r.workdir, "mine"), "run", "is a file"),
     row("workdir inside a file", lambda r: setattr(r, "workdir", r.folder / "rows.jsonl" / "run"), r"rows\.jsonl"),
     row("export into a file", lambda r: r.set(f"export.output={r.folder / 'rows.jsonl'}"), r"export\.output", "is a file"),
-    row("export over a folder of other things", lambda r: r.set(f"export.output={r.folder}"), r"export\.output=.* is a folder of other things \(config\.py, rows\.jsonl\)"),
+    row("export over a folder of other things", lambda r: (_apart(r), r.set(f"export.output={r.folder}")), r"export\.output=.* is a folder of other things \(config\.py, rows\.jsonl\)"),
     row("export over the base", lambda r: r.set(f"export.output={r.copy_model()}"), r"export\.output=.* is what the run starts from"),
+    row("export over what holds the base", lambda r: (_apart(r), r.set(f"export.output={r.copy_model().parent}")), r"export\.output=.* is what the run starts from"),
+    row("export over the workdir", lambda r: (setattr(r, "verb", "export"), r.set(f"export.output={r.workdir}")), r"export\.output=.* holds the workdir"),
+    row("export into the checkpoints", lambda r: r.set(f"export.output={r.workdir}/checkpoints"), r"lies in the workdir's checkpoints"),
+    row("export over a run of somebody's", lambda r: _other_run(r), r"export\.output=.* is a folder of other things \(checkpoints, metrics\.jsonl\)"),
+    row("result over the base, by the workdir's name", lambda r: (r.copy_model().rename(r.folder / "model"), setattr(r, "workdir", r.folder), r.set(f"model.source={r.folder}/model", "export.merge=True")), r"export\.output=.*/model' is what the run starts from"),
+    row("training in the base's folder", lambda r: setattr(r, "workdir", r.copy_model()), r"workdir=.*model-copy' is what the run starts from"),
+    row("training in the adapter's folder", lambda r: (r.adapter(), setattr(r, "workdir", r.folder / "given-adapter")), r"workdir=.*given-adapter' is what the run starts from"),
+    row("training in another model's folder", lambda r: (r.workdir.mkdir(), r.file(r.workdir / "config.json", '{"model_type": "llama"}')), r"holds a config\.json that is not a run's"),
 ]  # fmt: skip
 
 TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _VERBS
@@ -390,9 +423,12 @@ def _refused(run: Run, capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def _half_written(folder: Path) -> list[Path]:
+    return [path for pattern in HALF_WRITTEN for path in folder.glob(pattern)] if folder.is_dir() else []
+
+
 def _assert_nothing_half_written(folder: Path) -> None:
-    left = [path for pattern in HALF_WRITTEN for path in folder.glob(pattern)] if folder.is_dir() else []
-    assert not left
+    assert not _half_written(folder)
 
 
 @pytest.mark.parametrize("mistake", TABLE, ids=lambda mistake: mistake.name)
@@ -401,10 +437,11 @@ def test_a_mistake_ends_in_one_clear_line(
 ) -> None:
     run = Run(tmp_path, tiny_model)
     _break(run, mistake)
+    there = _half_written(run.workdir)
     line = _refused(run, capsys)
     for pattern in mistake.says:
         assert re.search(pattern, line), line
-    _assert_nothing_half_written(run.workdir)
+    assert _half_written(run.workdir) == there
 
 
 @pytest.fixture(scope="module")
@@ -442,8 +479,7 @@ def test_a_mistake_after_a_finished_run_leaves_it_as_it_was(
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    # Without config.json, which `run.train` writes before it looks at the checkpoints.
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.json"]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -454,6 +490,19 @@ def test_a_finished_run_is_exported_by_its_own_config_file(
     arguments = ["export", "--config=config.json", f"--config.export.output={tmp_path / 'out'}"]
     assert launch.main(arguments) == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert launch.main(arguments) == 0, "an export may replace an export"
+
+
+def test_an_export_follows_a_link_and_takes_nobodys_folder(finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real.tmp").mkdir()  # somebody's own
+    arguments = ["export", f"--config={finished.workdir}/config.json", f"--config.export.output={tmp_path / 'link'}"]
+    assert launch.main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "real.tmp"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "real").stat().st_mode == (tmp_path / "real.tmp").stat().st_mode
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(
@@ -478,6 +527,17 @@ def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path: Path, tiny_model: Pa
     assert launch.main(run.arguments()) == 0
     lines = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [1, 1]
+    assert lines[0]["learning_rate"] == lines[1]["learning_rate"], "a skipped step moves no schedule"
+
+
+def test_too_many_steps_skipped_in_a_row_stop(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, tiny_model)
+    run.weights(lambda tensors: tensors["model.norm.weight"].fill(np.inf))
+    run.set("train.on_nonfinite=skip", "train.max_skipped_steps=2", "train.steps=9")
+    assert re.search(r"step 1: .* the last of 2 in a row .* another --workdir", _refused(run, capsys))
+    assert len((run.workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(("choice", "said"), [("truncate", "1 truncated"), ("drop", "1 too long")])
@@ -541,3 +601,13 @@ def test_without_arguments_or_with_help_it_says_how_it_is_used(capsys: pytest.Ca
     done = _python("-m", "jaxtune.launch")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m jaxtune.launch")
+
+
+def test_a_value_may_stand_apart_or_be_a_list_with_commas(tmp_path: Path, tiny_model: Path) -> None:
+    config = Run(tmp_path, tiny_model).config
+    verb, options, _ = launch._parse(["evaluate", "--config", str(config), "--config.eval.split", "train"])
+    assert (verb, options.eval.split) == ("evaluate", "train")
+    assert launch._parse(["--config", str(config), "evaluate"])[0] == "evaluate"
+    for given, read in (("a,b", ("a", "b")), ("a", ("a",)), ("('a,b', 'c')", ("a,b", "c")), ("1,2", ("1", "2"))):
+        _, options, _ = launch._parse([f"--config={config}", f"--config.generate.stop={given}"])
+        assert options.generate.stop == read

@@ -35,6 +35,11 @@ def test_train_leaves_a_whole_workdir(tiny_config: ConfigDict) -> None:
     lines = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
     assert lines
     assert all({"row_id", "before", "after"} <= set(line) for line in lines)
+    chats = Path(config.data.train).read_text().splitlines()
+    for line in lines:  # bytes and nll are of the answer; the token that ends it has no bytes, and counts in neither
+        answer = json.loads(chats[int(line["row_id"].rpartition(":")[2]) - 1])["messages"][1]["content"]
+        assert line["after"]["num_bytes"] == len(answer)
+        assert line["after"]["text_nll_sum"] < line["after"]["nll_sum"]
 
 
 def test_labels_and_generations_are_measured(tiny_config: ConfigDict, tmp_path: Path, capsys) -> None:

@@ -109,26 +109,27 @@ def test_other_io_errors_pass_through():
         raise PermissionError(errno.EACCES, "no")
 
 
-def test_plain_lines_come_every_so_many_steps_with_the_time_left(tmp_path):
+def test_plain_lines_come_every_so_many_steps_and_at_the_end_with_the_time_left(tmp_path):
     stream = io.StringIO()
-    with _tracker(tmp_path, total_steps=100, stream=stream, log_every_steps=10, clock=Clock(2.0)) as tracker:
-        for step in range(1, 21):
+    with _tracker(tmp_path, total_steps=22, stream=stream, log_every_steps=10, clock=Clock(2.0)) as tracker:
+        for step in range(22):
             facts = {"learning_rate": 2e-4, "tokens_per_second": 1234.5, "padding_share": 0.03}
-            tracker.log(step, {"loss": 1 / step, **facts})
-        tracker.log(20, {"eval/loss": 0.5})
+            tracker.log(step, {"loss": 1 / (step + 1), **facts})
+        tracker.log(21, {"eval/loss": 0.5})
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "step 1/100  loss 1.0000  rate 2.00e-04  1,234 tokens/s  padding 3%",
-        "step 10/100  loss 0.1000  rate 2.00e-04  1,234 tokens/s  padding 3%  3m00s left",
-        "step 20/100  loss 0.0500  rate 2.00e-04  1,234 tokens/s  padding 3%  2m40s left",
-        "step 20/100  eval/loss 0.5000",
+        "step 1/22  loss 1.0000  rate 2.00e-04  1,234 tokens/s  padding 3%",
+        "step 10/22  loss 0.1000  rate 2.00e-04  1,234 tokens/s  padding 3%  24s left",
+        "step 20/22  loss 0.0500  rate 2.00e-04  1,234 tokens/s  padding 3%  4s left",
+        "step 22/22  loss 0.0455  rate 2.00e-04  1,234 tokens/s  padding 3%",
+        "step 22/22  eval/loss 0.5000",
     ]
 
 
 def test_a_terminal_gets_a_bar_with_the_same_facts(tmp_path):
     with _tracker(tmp_path, stream=(stream := Terminal())) as tracker:
-        tracker.log(1, {"loss": 0.75, "learning_rate": 2e-4, "tokens_per_second": 1234.5, "padding_share": 0.03})
-        tracker.log(2, {"eval/loss": 0.5})
+        tracker.log(0, {"loss": 0.75, "learning_rate": 2e-4, "tokens_per_second": 1234.5, "padding_share": 0.03})
+        tracker.log(1, {"eval/loss": 0.5})
         tracker.say("early stop")
     text = stream.getvalue()
     assert "\r" in text
@@ -141,7 +142,7 @@ def test_a_terminal_gets_a_bar_with_the_same_facts(tmp_path):
 @pytest.mark.parametrize(("mode", "expected"), [("off", ""), ("lines", "step 1/10  loss 1.0000\n")])
 def test_progress_off_and_lines_on_a_terminal(tmp_path, mode, expected):
     with _tracker(tmp_path, stream=(stream := Terminal()), progress=mode) as tracker:
-        tracker.log(1, {"loss": 1.0})
+        tracker.log(0, {"loss": 1.0})
     assert stream.getvalue() == expected
 
 
@@ -179,6 +180,27 @@ def test_wandb_missing_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"tracking.wandb='team'.*pip install 'jaxtune\[wandb\]'.*tracking.wandb=''"):
         _tracker(tmp_path, wandb="team")
+
+
+def test_a_missing_extra_is_said_before_any_work(monkeypatch):
+    chosen = config.base().tracking
+    tracking.check(chosen)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    chosen.tensorboard = True
+    with pytest.raises(UserError, match="tensorboardX, which is missing"):
+        tracking.check(chosen)
+
+
+def test_old_metrics_are_set_aside_under_a_free_name(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert tracking.set_aside(path) is None
+    for text in ("first", "second"):
+        path.write_text(text)
+        tracking.set_aside(path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "metrics.1.jsonl": "first",
+        "metrics.2.jsonl": "second",
+    }
 
 
 def test_wandb_resumes_its_run(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +32,14 @@ class Rows:
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return np.diff(self.offsets)
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is trained on: tokens, loss weights, and where each row begins."""
+        hashed = hashlib.sha256()
+        for array in (self.tokens, self.weights, self.offsets):
+            hashed.update(np.ascontiguousarray(array).data)
+        return hashed.hexdigest()
 
 
 class BatchSource:

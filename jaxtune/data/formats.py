@@ -52,7 +52,7 @@ def to_examples(
     for number, row in rows:
         try:
             if convert is None:
-                convert = _CONVERTERS[detect(row, data) if data.format == "auto" else data.format]
+                convert = _CONVERTERS[detect(row, data, answers) if data.format == "auto" else data.format]
             example = convert(row, data, answers)
             if isinstance(example, str):
                 dropped[example] += 1
@@ -66,15 +66,16 @@ def to_examples(
     return examples, dropped
 
 
-def detect(row: Row, data: ConfigDict) -> str:
-    """Returns the format whose fields `row` has. The first row of a file decides for all of them."""
+def detect(row: Row, data: ConfigDict, answers: bool = True) -> str:
+    """Returns the format whose fields `row` has (without `answers`, those of its prompt). A file's first row decides for all."""
     if data.prompt and data.label_column:
         return "labelled"
-    for name, fields in _FIELDS.items():
+    formats = _FIELDS if answers else {name: fields[:1] for name, fields in _FIELDS.items()}
+    for name, fields in formats.items():
         if all(field in row for field in fields):
             return name
-    shapes = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in _FIELDS.items())
-    known = sorted({field for fields in _FIELDS.values() for field in fields})
+    shapes = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in formats.items())
+    known = sorted({field for fields in formats.values() for field in fields} - set(row))
     near = next((hint for hint in (nearest(field, known) for field in row) if hint), "")
     raise UserError(
         f"fields {_names(row)} fit no known format{near}; known: {shapes}; or set data.prompt and data.label_column"
@@ -199,7 +200,7 @@ def _split_text(row: Row, data: ConfigDict) -> str:
     return str(row[data.split_key])
 
 
-_FIELDS: dict[str, tuple[str, ...]] = {
+_FIELDS: dict[str, tuple[str, ...]] = {  # of each format, the prompt's first
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),

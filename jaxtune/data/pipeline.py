@@ -117,14 +117,15 @@ def tokenize(
     `encode` replaces `templates.encode` where tokens are not predicted but classed.
 
     `Rows.counts`: rows, tokens, trained_tokens, truncated, too_long, nothing_to_train, without_trained_stop (rows that
-    never train a token that ends an answer).
+    never train a token that ends an answer), tools_not_in_template (rows with tools that the template does not print).
 
     Raises:
       UserError: no examples, none left, or a row over `data.max_length` with `data.too_long="error"`.
     """
     if not examples:
         raise UserError("the data set is empty; expected at least one row")
-    counts = Counter(dict.fromkeys(("truncated", "too_long", "nothing_to_train", "without_trained_stop"), 0))
+    names = ("truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template")
+    counts = Counter(dict.fromkeys(names, 0))
     kept: list[templates.Encoded] = []
     row_ids: list[str] = []
     for example in progress(examples, len(examples), label):
@@ -146,6 +147,7 @@ def tokenize(
             counts["nothing_to_train"] += 1
             continue
         counts["without_trained_stop"] += not encode and not templates.trains_stop(encoded, tokenizer)
+        counts["tools_not_in_template"] += templates.hides_tools(example, tokenizer)
         kept.append(encoded)
         row_ids.append(example.row_id)
     if not kept:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 from jaxtune.types import UserError, nearest
 
 Row = dict[str, Any]
+_OLD_MAC = r"lines end in \r alone, as on old Macs; save it with line ends \n (Unix) or \r\n (Windows)"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
@@ -64,6 +65,8 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate(file, 1):
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if b"\r" in raw.rstrip() and not raw.endswith(b"\n") and _suffix(path) != ".json":
+                raise UserError(f"{path.name}: {_OLD_MAC}")
         try:
             yield number, raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -164,7 +167,8 @@ def _comma_cells(path: Path, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
                 yield number, cells
             number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path.name}:{number}: not CSV ({error}); check the quotes of this row") from None
+        hint = _OLD_MAC if "new-line character" in str(error) else "check the quotes of this row"
+        raise UserError(f"{path.name}:{number}: not CSV ({error}); {hint}") from None
 
 
 def _parquet(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:

@@ -69,6 +69,22 @@ def encode(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> Encod
         raise UserError(f"{example.row_id}: {error}") from None
 
 
+def hides_tools(example: Example, tokenizer: Tokenizer) -> bool:
+    """Returns whether the chat template does not print the example's tools, or a tool call that is only to be read.
+
+    A trained turn's calls are an error where they are missing: `encode` looks for their span.
+    """
+    messages = example.messages or ()
+    calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+    if not example.tools and not calls:
+        return False
+    try:
+        text = tokenizer.render(messages, example.tools)
+        return any(name not in text for name in calls) or bool(example.tools and text == tokenizer.render(messages))
+    except UserError:
+        return False  # a template that refuses the chat without its tools does look at them
+
+
 def trains_stop(encoded: Encoded, tokenizer: Tokenizer) -> bool:
     """Returns whether a token that ends an answer is trained; a model that never sees one does not stop by itself."""
     return bool(np.isin(encoded.tokens[encoded.weights > 0], tokenizer.stop_ids).any())

@@ -33,7 +33,9 @@ class Tokenizer:
         self._bare.post_processor = None
         self._bare.no_padding()
         self._bare.no_truncation()
-        self._special = [token.content for token in self._bare.get_added_tokens_decoder().values() if token.special]
+        special = {i: token.content for i, token in self._bare.get_added_tokens_decoder().items() if token.special}
+        self._special = list(special.values())
+        self.special_ids: tuple[int, ...] = tuple(special)  # tokens that `decode` leaves out
         self.vocab_size: int = len(wrapped)
         self.bos_id: int | None = wrapped.bos_token_id
         self.eos_id: int | None = wrapped.eos_token_id

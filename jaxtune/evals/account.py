@@ -50,12 +50,13 @@ class Run(NamedTuple):
 def write(config: ConfigDict, workdir: Path, run: Run) -> None:
     """Writes report.html and report.json into `workdir`, and prints the before/after table."""
     before, after, place = run.before, run.after, shown(config.workdir, workdir, run.folder)
-    difference = tasks.compare(before, after) if before and after else {}
+    difference = tasks.compare(before, after, **measure.intervals(config)) if before and after else {}
+    unmeasured = [] if run.held else [f"There are {measure.nothing_held(config)}."]
     if config.tracking.report:
         facts = {
             "name": config.name,
             "about": _about(config, run),
-            "notices": run.outcome.progress.notices + _data_notices(run.data_counts),
+            "notices": run.outcome.progress.notices + _data_notices(run.data_counts) + unmeasured,
             "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,
             "before": before.metrics if before else {},
             "after": after.metrics if after else {},
@@ -112,7 +113,10 @@ def _data(run: Run) -> dict[str, Any]:
     }
 
 
-_NOT_DROPPED = ("train", "validation", "test", "rows", "tokens", "trained_tokens", "truncated", "without_trained_stop")
+_NOT_DROPPED = (
+    "train", "validation", "test", "rows", "tokens", "trained_tokens", "truncated", "without_trained_stop",
+    "tools_not_in_template",
+)  # fmt: skip
 
 
 def _data_notices(counts: dict[str, int]) -> list[str]:
@@ -123,6 +127,11 @@ def _data_notices(counts: dict[str, int]) -> list[str]:
         notices.append(
             f"{counts['without_trained_stop']:,} of {counts['rows']:,} rows never train a token that ends an answer: a model "
             f"may not learn from them to stop."
+        )
+    if counts["tools_not_in_template"]:
+        notices.append(
+            f"{counts['tools_not_in_template']:,} rows have tools or tool calls that the chat template does not print: the model "
+            f"never sees them. Set model.chat_template to a template that prints them."
         )
     return notices
 

@@ -78,7 +78,7 @@ def _score(
     B, C, T = options_BCT.shape
     cache, last_BD = prefill(model, tokens_BT, lengths_B, tokens_BT.shape[1] + T)
     cache = cache._replace(
-        stacks=jax.tree.map(lambda x: jnp.repeat(x, C, axis=1), cache.stacks),
+        stacks=jax.tree.map(lambda x_LB: jnp.repeat(x_LB, C, axis=1), cache.stacks),
         segment_ids_BS=jnp.repeat(cache.segment_ids_BS, C, axis=0),
     )
     targets = options_BCT.reshape(B * C, T)
@@ -133,38 +133,34 @@ def row_nll(
     graphdef: nnx.GraphDef,
     params: dict[str, jax.Array],
     rows: Rows,
+    special_ids: Sequence[int],
     pad_id: int,
     batch_size: int,
     progress: Progress,
     label: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (summed nll in nats, number of trained tokens), each (M,): of every row, over its trained tokens alone."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns, each (M,) and over each row's trained tokens: summed nll in nats, how many, and the sum without `special_ids`."""
 
     @jax.jit
-    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, masks_2BT: jax.Array) -> jax.Array:
         model = layers.bind(graphdef, params)
         index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
         hidden_BTD, _ = model(tokens_BT, index_BT, (index_BT < lengths_B[:, None]).astype(jnp.int32))
         nll_BT = token_nll(_head(model), hidden_BTD[:, :-1], tokens_BT[:, 1:])
-        return jnp.sum(nll_BT * weights_BT[:, 1:], axis=1)
+        return jnp.sum(nll_BT[None] * masks_2BT[:, :, 1:], axis=2)
 
-    sums_M, counts_M = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    sums_2M, counts_M = np.zeros((2, len(rows))), np.zeros(len(rows), np.int64)
     groups = _order([int(n) for n in rows.lengths], batch_size)
     for group in progress(groups, len(groups), label):
         filled = group + [group[0]] * (batch_size - len(group))
         width = _rounded(int(max(rows.lengths[i] for i in filled)))
-        tokens_BT, weights_BT = (
-            np.full((batch_size, width), pad_id, np.int32),
-            np.zeros((batch_size, width), np.float32),
-        )
+        tokens_BT = np.full((batch_size, width), pad_id, np.int32)
+        trained_BT = np.zeros((batch_size, width), bool)
         for b, i in enumerate(filled):
-            start, stop = rows.offsets[i], rows.offsets[i + 1]
-            tokens_BT[b, : stop - start], weights_BT[b, : stop - start] = (
-                rows.tokens[start:stop],
-                rows.weights[start:stop] != 0,
-            )
-        sums_M[group] = to_host(run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), weights_BT))[
-            : len(group)
-        ]
-        counts_M[group] = (weights_BT[: len(group), 1:] != 0).sum(1)
-    return sums_M, counts_M
+            row = slice(rows.offsets[i], rows.offsets[i + 1])
+            tokens_BT[b, : rows.lengths[i]], trained_BT[b, : rows.lengths[i]] = rows.tokens[row], rows.weights[row] != 0
+        masks_2BT = np.stack([trained_BT, trained_BT & ~np.isin(tokens_BT, special_ids)]).astype(np.float32)
+        found = run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), masks_2BT)
+        sums_2M[:, group] = to_host(found)[:, : len(group)]
+        counts_M[group] = trained_BT[: len(group), 1:].sum(1)
+    return sums_2M[0], counts_M, sums_2M[1]

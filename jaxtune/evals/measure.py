@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -21,13 +23,6 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 _MANY_LABELS = 50
 
 
-class Classifier(NamedTuple):
-    """A classification head's labels, and which token it reads: first | last | mean."""
-
-    labels: tuple[str, ...]
-    pool: str
-
-
 class HeldOut(NamedTuple):
     """The rows to measure on, as the metric wants them; `labels` and `rows` for labels and exact_match.
 
@@ -42,7 +37,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out(
-    config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer, classifier: Classifier | None = None
+    config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer, classifier: classes.Classifier | None = None
 ) -> HeldOut | None:
     """Picks rows of `eval.split` (the same ones for everybody who asks), or None where it is empty.
 
@@ -59,7 +54,7 @@ def held_out(
     if classifier:
         rows: list[dict[str, Any]] = [{"row_id": e.row_id, "answer": e.answer, "candidate_ids": []} for e in examples]
         for row, example in zip(rows, examples, strict=True):
-            encoded = classes.encode(example, classifier.labels, classifier.pool, tokenizer)
+            encoded = classes.encode(example, classifier, tokenizer)
             row["prompt_ids"] = encoded.cut(config.data.max_length).tokens.tolist()
         return HeldOut("labels", examples, classifier.labels, rows, classifier.pool)
     if metric == "auto":
@@ -87,6 +82,30 @@ def held_out(
     return HeldOut(metric, examples, labels, rows)
 
 
+def nothing_held(config: ConfigDict) -> str:
+    """What to say where `held_out` finds no rows."""
+    keys = {
+        "test": "data.test_fraction, data.test, or eval.split='validation'",
+        "validation": "data.validation_fraction, data.eval, or eval.split='test' with data.test",
+    }
+    return f"no {config.eval.split} rows: nothing is measured before and after; set {keys[config.eval.split]}"
+
+
+def asked(config: ConfigDict, held: HeldOut) -> str:
+    """A hash of all that a measurement depends on, the model apart: rows, answers, labels, metric, intervals, tokens."""
+    settings = {**config.data.to_dict(), **intervals(config)}
+    if held.metric == "exact_match":
+        settings |= {key: config.generate[key] for key in config.generate if key not in ("input", "output")}
+    text = json.dumps([held, settings], ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def intervals(config: ConfigDict) -> dict[str, Any]:
+    """How every figure's interval is made, as keywords of the functions in `tasks`."""
+    e = config.eval
+    return {"num_samples": e.bootstrap_samples, "confidence": e.confidence, "seed": config.train.seed}
+
+
 def measure(
     config: ConfigDict,
     held: HeldOut,
@@ -97,12 +116,9 @@ def measure(
     what: str,
 ) -> tasks.Result:
     """Measures one model on the held-out rows; every figure with a bootstrap interval."""
-    options = {
-        "num_samples": config.eval.bootstrap_samples,
-        "confidence": config.eval.confidence,
-        "seed": config.train.seed,
-    }
+    options = intervals(config)
     if held.metric == "exact_match":
+        check_prompts(config, program, [r["row_id"] for r in held.rows], [r["prompt_ids"] for r in held.rows])
         return tasks.exact_match(
             held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options
         )
@@ -117,10 +133,11 @@ def measure(
             score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, doing)
         return tasks.score_labels(held.rows, held.labels, score, **options)
     rows = pipeline.tokenize(held.examples, tokenizer, config.data, progress, "tokenising")
-    nll_M, tokens_M = likelihood.row_nll(
-        program.inference, params, rows, tokenizer.pad_id, config.eval.batch_size, progress, f"reading, {what}"
+    size, special = config.eval.batch_size, tokenizer.special_ids
+    nll_M, tokens_M, text_nll_M = likelihood.row_nll(
+        program.inference, params, rows, special, tokenizer.pad_id, size, progress, f"reading, {what}"
     )
-    return tasks.perplexity(nll_M, tokens_M, _trained_bytes(rows, tokenizer), rows.row_ids, **options)
+    return tasks.perplexity(nll_M, tokens_M, text_nll_M, _trained_bytes(rows, tokenizer), rows.row_ids, **options)
 
 
 def _trained_bytes(rows: pipeline.Rows, tokenizer: Tokenizer) -> np.ndarray:
@@ -144,6 +161,23 @@ def sampler(tokenizer: Tokenizer, program: Program, params: Params) -> Sampler:
         tokenizer.vocab_size,
         program.model_config.max_positions,
     )
+
+
+def check_prompts(config: ConfigDict, program: Program, row_ids: list[str], prompts: list[list[int]]) -> None:
+    """Refuses, before any is answered, a prompt that is empty or leaves no room for an answer.
+
+    Raises:
+      UserError: naming the row.
+    """
+    room, most = config.generate.max_new_tokens, program.model_config.max_positions
+    for row_id, prompt in zip(row_ids, prompts, strict=True):
+        if not prompt:
+            raise UserError(f"{row_id}: the prompt is empty: there is nothing to go on from")
+        if len(prompt) + room > most:
+            raise UserError(
+                f"{row_id}: a prompt of {len(prompt)} tokens and generate.max_new_tokens={room} exceed the model's {most} "
+                "positions: shorten one of them"
+            )
 
 
 def generator(

@@ -59,7 +59,7 @@ def _metrics(labels: Sequence[str]) -> dict[str, _Metric]:
         "label_nll": _Metric(statistics.mean, "label_nll", higher_is_better=False),
         "exact_match": _Metric(statistics.mean, "correct"),
         "perplexity": _Metric(_token_perplexity, "nll_sum", ("num_tokens",), higher_is_better=False),
-        "bits_per_byte": _Metric(_bits_per_byte, "nll_sum", ("num_bytes",), higher_is_better=False),
+        "bits_per_byte": _Metric(_bits_per_byte, "text_nll_sum", ("num_bytes",), higher_is_better=False),
     }
 
 
@@ -142,6 +142,7 @@ def normalise(text: str) -> str:
 def perplexity(
     nll_sum_M: np.ndarray,
     num_tokens_M: np.ndarray,
+    text_nll_sum_M: np.ndarray,
     num_bytes_M: np.ndarray,
     row_ids: Sequence[str] | None = None,
     *,
@@ -151,19 +152,30 @@ def perplexity(
 ) -> Result:
     """Measures how well texts are predicted, per token and per byte.
 
-    `perplexity` = exp(Σ nll / Σ tokens); `bits_per_byte` = Σ nll / (ln 2 · Σ bytes).
+    `perplexity` = exp(Σ nll / Σ tokens); `bits_per_byte` = Σ nll / (ln 2 · Σ bytes), over the tokens that are text: an
+    end-of-turn token has no bytes of its own, so its nll counts in the first alone.
 
     Args:
       nll_sum_M: negative log-likelihood of each row's tokens, summed, in nats.
       num_tokens_M: how many tokens each sum is over.
-      num_bytes_M: UTF-8 bytes of the text of those tokens; so bits per byte compare across tokenizers.
+      text_nll_sum_M: the sum over those of them that are no special tokens.
+      num_bytes_M: UTF-8 bytes of the text of the latter; so bits per byte compare across tokenizers.
       row_ids: names of the rows; None = their numbers.
       num_samples, confidence, seed: of the bootstrap.
     """
     ids = [str(i) for i in range(len(nll_sum_M))] if row_ids is None else row_ids
     results = [
-        {"row_id": i, "answer": None, "nll_sum": float(nll), "num_tokens": int(tokens), "num_bytes": int(size)}
-        for i, nll, tokens, size in zip(ids, nll_sum_M, num_tokens_M, num_bytes_M, strict=True)
+        {
+            "row_id": i,
+            "answer": None,
+            "nll_sum": float(nll),
+            "num_tokens": int(tokens),
+            "text_nll_sum": float(text_nll),
+            "num_bytes": int(size),
+        }
+        for i, nll, tokens, text_nll, size in zip(
+            ids, nll_sum_M, num_tokens_M, text_nll_sum_M, num_bytes_M, strict=True
+        )
     ]
     return Result(_measure(("perplexity", "bits_per_byte"), results, (), num_samples, confidence, seed), results)
 
@@ -220,18 +232,21 @@ def write_predictions(path: str | os.PathLike[str], before: Result | None, after
     os.replace(partial, path)
 
 
-def to_json(result: Result) -> str:
-    """Returns a result as JSON text that `from_json` reads back equal."""
+def to_json(result: Result, asked: str = "") -> str:
+    """Returns a result as JSON text that `from_json` reads back equal; `asked` says by what it was measured."""
     confusion = None if result.confusion is None else result.confusion.tolist()
     metrics = {name: list(estimate) for name, estimate in result.metrics.items()}
     return json.dumps(
-        {"metrics": metrics, "rows": result.rows, "labels": result.labels, "confusion": confusion}, ensure_ascii=False
+        {"asked": asked, "metrics": metrics, "rows": result.rows, "labels": result.labels, "confusion": confusion},
+        ensure_ascii=False,
     )
 
 
-def from_json(text: str) -> Result:
-    """Returns the result that `to_json` wrote."""
+def from_json(text: str, asked: str = "") -> Result | None:
+    """Returns the result that `to_json` wrote, or None where it was measured by something else than `asked`."""
     saved = json.loads(text)
+    if saved.get("asked") != asked:
+        return None
     confusion = None if saved["confusion"] is None else np.asarray(saved["confusion"])
     metrics = {name: Estimate(*values) for name, values in saved["metrics"].items()}
     return Result(metrics, saved["rows"], tuple(saved["labels"]), confusion)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtune import sharding
+from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
 from jaxtune.plan.chips import chip_of
-from jaxtune.train import state, step
+from jaxtune.train import start, state, step
 from jaxtune.types import UserError
 
 
@@ -58,15 +59,18 @@ def topology_devices(name: str) -> list[Any]:
         raise UserError(f"plan.topology={name!r} is not one that libtpu knows: {str(error).splitlines()[0]}") from None
 
 
-def compile_step(config: ConfigDict, hf_config: dict[str, Any]) -> Plan:
+def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Options | None = None) -> Plan:
     """Compiles this config's step for `config.plan.topology`; no weights, no network, no devices.
+
+    `adapter` holds the options of the PEFT folder that training starts from, if it does.
 
     Peak HBM = arguments + temporaries + outputs that are not donated arguments + the program itself.
     """
     devices, chip = topology_devices(config.plan.topology), chip_of(config.plan.topology)
     mesh = sharding.make_mesh(config, devices)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
-    program = state.abstract(config, hf_config, mesh, max(1, config.train.steps))
+    program = state.abstract(config, hf_config, mesh, max(1, config.train.steps), adapter)
+    start.check_length(config, program)
     started = time.perf_counter()
     lowered = step.make(config, program).lower(program.state, program.frozen, step.abstract_batch(config, program))
     lowered_at = time.perf_counter()

@@ -49,12 +49,19 @@ class Progress:
     train_loss_at_eval: float = float("inf")  # the running training loss when validation was last measured
     trained_tokens: int = 0
     tokens: int = 0
+    capacity_tokens: int = 0  # tokens that the batches had room for
+    timed_tokens: int = 0  # tokens of the steps that seconds["training"] counts
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # of this run and those that it goes on from
     skipped_steps: int = 0
+    skipped_in_row: int = 0
     notices: list[str] = dataclasses.field(default_factory=list)
 
 
 class Outcome(NamedTuple):
-    """`seconds` holds compile, first_step, training and validation; training excludes the first three."""
+    """Of the whole run, what it was resumed from included.
+
+    `seconds` holds compile, first_step, training and validation; training excludes the first three.
+    """
 
     state: State
     progress: Progress
@@ -81,16 +88,21 @@ def train(
     workdir: Path,
     progress: Progress,
 ) -> Outcome:
-    """Trains from `state.step` to `config.train.steps`.
+    """Trains from `state.step` to `config.train.steps`; a run that had stopped early stays as it is.
 
     The metrics of a step are fetched after the next one was dispatched, so the device never waits for the host.
 
     Raises:
-      UserError: a step's loss or gradient was not finite, or its loss exploded (with `on_nonfinite="stop"`).
+      UserError: a step's loss or gradient was not finite, or its loss exploded (with `on_nonfinite="stop"`; with "skip",
+        too many of them in a row).
       Preempted: SIGTERM came and the state was saved.
     """
     first, last = int(state.step), config.train.steps
-    seconds = {"compile": 0.0, "first_step": 0.0, "training": 0.0, "validation": 0.0}
+    for part in ("compile", "first_step", "training", "validation"):
+        progress.seconds.setdefault(part, 0.0)
+    seconds, done = progress.seconds, first
+    if _stops_early(config, progress):
+        return _outcome(state, progress, first)
     fields, batch_size = step_lib.fields(config), config.train.batch_size
     started = time.perf_counter()
     run_step = (
@@ -99,11 +111,10 @@ def train(
         .compile()
     )
     evaluate = _evaluator(config, program, data)
-    seconds["compile"] = time.perf_counter() - started
+    seconds["compile"] += time.perf_counter() - started
     stop_asked, saver = _Signals(), _Saver(config)
-    tokens_before = progress.tokens
     pending: _Pending | None = None
-    clock, dispatched, stopped_early = time.perf_counter(), 0, False
+    clock, stopped_early = time.perf_counter(), False
 
     def settle() -> None:
         """Fetches the pending step's metrics, records them, and judges them."""
@@ -114,15 +125,18 @@ def train(
         values = {name: np.asarray(value).item() for name, value in record.metrics.items()}
         now = time.perf_counter()
         took, clock = now - clock, now
-        seconds["first_step" if record.step == first else "training"] += took
+        if record.step == first:
+            seconds["first_step"] += took
+        else:
+            seconds["training"] += took
+            progress.timed_tokens += values["tokens"]
         _record(config, tracker, progress, record, values, took, workdir, data.row_id)
 
     with stop_asked:
         for batch in data.train(first, last - first):
-            step = first + dispatched
+            step = done
             arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, batch_size)
             state, metrics = run_step(state, frozen, arrays)
-            dispatched += 1
             settle()  # step n - 1, while step n runs
             pending = _Pending(step, metrics, batch)
             done = step + 1
@@ -135,29 +149,43 @@ def train(
                 eval_loss = _validate(config, evaluate, state, frozen, tracker, progress, done)
                 seconds["validation"] += time.perf_counter() - began
                 clock = time.perf_counter()
-                stopped_early = bool(config.train.patience) and progress.evals_without_better >= config.train.patience
+                stopped_early = _stops_early(config, progress)
+                if stopped_early:
+                    best = (
+                        ""
+                        if progress.best_loss is None
+                        else f" on step {progress.best_step}'s {progress.best_loss:.4f}"
+                    )
+                    progress.notices.append(
+                        f"Stopped early after step {done}: validation loss had not improved{best} for "
+                        f"{config.train.patience} evaluations."
+                    )
             interrupted = stop_asked.now(done)
             if saver.due(done, final=done == last or stopped_early or interrupted, best=progress.best_step == done):
                 settle()
-                checkpoints.save(done, state, dataclasses.asdict(progress), eval_loss)
+                # One that is not a number would compare as the best.
+                loss = eval_loss if eval_loss is not None and np.isfinite(eval_loss) else None
+                checkpoints.save(done, state, dataclasses.asdict(progress), loss)
                 clock = time.perf_counter()
             if interrupted and done < last:
                 settle()
                 checkpoints.wait()
                 raise Preempted(f"stopped by SIGTERM after step {done} of {last}; saved")
             if stopped_early:
-                progress.notices.append(
-                    f"Stopped early after step {done}: validation loss had not improved on step {progress.best_step}'s "
-                    f"{progress.best_loss:.4f} for {config.train.patience} evaluations."
-                )
                 break
     settle()
     checkpoints.wait()
-    tokens, capacity = progress.tokens - tokens_before, dispatched * batch_size * config.data.max_length
-    timed = seconds["training"] * dispatched / max(1, dispatched - 1)
-    return Outcome(
-        state, progress, first + dispatched, tokens / timed if timed else 0.0, 1 - tokens / max(1, capacity), seconds
-    )
+    return _outcome(state, progress, done)
+
+
+def _stops_early(config: ConfigDict, progress: Progress) -> bool:
+    return bool(config.train.patience) and progress.evals_without_better >= config.train.patience
+
+
+def _outcome(state: State, progress: Progress, steps: int) -> Outcome:
+    timed, capacity = progress.seconds["training"], progress.capacity_tokens
+    rate = progress.timed_tokens / timed if timed else 0.0
+    return Outcome(state, progress, steps, rate, 1 - progress.tokens / max(1, capacity), progress.seconds)
 
 
 def _record(
@@ -171,6 +199,7 @@ def _record(
         previous = progress.last_train_loss
         progress.last_train_loss = values["loss"] if previous is None else 0.9 * previous + 0.1 * values["loss"]
     capacity = config.train.batch_size * config.data.max_length
+    progress.capacity_tokens += capacity
     tracker.log(
         record.step,
         {
@@ -183,13 +212,19 @@ def _record(
         },
     )
     if ok:
+        progress.skipped_in_row = 0
         return
     rows = [row_id(row) for row in np.unique(record.batch["row_ids_BT"]) if row >= 0]
     what = f"step {record.step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
     if config.train.on_nonfinite == "skip":
-        progress.skipped_steps += 1
+        progress.skipped_steps, progress.skipped_in_row = progress.skipped_steps + 1, progress.skipped_in_row + 1
         progress.notices.append(f"Skipped {what}; rows {', '.join(rows[:8])}{' …' if len(rows) > 8 else ''}.")
         tracker.say(f"WARNING: {progress.notices[-1]}")
+        if config.train.max_skipped_steps and progress.skipped_in_row >= config.train.max_skipped_steps:
+            raise UserError(
+                f"{what}: skipped, the last of {progress.skipped_in_row} in a row (train.max_skipped_steps), so training stopped; "
+                "lower optim.learning_rate or mend the data, and train in another --workdir"
+            )
         return
     host = f"_host_{jax.process_index()}" if jax.process_count() > 1 else ""
     dump = workdir / f"bad_step_{record.step:06d}{host}"
@@ -200,7 +235,7 @@ def _record(
     raise UserError(
         f"{what}: training stopped, the weights stay as they were before it. Its batch and the ids of its {len(rows)} rows "
         f"({', '.join(rows[:5])}{' …' if len(rows) > 5 else ''}) are in {dump}.npz and .json; "
-        f"lower optim.learning_rate, mend those rows, or set train.on_nonfinite='skip'"
+        f"lower optim.learning_rate or mend those rows, and train in another --workdir; or set train.on_nonfinite='skip'"
     )
 
 
@@ -235,7 +270,12 @@ def _validate(
     values = evaluate(state.params, frozen)
     tracker.log(done - 1, {f"eval/{name}": value for name, value in values.items()})
     loss, train_loss = values["loss"], progress.last_train_loss
-    if progress.best_loss is None or loss < progress.best_loss:
+    if not np.isfinite(loss):
+        said = f"Validation loss after step {done} is {loss}."
+        if done == config.train.steps:
+            progress.notices.append(f"ERROR: {said} What was trained last is broken.")
+        tracker.say(f"WARNING: {said}")
+    if np.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step, progress.evals_without_better = loss, done, 0
     else:
         progress.evals_without_better += 1

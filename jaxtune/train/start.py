@@ -21,6 +21,7 @@ from jaxtune.weights import hf, peft
 from jaxtune.weights.source import Model
 
 Adapter = Mapping[str, np.ndarray]
+_TILE_TOKENS = 128  # splash attention cuts a row into blocks of a multiple of this
 
 
 def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
@@ -33,25 +34,35 @@ def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
         )
     mesh = sharding.make_mesh(config)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
-    options, values = None, None
-    if model.adapter is not None:
-        family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
-        options, values = peft.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
-        options = options._replace(dropout=config.tune.dropout)
+    options, values = adapter(config, model)
     return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options), values
 
 
+def adapter(config: ConfigDict, model: Model) -> tuple[lora.Options | None, Adapter | None]:
+    """The options and values of the adapter that `tune.adapter` names; None where there is none."""
+    if model.adapter is None:
+        return None, None
+    family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+    options, values = peft.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
+    return options._replace(dropout=config.tune.dropout), values
+
+
 def check_length(config: ConfigDict, program: Program) -> None:
-    """Refuses training rows that are longer than the model's positions.
+    """Refuses training rows of a length that the model, or its attention kernel, cannot take.
 
     Raises:
-      UserError: with both lengths.
+      UserError: with the lengths.
     """
     max_length, max_positions = config.data.max_length, program.model_config.max_positions
     if max_length > max_positions:
         raise UserError(
             f"data.max_length={max_length} exceeds the model's {max_positions} positions (max_position_embeddings): "
             f"lower it, or give the model's config.json a rope_scaling that reaches so far"
+        )
+    if config.model.attention == "splash" and max_length % _TILE_TOKENS:
+        raise UserError(
+            f"data.max_length={max_length} is no multiple of {_TILE_TOKENS}, the tile of model.attention='splash': make it "
+            f"{-(-max_length // _TILE_TOKENS) * _TILE_TOKENS}, or set model.attention='auto'"
         )
 
 

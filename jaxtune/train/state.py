@@ -91,6 +91,7 @@ def abstract(
     )
     head = model_config.head  # of labels, unless it is tied to the embeddings: then it predicts tokens
     labels = partition.label(variables, config.tune.method, has_task=head is not None and not head.tied)
+    sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
     def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:

@@ -20,7 +20,7 @@ from jaxtune.types import BATCH_FIELDS
 
 Arrays = dict[str, jax.Array]
 _MEAN_DECAY = 0.9  # of the running mean of the loss
-_MEAN_STEPS = 10  # steps before an explosion can be told from a start
+_MEAN_STEPS = 10  # updates before an explosion can be told from a start
 
 
 def policy(program: Program, params: Params, chunk_tokens: int) -> Policy:
@@ -69,6 +69,8 @@ def make(config: ConfigDict, program: Program) -> Any:
 
     def step(state: State, frozen: Params, batch: Arrays) -> tuple[State, Arrays]:
         key = jax.random.fold_in(state.key, state.step)
+        # Steps that changed the weights, as the optimizer counts them: skipped ones move neither its rate nor the mean.
+        updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
         grads, (total, weight, extra) = _summed_gradients(
             loss_fn, program, chunk_tokens, state.params, frozen, _micro_batches(batch, accumulation, program), key
         )
@@ -77,10 +79,10 @@ def make(config: ConfigDict, program: Program) -> Any:
         loss, norm = total * scale, optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         if config.train.explode_factor:
-            ok &= (loss <= config.train.explode_factor * state.loss_mean) | (state.step < _MEAN_STEPS)
+            ok &= (loss <= config.train.explode_factor * state.loss_mean) | (updated < _MEAN_STEPS)
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        mean = jnp.where(state.step == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
+        mean = jnp.where(updated == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
         params, opt_state, mean = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old),
             (params, opt_state, mean),
@@ -89,7 +91,7 @@ def make(config: ConfigDict, program: Program) -> Any:
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(rate(updated), jnp.float32),
             "trained_tokens": jnp.sum(batch["weights_BT"] != 0),
             "tokens": jnp.sum(batch["segment_ids_BT"] != 0),
             "ok": ok,

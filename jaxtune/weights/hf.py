@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -317,13 +318,16 @@ def tensors(
 def new_folder(folder: Path, write: bool = True) -> Iterator[Path]:
     """Yields a folder to fill, which takes the place of `folder` at the end; after an error nothing of it is left.
 
-    With `write` False (processes other than the first) nothing is made or moved.
+    Where `folder` is a symbolic link, what it points to is replaced. With `write` False (processes other than the first)
+    nothing is made or moved.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
+    folder = folder.resolve()
+    # A name of its own, for nobody's folder may be taken; not by tempfile, whose folders only their owner can read. The
+    # workdir's copy in Cloud Storage leaves out what ends in ".tmp".
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     if not write:
         yield temporary
         return
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary

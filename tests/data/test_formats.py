@@ -174,3 +174,11 @@ def test_bad_rows_are_named(case: str, data: ConfigDict) -> None:
 def test_empty_file(data: ConfigDict) -> None:
     with pytest.raises(UserError, match=r"f\.jsonl: holds no rows"):
         to_examples([], "f.jsonl", data)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Hi"}, {"instruction": "Hi", "input": ""}, {"text": "Hi"}])
+def test_a_prompt_alone_is_detected_where_no_answer_is_needed(row: dict[str, str], data: ConfigDict) -> None:
+    data.format = "auto"
+    (example,), _ = to_examples([(1, row)], "f", data, answers=False)
+    assert (example.prompt or example.messages[0]["content"]) == "Hi"
+    assert example.answer is None

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from jaxtune.data import templates
+from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import Example, to_examples
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.types import UserError
@@ -109,6 +109,17 @@ def test_tool_calls_are_trained_and_tools_are_shown(chatml: Tokenizer, data: Con
     ]
     tokens, _ = templates.encode(example, chatml, data)
     assert '"name": "add"' in chatml.decode(tokens).replace('":"', '": "')
+
+
+def test_tools_that_the_template_hides_are_noticed(tokenizers: Any, chatml: Tokenizer, data: ConfigDict) -> None:
+    call = {"function": {"name": "add", "arguments": {}}}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    called = (user("1"), assistant("", tool_calls=[call], weight=0), assistant("2"))
+    hidden = Example("f:1", TWO_TURNS, tools), Example("f:2", called)
+    assert [templates.hides_tools(example, tokenizers["headers"]) for example in hidden] == [True, True]
+    assert [templates.hides_tools(example, chatml) for example in hidden] == [False, False]
+    assert not templates.hides_tools(Example("f:3", TWO_TURNS), tokenizers["headers"])
+    assert pipeline.tokenize([hidden[1]], tokenizers["headers"], data).counts["tools_not_in_template"] == 1
 
 
 def test_template_that_prints_no_tool_calls_is_refused(tokenizers: Any, data: ConfigDict) -> None:

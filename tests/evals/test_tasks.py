@@ -62,7 +62,7 @@ def test_exact_match_keeps_inner_punctuation_and_words():
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     num_tokens_M = np.array([3, 5, 9])
-    result = tasks.perplexity(num_tokens_M * np.log(256), num_tokens_M, num_tokens_M)
+    result = tasks.perplexity(num_tokens_M * np.log(256), num_tokens_M, num_tokens_M * np.log(256), num_tokens_M)
     assert tuple(result.metrics["perplexity"]) == pytest.approx((256, 256, 256))
     assert result.metrics["bits_per_byte"].value == pytest.approx(8)  # a byte a token
 
@@ -85,7 +85,7 @@ def test_compare_names_the_test_of_each_metric():
 
 def test_compare_perplexities():
     tokens_M = np.random.default_rng(0).integers(20, 60, size=80)
-    before, after = (tasks.perplexity(tokens_M * nll, tokens_M, 4 * tokens_M) for nll in (2.0, 1.5))
+    before, after = (tasks.perplexity(tokens_M * nll, tokens_M, tokens_M * nll, 4 * tokens_M) for nll in (2.0, 1.5))
     verdict = tasks.compare(before, after)["perplexity"]
     assert verdict["value"] == pytest.approx(np.exp(1.5) - np.exp(2.0))
     assert verdict["p"] < 0.001

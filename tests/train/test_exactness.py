@@ -19,7 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import sharding
+from jaxtune import optim, sharding
 from jaxtune.data import pipeline
 from jaxtune.objectives import ops
 from jaxtune.train import start, state, step
@@ -136,6 +136,43 @@ def test_packed_is_unpacked_per_row(tiny_config: ConfigDict) -> None:
     packed, alone = per_row(True), per_row(False)
     assert (alone > 0).all()
     np.testing.assert_allclose(packed, alone, rtol=1e-5)
+
+
+def test_a_skipped_step_moves_neither_rate_nor_mean(tiny_config: ConfigDict) -> None:
+    """The first two steps are broken: the third is as the first of a run without them."""
+    config = laid_out(tiny_config, fsdp=1)
+    config.optim.schedule, config.optim.warmup_steps, config.train.steps = "linear", 2, 4
+    model, mesh = source.find(config), sharding.make_mesh(config, jax.devices()[:1])
+    program = state.abstract(config, model.hf_config, mesh, config.train.steps)
+    current, frozen = start.load(config, model, program, None, silent)
+    run, batch = step.make(config, program), batches(config)[0][0]
+    arrays = sharding.to_global({name: batch[name] for name in step.fields(config)}, mesh, config.train.batch_size)
+    found = []
+    for base in (
+        {name: value * np.nan if name == "norm.scale" else value for name, value in frozen.items()},
+        frozen,
+        frozen,
+    ):
+        current, metrics = run(current, base, arrays)
+        found.append((bool(metrics["ok"]), float(metrics["learning_rate"]), float(current.loss_mean)))
+    rate = config.optim.learning_rate
+    assert [ok for ok, _, _ in found] == [False, True, True]
+    np.testing.assert_allclose([r for _, r, _ in found], [0, 0, rate / 2], rtol=1e-6)
+    assert found[0][2] == 0
+    assert found[1][2] == float(metrics["loss"]), (
+        "a rate of 0 changes nothing, so this is the first good step's loss too"
+    )
+
+
+def test_sgd_decays_matrices(tiny_config: ConfigDict) -> None:
+    tiny_config.optim.name, tiny_config.optim.weight_decay, tiny_config.optim.clip_norm = "sgd", 0.5, 0.0
+    tiny_config.optim.schedule, tiny_config.optim.warmup_steps = "constant", 0
+    params = {"a.kernel": np.ones((2, 2), "f"), "a.bias": np.ones(2, "f")}
+    made = optim.make(tiny_config, dict.fromkeys(params, "full"), 9)
+    updates, _ = made.update(jax.tree.map(np.zeros_like, params), made.init(params), params)
+    rate = tiny_config.optim.learning_rate
+    np.testing.assert_allclose(updates["a.kernel"], -rate * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["a.bias"], 0)
 
 
 # ---- runs as processes ----

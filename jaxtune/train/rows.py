@@ -1,0 +1,102 @@
+"""The rows of a run: fetched, read, split, tokenised and packed; and how the loop asks for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune import fetch, sharding
+from jaxtune.config import ConfigDict
+from jaxtune.data import classes, pipeline
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.train import loop
+from jaxtune.train.state import Program
+from jaxtune.types import UserError
+
+
+class Rows(NamedTuple):
+    """The data of a run: examples of each split; training rows as batches; validation rows as tokens."""
+
+    splits: pipeline.Splits
+    train: pipeline.Rows
+    validation: pipeline.Rows | None
+    batches: pipeline.BatchSource
+
+
+def paths(config: ConfigDict) -> dict[str, Path]:
+    """The data files on this machine, by split.
+
+    Raises:
+      UserError: no training data is named, or a file is not to be had.
+    """
+    if not config.data.train:
+        raise UserError(
+            "data.train is empty: name a file of training rows (.jsonl, .csv, .tsv, .txt, .parquet; path or URI)"
+        )
+    return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
+
+
+def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: classes.Classifier | None = None) -> Rows:
+    """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
+
+    With a `classifier`, texts are classed instead of predicted.
+
+    Raises:
+      UserError: bad data, or validation is asked for and there are no rows to validate on.
+    """
+    data, training = config.data, config.train
+    splits = pipeline.load(data, paths(config), tokenizer, show)
+    encode = partial(classes.encode, classifier=classifier, tokenizer=tokenizer) if classifier else None
+    rows = pipeline.tokenize(splits.train, tokenizer, data, show, encode=encode)
+    for name in ("patience", "eval_every_steps"):
+        if training[name] and not splits.validation:
+            raise UserError(
+                f"train.{name}={training[name]} needs validation rows, and there are none: set data.eval or raise "
+                f"data.validation_fraction, or set train.{name}=0"
+            )
+    validation = (
+        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", encode)
+        if splits.validation
+        else None
+    )
+    batches = pipeline.BatchSource(
+        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id
+    )
+    # Rounded up, so that every row is trained on; less a little, for 3 x 0.1 is more than 0.3.
+    training.steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch - 1e-6))
+    return Rows(splits, rows, validation, batches)
+
+
+def summary(config: ConfigDict, rows: Rows) -> str:
+    """One line on the data, for the terminal."""
+    c = rows.train.counts
+    lost = {
+        name: n
+        for name, n in {**rows.splits.counts, **c}.items()
+        if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template")
+    }
+    note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
+    return (
+        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens ({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows{note}; "
+        f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
+    )
+
+
+def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Program) -> loop.Data:
+    """Batches as the loop asks for them: this host's rows only."""
+    mine, validation = sharding.host_rows(program.mesh, config.train.batch_size), rows.validation
+    data = config.data
+
+    def batches(first_step: int, num_steps: int) -> Iterator[Any]:
+        return pipeline.iterate(rows.batches, first_step, num_steps, mine, data.prefetch_batches)
+
+    def held_back() -> Iterator[Any]:
+        assert validation is not None
+        options = (data.max_length, data.packing, config.train.batch_size, tokenizer.pad_id, config.train.eval_batches)
+        for batch in pipeline.eval_batches(validation, *options):
+            yield {name: array[mine] for name, array in batch.items()}
+
+    return loop.Data(batches, held_back if validation else None, lambda row: rows.train.row_ids[row])
