@@ -9,6 +9,7 @@ FAMILIES: dict[str, str] = {
     "gemma": "jaxtune.models.gemma",
     "gemma2": "jaxtune.models.gemma2",
     "gemma3_text": "jaxtune.models.gemma3_text",
+    "gemma4_text": "jaxtune.models.gemma4_text",
     "gpt2": "jaxtune.models.gpt2",
     "gpt_neox": "jaxtune.models.gpt_neox",
     "gpt_oss": "jaxtune.models.gpt_oss",
@@ -23,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "phi3": "jaxtune.models.phi3",
     "qwen2": "jaxtune.models.qwen2",
     "qwen3": "jaxtune.models.qwen3",
+    "qwen3_5_text": "jaxtune.models.qwen3_5_text",
     "qwen3_moe": "jaxtune.models.qwen3_moe",
     "smollm3": "jaxtune.models.smollm3",
 }

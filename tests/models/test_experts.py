@@ -50,7 +50,9 @@ def values_and_gradients(case: str, mesh_sizes: dict[str, int] | None) -> tuple[
 
     hidden, report, grads = both(params)
     assert float(report["layers"]) == sum(hasattr(b.ffn, "top_k") * len(n) for b, n in config.blocks)
-    return np.asarray(hidden), {p: np.asarray(g) for p, g in grads.items()} | {k: np.asarray(v) for k, v in report.items()}
+    return np.asarray(hidden), {p: np.asarray(g) for p, g in grads.items()} | {
+        k: np.asarray(v) for k, v in report.items()
+    }
 
 
 @pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "deepseek_v3"])
@@ -63,7 +65,9 @@ def test_a_mesh_changes_nothing(case: str) -> None:
         np.testing.assert_allclose(spread, hidden, atol=2e-5)
         for path, value in grads.items():
             scale = np.abs(value).max() + 1e-6
-            np.testing.assert_allclose(spread_grads[path] / scale, value / scale, atol=1e-4, err_msg=f"{path} on {sizes}")
+            np.testing.assert_allclose(
+                spread_grads[path] / scale, value / scale, atol=1e-4, err_msg=f"{path} on {sizes}"
+            )
 
 
 def test_the_report_by_hand() -> None:
