@@ -71,10 +71,9 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "gemma4_text": {  # E2B: inputs to each layer, shared keys and values under wider MLPs
-        **_BASE, "model_type": "gemma4_text", "num_hidden_layers": 7, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-        + ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
-        "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB, "final_logit_softcapping": 3.0,
+        **_BASE, "model_type": "gemma4_text", "num_hidden_layers": 5, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
+        "layer_types": ["sliding_attention", *_TYPES[:2], *_TYPES[:2]], "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB, "final_logit_softcapping": 3.0,
     },
     "gemma4_text_experts": {  # 26B-A4B: experts beside the MLP, values from the keys
         **_BASE, "model_type": "gemma4_text", "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
@@ -89,7 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma4_text_all": {  # every option at once, shared layers in a pattern
         **_BASE, "model_type": "gemma4_text", "num_hidden_layers": 8, "head_dim": 8, "global_head_dim": 12, "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"] * 4, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
-        "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB, "enable_moe_block": True,
+        "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB, "enable_moe_block": True,
         "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
     },
     "phi3": {**_BASE, "model_type": "phi3", "sliding_window": 9, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5}},

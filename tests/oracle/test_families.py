@@ -50,7 +50,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with torch.no_grad():
         for name, value in model.state_dict().items():  # parameters, and buffers that are saved
             if value.is_floating_point():
-                value.normal_(1.0 if "norm" in name or ".ln" in name else 0.0, 0.15)
+                factor = "norm" in name or ".ln" in name or "scal" in name
+                value.normal_(1.0 if factor else 0.0, 0.15)
     folder = tmp_path_factory.mktemp("family") / "model"
     model.save_pretrained(folder)
     # PEFT 0.21 under transformers 5 takes gate_proj, up_proj and down_proj for those of experts wherever a family of this
