@@ -30,7 +30,7 @@ TWO_TURNS = (user("the cat"), assistant("sat"), user("and"), assistant("a good f
 
 def trained(example: Example, tokenizer: Tokenizer, data: ConfigDict) -> list[str]:
     """Returns the trained stretches of text."""
-    tokens, weights = templates.encode(example, tokenizer, data)
+    tokens, weights, _ = templates.encode(example, tokenizer, data)
     assert tokens.dtype == np.int32
     assert weights.dtype == np.float32
     assert tokens.shape == weights.shape
@@ -107,7 +107,7 @@ def test_tool_calls_are_trained_and_tools_are_shown(chatml: Tokenizer, data: Con
         '<call>add {"a": "<|im_end|>"}</call><|im_end|>',
         "It is 2<|im_end|>",
     ]
-    tokens, _ = templates.encode(example, chatml, data)
+    tokens, *_ = templates.encode(example, chatml, data)
     assert '"name": "add"' in chatml.decode(tokens).replace('":"', '": "')
 
 
@@ -144,10 +144,10 @@ def test_template_without_end_of_turn_is_reported(tokenizer_of: Any, data: Confi
 def test_bos_is_never_doubled(tokenizers: Any, data: ConfigDict) -> None:
     headers, plain = tokenizers["headers"], tokenizers["plain_bos"]
     for example in (Example("f:1", TWO_TURNS), Example("f:1", text="the cat"), Example("f:1", text="<s>the cat")):
-        tokens, _ = templates.encode(example, headers, data)
+        tokens, *_ = templates.encode(example, headers, data)
         assert (tokens == headers.bos_id).sum() == 1
         assert tokens[0] == headers.bos_id
-    tokens, weights = templates.encode(Example("f:1", text="the cat"), plain, data)
+    tokens, weights, _ = templates.encode(Example("f:1", text="the cat"), plain, data)
     assert plain.decode(tokens, skip_special=False) == "<s>the cat</s>"
     assert weights.tolist() == [0] + [1] * (len(tokens) - 1)
 
