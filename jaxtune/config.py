@@ -21,6 +21,8 @@ def _model() -> ConfigDict:
     c.source = ""  # base weights: a Hugging Face folder or a GGUF file, by URI; or "preset:NAME" for random weights
     c.tokenizer = ""  # URI of a tokenizer folder; "" = the one beside the weights
     c.chat_template = ""  # path of a Jinja file that replaces the tokenizer's own template; "" = the tokenizer's own
+    c.head = ""  # what stands on the last hidden state: "" = as the model has it | lm | sequence | token | none; a new one starts random and trains
+    c.labels = ()  # classes of a sequence or token head, in their order; () = those of the model's id2label
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
     c.attention = "auto"  # auto (by platform) | xla | splash
@@ -191,6 +193,7 @@ def base() -> ConfigDict:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.head": ("", "lm", "sequence", "token", "none"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash"),

@@ -21,13 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import checkpoint, fetch, optim, tracking
+from jaxtune import checkpoint, fetch, optim, registry, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import classes, pipeline, templates
 from jaxtune.data.formats import read_examples
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
+from jaxtune.models import FAMILIES
 from jaxtune.train import loop, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
@@ -46,8 +47,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
     with clock("tokenise"):
-        rows = rows_lib.read(config, tokenizer, show)
-        held = measure.held_out(config, rows.splits, tokenizer)
+        rows = rows_lib.read(config, tokenizer, show, classifier := _classifier(config, model))
+        held = measure.held_out(config, rows.splits, tokenizer, classifier)
     if config.checkpoint.resume:
         with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
             checkpoints.check()
@@ -99,7 +100,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    rows = rows_lib.read(config, tokenizer, _progress(config))
+    rows = rows_lib.read(config, tokenizer, _progress(config), _classifier(config, model))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     print(config_lib.to_json(config))
@@ -129,7 +130,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show)
-    held = measure.held_out(config, splits, tokenizer)
+    held = measure.held_out(config, splits, tokenizer, _classifier(config, model))
     if held is None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
@@ -263,6 +264,17 @@ def _write(path: Path, text: str) -> None:
             partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
+
+
+def _classifier(config: ConfigDict, model: source.Model) -> classes.Classifier | None:
+    """The model's labels and how it reads a text, for the `classify` objective."""
+    if config.train.objective != "classify":
+        return None
+    family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+    head = family.from_hf(model.hf_config).head
+    if head is None or not head.pool:
+        raise UserError("train.objective='classify' needs a model that classes texts: set model.head='sequence'")
+    return classes.Classifier(source.labels(model), head.pool)
 
 
 def _before(config: ConfigDict, workdir: Path, asked: str, measured: Callable[[], tasks.Result]) -> tasks.Result:

@@ -26,6 +26,11 @@ _GPT = {
     "eos_token_id": 2,
 }
 _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+_PERIOD = ["linear_attention", "linear_attention", "full_attention"]
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 
 # case -> config.json; the family is its `model_type`
 CASES: dict[str, dict[str, Any]] = {
@@ -37,6 +42,14 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {**_BASE, "model_type": "qwen3", "head_dim": 16, "attention_bias": True, "rope_parameters": _YARN},
+    "qwen3_5_text": {
+        **_BASE, **_DELTA, "model_type": "qwen3_5_text", "num_hidden_layers": 6, "head_dim": 16, "layer_types": _PERIOD * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.25},
+    },
+    "qwen3_5_text_tied": {  # no pattern that repeats
+        **_BASE, **_DELTA, "model_type": "qwen3_5_text", "num_hidden_layers": 5, "head_dim": 8, "layer_types": _PERIOD + _PERIOD[1:],
+        "attention_bias": True, "tie_word_embeddings": True, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 3,
+    },
     "qwen3_moe": {
         **_BASE, "model_type": "qwen3_moe", "head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
         "norm_topk_prob": True, "mlp_only_layers": [1],
@@ -56,6 +69,27 @@ CASES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
             "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
         },
+    },
+    "gemma4_text": {  # E2B: inputs to each layer, shared keys and values under wider MLPs
+        **_BASE, "model_type": "gemma4_text", "num_hidden_layers": 5, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
+        "layer_types": ["sliding_attention", *_TYPES[:2], *_TYPES[:2]], "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB, "final_logit_softcapping": 3.0,
+    },
+    "gemma4_text_experts": {  # 26B-A4B: experts beside the MLP, values from the keys
+        **_BASE, "model_type": "gemma4_text", "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 16,
+        "attention_bias": True, "use_bidirectional_attention": "vision",
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e5, "factor": 2.0},
+        },
+    },
+    "gemma4_text_all": {  # every option at once, shared layers in a pattern
+        **_BASE, "model_type": "gemma4_text", "num_hidden_layers": 8, "head_dim": 8, "global_head_dim": 12, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 4, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB, "enable_moe_block": True,
+        "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
     },
     "phi3": {**_BASE, "model_type": "phi3", "sliding_window": 9, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5}},
     "olmo2": {**_BASE, "model_type": "olmo2", "attention_bias": True},

@@ -11,10 +11,15 @@ import pytest
 from jaxtune import config as config_lib
 from jaxtune import launch, sharding
 from jaxtune.train import state, step
-from jaxtune.weights.source import hf_preset
+from jaxtune.weights.source import hf_preset, with_head
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-SHAPES = {"quickstart": "smollm2_135m", "smollm2_full": "smollm2_135m", "llama3_8b_lora": "llama3_1_8b"}
+SHAPES = {
+    "minilm_sentiment": "minilm_l6",
+    "quickstart": "smollm2_135m",
+    "smollm2_full": "smollm2_135m",
+    "llama3_8b_lora": "llama3_1_8b",
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -23,7 +28,7 @@ def test_config_file(path: Path) -> None:
     config_lib.validate(config)
     assert config.is_locked
     mesh = sharding.make_mesh(config, jax.devices()[:1])
-    program = state.abstract(config, hf_preset(SHAPES[path.stem]), mesh, 10)
+    program = state.abstract(config, with_head(hf_preset(SHAPES[path.stem]), config), mesh, 10)
     batch = step.abstract_batch(config, program)
     _, metrics = jax.eval_shape(step.make(config, program), program.state, program.frozen, batch)
     assert metrics["loss"].shape == ()

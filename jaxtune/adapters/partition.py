@@ -15,20 +15,25 @@ HEAD_PATHS = ("lm_head.kernel", "lm_head.bias")
 Leaf = TypeVar("Leaf")
 
 
-def label(params: Mapping[str, Any], method: str) -> dict[str, str]:
-    """Labels every parameter for `method`: lora | full | head.
+def label(params: Mapping[str, Any], method: str, has_task: bool = False) -> dict[str, str]:
+    """Labels every parameter for `method`: lora | full | head. `has_task`: the task head trains beside an adapter.
 
     Raises:
       UserError: "head" on a model whose head is its embedding table (training it would train the input side too).
     """
-    if method == "head" and not any(path in HEAD_PATHS for path in params):
+
+    def in_head(path: str) -> bool:
+        return path in HEAD_PATHS or path.startswith("task_head.")
+
+    if method == "head" and not any(in_head(path) for path in params):
         raise UserError("tune.method='head': this model's head is tied to its embedding table; use 'lora' or 'full'")
 
     def one(path: str) -> str:
         kind = path.rsplit(".", 1)[-1]
         if ".adapter." in path:
             return kind
-        return "full" if method == "full" or (method == "head" and path in HEAD_PATHS) else "frozen"
+        with_adapter = has_task and path.startswith("task_head.")
+        return "full" if method == "full" or (method == "head" and in_head(path)) or with_adapter else "frozen"
 
     return {path: one(path) for path in params}
 

@@ -23,6 +23,7 @@ class Rows:
     offsets: np.ndarray  # int64, one more than rows
     row_ids: list[str]  # "file.jsonl:17"
     counts: dict[str, int] = field(default_factory=dict)
+    targets: np.ndarray | None = None  # int32, what each token itself is to be classed as; None = its next token
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -108,7 +109,9 @@ def make_bins(rows: Rows, max_length: int, packed: bool) -> packing.Bins:
 
 def stack(rows: Rows, bins: packing.Bins, max_length: int, pad_id: int) -> Batch:
     """Returns the batch that holds `bins`, every field (B, T)."""
-    made = [packing.assemble(rows.tokens, rows.weights, rows.offsets, b, max_length, pad_id) for b in bins]
+    made = [
+        packing.assemble(rows.tokens, rows.weights, rows.offsets, b, max_length, pad_id, rows.targets) for b in bins
+    ]
     return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
 

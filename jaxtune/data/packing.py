@@ -55,6 +55,7 @@ def assemble(
     bin_rows: tuple[int, ...],
     max_length: int,
     pad_id: int,
+    targets: np.ndarray | None = None,
 ) -> Batch:
     """Returns one batch row: the fields of `types.Batch`, each (T,).
 
@@ -64,6 +65,7 @@ def assemble(
     Args:
       tokens: int32, all rows end to end; `weights` float32 likewise, of each token as a target.
       offsets: row r is `tokens[offsets[r]:offsets[r + 1]]`.
+      targets: int32 likewise, a class for each token, whose weight is then the token's own; None = the next token.
       bin_rows: the rows to lay out; () gives a row of padding.
     """
     row = empty(max_length, pad_id)
@@ -72,8 +74,11 @@ def assemble(
         start, end = int(offsets[index]), int(offsets[index + 1])
         stop = at + end - start
         row["tokens_BT"][at:stop] = tokens[start:end]
-        row["targets_BT"][at : stop - 1] = tokens[start + 1 : end]
-        row["weights_BT"][at : stop - 1] = weights[start + 1 : end]
+        if targets is None:
+            row["targets_BT"][at : stop - 1] = tokens[start + 1 : end]
+            row["weights_BT"][at : stop - 1] = weights[start + 1 : end]
+        else:
+            row["targets_BT"][at:stop], row["weights_BT"][at:stop] = targets[start:end], weights[start:end]
         row["segment_ids_BT"][at:stop] = segment
         row["positions_BT"][at:stop] = np.arange(stop - at)
         row["row_ids_BT"][at:stop] = index

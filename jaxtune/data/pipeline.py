@@ -110,8 +110,11 @@ def tokenize(
     data: ConfigDict,
     progress: Progress = silent,
     label: str = "tokenising",
+    encode: Callable[[Example], templates.Encoded] | None = None,
 ) -> Rows:
     """Returns the examples as rows of at most `data.max_length` tokens; rows with nothing to train are dropped.
+
+    `encode` replaces `templates.encode` where tokens are not predicted but classed.
 
     `Rows.counts`: rows, tokens, trained_tokens, truncated, too_long, nothing_to_train, without_trained_stop (rows that
     never train a token that ends an answer), tools_not_in_template (rows with tools that the template does not print).
@@ -126,7 +129,7 @@ def tokenize(
     kept: list[templates.Encoded] = []
     row_ids: list[str] = []
     for example in progress(examples, len(examples), label):
-        encoded = templates.encode(example, tokenizer, data)
+        encoded = encode(example) if encode else templates.encode(example, tokenizer, data)
         length = len(encoded.tokens)
         if length > data.max_length:
             if data.too_long == "error":
@@ -138,11 +141,12 @@ def tokenize(
                 counts["too_long"] += 1
                 continue
             counts["truncated"] += 1
-            encoded = templates.Encoded(encoded.tokens[: data.max_length], encoded.weights[: data.max_length])
-        if not encoded.weights[1:].any():  # nothing comes before the first token, so it is never a target
+            encoded = encoded.cut(data.max_length)
+        # Nothing comes before the first token, so it is never a target; but it may be classed.
+        if not encoded.weights[0 if encode else 1 :].any():
             counts["nothing_to_train"] += 1
             continue
-        counts["without_trained_stop"] += not templates.trains_stop(encoded, tokenizer)
+        counts["without_trained_stop"] += not encode and not templates.trains_stop(encoded, tokenizer)
         counts["tools_not_in_template"] += templates.hides_tools(example, tokenizer)
         kept.append(encoded)
         row_ids.append(example.row_id)
@@ -155,9 +159,11 @@ def _rows(kept: list[templates.Encoded], row_ids: list[str], counts: Counter[str
     tokens = np.concatenate([e.tokens for e in kept])
     weights = np.concatenate([e.weights for e in kept])
     offsets = np.cumsum([0, *(len(e.tokens) for e in kept)], dtype=np.int64)
-    trained = int(np.count_nonzero(weights) - np.count_nonzero(weights[offsets[:-1]]))
+    classed = [e.targets for e in kept if e.targets is not None]
+    targets = np.concatenate(classed) if classed else None
+    trained = int(np.count_nonzero(weights) - (0 if classed else np.count_nonzero(weights[offsets[:-1]])))
     totals = {"rows": len(kept), "tokens": len(tokens), "trained_tokens": trained}
-    return Rows(tokens, weights, offsets, row_ids, totals | dict(counts))
+    return Rows(tokens, weights, offsets, row_ids, totals | dict(counts), targets)
 
 
 def _why_empty(num_examples: int, counts: Counter[str], data: ConfigDict) -> str:

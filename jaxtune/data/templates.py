@@ -20,10 +20,21 @@ from jaxtune.types import UserError
 
 
 class Encoded(NamedTuple):
-    """Token ids, and of each token the loss weight of predicting it (shifting to the left happens in packing)."""
+    """Token ids, and of each token the loss weight of predicting it (shifting to the left happens in packing).
+
+    With `targets` (int32) each token is to be classed, and its weight is that of its own class.
+    """
 
     tokens: np.ndarray  # int32
     weights: np.ndarray  # float32
+    targets: np.ndarray | None = None
+
+    def cut(self, length: int) -> Encoded:
+        """`length` tokens: the first ones; a text to be classed keeps its last token too, which may close it or be read."""
+        if self.targets is None or length >= len(self.tokens):
+            return Encoded(self.tokens[:length], self.weights[:length], self.targets)
+        kept = np.r_[0 : length - 1, len(self.tokens) - 1]
+        return Encoded(self.tokens[kept], self.weights[kept], self.targets[kept])
 
 
 class Turn(NamedTuple):

@@ -99,6 +99,10 @@ class Tokenizer:
         """Returns the token ids of `text`; nothing is added, special tokens written in it are recognised."""
         return list(self._bare.encode(text, add_special_tokens=False).ids)
 
+    def encode_whole(self, text: str) -> list[int]:
+        """Returns the token ids of a text with the special tokens that the tokenizer puts around one."""
+        return list(self._wrapped(text, truncation=False, verbose=False)["input_ids"])
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the token ids of `text`, and of each the characters [start, end) it covers, spaces included."""
         encoding = self._bare.encode(text, add_special_tokens=False)

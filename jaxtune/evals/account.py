@@ -13,6 +13,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, tasks
+from jaxtune.models import reading
 from jaxtune.train import loop
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Program
@@ -175,15 +176,17 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         if model.path and model.path.is_file()
         else f'"{model.path or model.uri}"'
     )
-    fetched, load = [], "from transformers import AutoModelForCausalLM\n"
+    kind = reading.task(model.hf_config)
+    auto = f"AutoModel{kind}" if kind.startswith("For") else "AutoModelForCausalLM"
+    fetched, load = [], f"from transformers import {auto}\n"
     if "://" in folder:
         fetched = [("To this machine", f"gcloud storage cp -r {folder} .")]
         folder = folder.rsplit("/", 1)[-1]
     if config.tune.method == "lora" and not config.export.merge:
-        load = f"from peft import PeftModel\n{load}base = AutoModelForCausalLM.from_pretrained({base})\n"
+        load = f"from peft import PeftModel\n{load}base = {auto}.from_pretrained({base})\n"
         load += f'model = PeftModel.from_pretrained(base, "{folder}")'
     else:
-        load += f'model = AutoModelForCausalLM.from_pretrained("{folder}")'
+        load += f'model = {auto}.from_pretrained("{folder}")'
     again = (
         f"python -m jaxtune.launch chat --config={config.workdir.rstrip('/')}/config.json --workdir={config.workdir}"
     )

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtune.data.batches import Rows
 from jaxtune.generate.sampler import left_padded, prefill
 from jaxtune.models import layers
-from jaxtune.objectives.ops import Head, token_nll
+from jaxtune.objectives.ops import Head, segment_mean, token_nll
 from jaxtune.sharding import to_host
 
 _BUCKET_TOKENS = 16
@@ -89,6 +89,44 @@ def _score(
         hidden = jnp.concatenate([hidden, more], axis=1)
     nll = token_nll(_head(model), hidden, targets)
     return -jnp.sum(nll * mask_BCT.reshape(B * C, T), axis=1).reshape(B, C)
+
+
+def class_scorer(
+    graphdef: nnx.GraphDef,
+    params: dict[str, jax.Array],
+    pool: str,
+    pad_id: int,
+    batch_size: int,
+    progress: Progress,
+    label: str,
+) -> Callable[[list[list[int]], list[list[list[int]]]], np.ndarray]:
+    """Returns `score(texts, _) -> (M, C)`: log-probabilities of a classification head over each whole text."""
+
+    @jax.jit
+    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        model = layers.bind(graphdef, params)
+        index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+        segments_BT = (index_BT < lengths_B[:, None]).astype(jnp.int32)
+        hidden_BTD, _ = model(tokens_BT, index_BT, segments_BT)
+        at_B = jnp.zeros_like(lengths_B) if pool == "first" else lengths_B - 1
+        if pool == "mean":
+            hidden_BTD = segment_mean(hidden_BTD, segments_BT)
+        pooled_BD = jnp.take_along_axis(hidden_BTD, at_B[:, None, None], axis=1)[:, 0]
+        return jax.nn.log_softmax(model.head(pooled_BD), axis=-1)
+
+    def score(texts: list[list[int]], _: Any) -> np.ndarray:
+        scores: dict[int, np.ndarray] = {}
+        groups = _order([len(text) for text in texts], batch_size)
+        for group in progress(groups, len(groups), label):
+            filled = group + [group[0]] * (batch_size - len(group))
+            tokens_BT = np.full((batch_size, _rounded(max(len(texts[i]) for i in filled))), pad_id, np.int32)
+            for b, i in enumerate(filled):
+                tokens_BT[b, : len(texts[i])] = texts[i]
+            lengths_B = np.asarray([len(texts[i]) for i in filled], np.int32)
+            scores |= dict(zip(group, to_host(run(params, tokens_BT, lengths_B)), strict=False))
+        return np.stack([scores[i] for i in range(len(texts))])
+
+    return score
 
 
 def row_nll(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import classes, pipeline, templates
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import likelihood, tasks
@@ -24,16 +24,24 @@ _MANY_LABELS = 50
 
 
 class HeldOut(NamedTuple):
-    """The rows to measure on, as the metric wants them; `labels` and `rows` for labels and exact_match."""
+    """The rows to measure on, as the metric wants them; `labels` and `rows` for labels and exact_match.
+
+    `pool`: which token a classification head reads; "" where labels are texts whose likelihood is compared.
+    """
 
     metric: str
     examples: list[Example]
     labels: tuple[str, ...]
     rows: list[dict[str, Any]]
+    pool: str = ""
 
 
-def held_out(config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer) -> HeldOut | None:
+def held_out(
+    config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer, classifier: classes.Classifier | None = None
+) -> HeldOut | None:
     """Picks rows of `eval.split` (the same ones for everybody who asks), or None where it is empty.
+
+    `classifier`: the model's own labels and how it reads a text, where it has a head for them.
 
     Raises:
       UserError: a labels metric without labels to choose among.
@@ -43,6 +51,12 @@ def held_out(config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer) 
         return None
     examples = pipeline.limited(examples, config.eval.limit)
     metric = config.eval.metric
+    if classifier:
+        rows: list[dict[str, Any]] = [{"row_id": e.row_id, "answer": e.answer, "candidate_ids": []} for e in examples]
+        for row, example in zip(rows, examples, strict=True):
+            encoded = classes.encode(example, classifier, tokenizer)
+            row["prompt_ids"] = encoded.cut(config.data.max_length).tokens.tolist()
+        return HeldOut("labels", examples, classifier.labels, rows, classifier.pool)
     if metric == "auto":
         metric = "labels" if config.data.label_column or config.eval.labels else "perplexity"
     if metric == "perplexity":
@@ -50,7 +64,7 @@ def held_out(config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer) 
     without = [e.row_id for e in examples if e.answer is None]
     if without:
         raise UserError(f"eval.metric={metric!r} needs an answer in every row; {without[0]} has none: use 'perplexity'")
-    rows: list[dict[str, Any]] = [
+    rows = [
         {"row_id": e.row_id, "answer": e.answer, "prompt_ids": templates.prompt_ids(e, tokenizer)} for e in examples
     ]
     if metric == "exact_match":
@@ -110,7 +124,13 @@ def measure(
         )
     if held.metric == "labels":
         size = config.eval.batch_size
-        score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, f"scoring, {what}")
+        doing = f"scoring, {what}"
+        if held.pool:
+            score = likelihood.class_scorer(
+                program.inference, params, held.pool, tokenizer.pad_id, size, progress, doing
+            )
+        else:
+            score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, doing)
         return tasks.score_labels(held.rows, held.labels, score, **options)
     rows = pipeline.tokenize(held.examples, tokenizer, config.data, progress, "tokenising")
     size, special = config.eval.batch_size, tokenizer.special_ids

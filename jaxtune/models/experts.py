@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.models import spec
-from jaxtune.models.layers import Axes, Linear, Runtime, activation, along_last, unconstrained
+from jaxtune.models.layers import Axes, Linear, RMSNorm, Runtime, activation, along_last, unconstrained
 
 
 class ExpertLinear(nnx.Module):
@@ -57,34 +57,46 @@ class Experts(nnx.Module):
         self.router = Linear(dim, e.num_experts, ("embed", None), run, rngs, use_bias=e.router_bias)
         zeros = jnp.zeros((e.num_experts,), run.param_dtype)
         self.select_bias = nnx.Param(zeros, axes=(None,)) if e.select_bias else none
+        self.router_scale = nnx.Param(jnp.ones((dim,), run.param_dtype), axes=("norm",)) if e.router_norm else none
+        self.expert_scale = nnx.Param(zeros + 1, axes=(None,)) if e.expert_scale else none
 
         def linear(in_dim: int, out_dim: int, axes: Axes) -> ExpertLinear:
             return ExpertLinear(e.num_experts, in_dim, out_dim, axes, run, rngs, use_bias=e.bias)
 
-        # Interleaved halves come as one weight; else gate and up are two.
-        self.gate_up_proj = linear(dim, 2 * e.dim, ("embed", "mlp")) if e.clamp else none
-        self.gate_proj = none if e.clamp else linear(dim, e.dim, ("embed", "mlp"))
-        self.up_proj = none if e.clamp else linear(dim, e.dim, ("embed", "mlp"))
+        one = e.joined or e.clamp  # gate and up come as one weight, in halves or alternating
+        self.gate_up_proj = linear(dim, 2 * e.dim, ("embed", "mlp")) if one else none
+        self.gate_proj = none if one else linear(dim, e.dim, ("embed", "mlp"))
+        self.up_proj = none if one else linear(dim, e.dim, ("embed", "mlp"))
         self.down_proj = linear(e.dim, dim, ("mlp", "embed"))
         self.shared = make_mlp(dim, e.shared, run, rngs) if e.shared else none
 
     @staticmethod
     def nothing(blocks: Sequence[spec.Block]) -> dict[str, jax.Array]:
         """The router's report before the first layer of a group of blocks; empty where none of them has experts."""
-        if not any(isinstance(block.ffn, spec.Experts) for block in blocks):
+        if not any(block.beside or isinstance(block.ffn, spec.Experts) for block in blocks):
             return {}
         return dict.fromkeys(("balance", "router_z", "router_entropy", "max_load", "layers"), jnp.float32(0))
 
     def route(
-        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None, seen_BTD: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x (B, T, D) -> (y (B, T, D), what the router reports of tokens that are not padding)."""
-        logits_BTE = self.router(x_BTD, key).astype(jnp.float32)
+        """x (B, T, D) -> (y (B, T, D), what the router reports of tokens that are not padding).
+
+        `seen_BTD` is what the router reads in place of x.
+        """
+        logits_BTE = self.router(self._normed(x_BTD if seen_BTD is None else seen_BTD), key).astype(jnp.float32)
         weights_BTK, chosen_BTK = self._chosen(logits_BTE)
         y_BTD = self._on_mesh(x_BTD, weights_BTK, chosen_BTK)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, key)
         return y_BTD, self._report(logits_BTE, chosen_BTK, segment_ids_BT != 0)
+
+    def _normed(self, x_BTD: jax.Array) -> jax.Array:
+        if self.router_scale is None:
+            return x_BTD
+        scale_D = self.router_scale[...] * x_BTD.shape[-1] ** -0.5
+        normed_BTD = RMSNorm(x_BTD.shape[-1], self.e.router_norm or 0.0, self.run, scale=False)(x_BTD)
+        return normed_BTD * along_last(scale_D.astype(x_BTD.dtype), x_BTD)
 
     def _chosen(self, logits_ME: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits (…, E) -> (weights, expert numbers) of each token's experts, (…, k) each."""
@@ -106,6 +118,8 @@ class Experts(nnx.Module):
         weights_MK = jnp.take_along_axis(scores_ME, chosen_MK, axis=-1)
         if e.normalised:
             weights_MK = weights_MK / (jnp.sum(weights_MK, axis=-1, keepdims=True) + 1e-20)
+        if self.expert_scale is not None:
+            weights_MK = weights_MK * self.expert_scale[...].astype(jnp.float32)[chosen_MK]
         return weights_MK * e.weight_scale, chosen_MK
 
     def _on_mesh(self, x_BTD: jax.Array, weights_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
@@ -119,6 +133,11 @@ class Experts(nnx.Module):
         w = {name: linear.arrays() for name, linear in linears.items()}
         if run.mesh is None or run.spec is None or run.mesh.size == 1 or run.constrain is unconstrained:
             return self._on_device(x_BTD, weights_BTK, chosen_BTK, w, self.e.num_experts)
+        if self.e.joined:  # halves of one weight cannot be split by width as they stand
+            kernel, axes = w.pop("gate_up_proj")["kernel"], linears.pop("gate_up_proj")
+            halves = jnp.split(kernel, 2, axis=-1)
+            w |= {name: {"kernel": half} for name, half in zip(("gate_proj", "up_proj"), halves, strict=True)}
+            linears |= dict.fromkeys(("gate_proj", "up_proj"), axes)
         num_local, axis = self.e.num_experts // run.mesh.shape["expert"], "expert"
 
         def on_device(x: jax.Array, weights: jax.Array, chosen: jax.Array, w: Any) -> jax.Array:
@@ -156,8 +175,11 @@ class Experts(nnx.Module):
 
     def _hidden(self, w: Any, rows_ND: jax.Array, sizes_E: jax.Array, expert_N: jax.Array) -> jax.Array:
         if self.e.clamp is None:
-            gate = apply(w["gate_proj"], rows_ND, sizes_E, expert_N)
-            return activation(self.e.act)(gate) * apply(w["up_proj"], rows_ND, sizes_E, expert_N)
+            if "gate_up_proj" in w:
+                gate, up = jnp.split(apply(w["gate_up_proj"], rows_ND, sizes_E, expert_N), 2, axis=-1)
+            else:
+                gate, up = (apply(w[name], rows_ND, sizes_E, expert_N) for name in ("gate_proj", "up_proj"))
+            return activation(self.e.act)(gate) * up
         alpha, limit = self.e.clamp
         both_NF = apply(w["gate_up_proj"], rows_ND, sizes_E, expert_N)
         gate, up = jnp.minimum(both_NF[..., ::2], limit), jnp.clip(both_NF[..., 1::2], -limit, limit)

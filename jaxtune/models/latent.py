@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxtune.models import rope, spec
 from jaxtune.models.attention import Rule
+from jaxtune.models.grouped import At, Cache, Where, attend_cached, distinct
 from jaxtune.models.layers import Linear, RMSNorm, Runtime
-from jaxtune.models.transformer import At, Cache, Where, attend_cached, distinct
 
 _EPS = 1e-6
 
@@ -60,6 +60,6 @@ class LatentAttention(nnx.Module):
         return self.o_proj(out_BTNH.reshape(B, T, a.num_heads * a.value_dim), key), cache
 
     @staticmethod
-    def empty(a: spec.Latent, rows: int, slots: int) -> dict[str, tuple[int, ...]]:
-        lead: Any = (rows, slots, a.num_heads)
-        return {"k": (*lead, a.nope_dim + a.rope_dim), "v": (*lead, a.value_dim)}
+    def empty(a: spec.Latent, layers: int, rows: int, slots: int, dtype: Any) -> Cache:
+        dims = {"k": a.nope_dim + a.rope_dim, "v": a.value_dim}
+        return {name: jnp.zeros((layers, rows, slots, a.num_heads, dim), dtype) for name, dim in dims.items()}

@@ -103,7 +103,13 @@ class Names(NamedTuple):
     experts: str = ""  # where a layer's experts are one tensor each: gate_up_proj (E, in, 2F) and down_proj (E, F, out)
     shared: str = "mlp.shared_experts"
     residual_scale: str = "layer_scalar"
+    router_scale: str = "router.scale"
+    expert_scale: str = "router.per_expert_scale"
+    mlp_own_norm: str = "post_feedforward_layernorm_1"
+    beside_norm: str = "pre_feedforward_layernorm_2"
+    beside_post_norm: str = "post_feedforward_layernorm_2"
     transposed: bool = True
+    experts_transposed: bool = False  # one tensor of all experts, (E, out, in)
 
 
 def table(c: Config, names: Names) -> list[Weight]:
@@ -127,6 +133,10 @@ def table(c: Config, names: Names) -> list[Weight]:
         found += linear(n.project_in, "project_in") + linear(n.project_out, "project_out")
     if c.final_norm:
         found += norm(n.norm, "norm")
+    if c.layer_input_vocab:
+        found.append(Weight("model.embed_tokens_per_layer.weight", "layer_inputs.embed_tokens_per_layer.table"))
+        found += linear("model.per_layer_model_projection", "layer_inputs.per_layer_model_projection")
+        found += norm("model.per_layer_projection_norm", "layer_inputs.per_layer_projection_norm")
     if c.task_types:
         found.append(Weight(f"{n.task_types}.weight", "task_embed.table"))
     if c.head:
@@ -135,7 +145,15 @@ def table(c: Config, names: Names) -> list[Weight]:
         found += linear(n.head, "lm_head", bias=c.head_bias)
     for number, (block, layers) in enumerate(c.blocks):
         ours = "layers" if len(c.blocks) == 1 else f"layers.{number}"
-        parts = _mixer(block.attention, n) + _feed(block.ffn, n)
+        parts = _mixer(block.attention, n) + _feed(block.ffn, n, "mlp")
+        if block.beside:
+            parts += _feed(block.beside, n, "beside")
+            for part in ("mlp_own_norm", "beside_norm", "beside_post_norm"):
+                parts += norm(getattr(n, part), part)
+        if block.layer_input:
+            for name in ("per_layer_input_gate", "per_layer_projection"):
+                parts += linear(name, f"layer_input.{name}")
+            parts += norm("post_per_layer_input_norm", "layer_input.post_per_layer_input_norm")
         before, after = block.norms not in ("post", "after"), block.norms in ("post", "after", "sandwich")
         for wanted, part in (
             (before and block.first_norm, "attn_norm"),
@@ -146,7 +164,7 @@ def table(c: Config, names: Names) -> list[Weight]:
         if before and block.norms != "parallel_one":
             parts += norm(n.mlp_norm, "mlp_norm")
         if block.residual_scale:
-            parts.append(Weight(n.residual_scale, "scale"))
+            parts.append(Weight(n.residual_scale, "residual_scale"))
         found += [w._replace(hf=f"{n.layer}.{w.hf}", ours=f"{ours}.{w.ours}", layers=layers) for w in parts]
     return found
 
@@ -169,13 +187,14 @@ def _mixer(a: Any, n: Names) -> list[Weight]:
         return linear(hf, f"attn.{ours}", bias=bias, transpose=n.transposed)
 
     if a.projection == "split":
-        found = part(n.q, "q_proj", a.bias) + part(n.k, "k_proj", a.bias)
-        found += [] if a.shared_kv else part(n.v, "v_proj", a.bias)
+        found = part(n.q, "q_proj", a.bias)
+        found += [] if a.reuse is not None else part(n.k, "k_proj", a.bias)
+        found += [] if a.shared_kv or a.reuse is not None else part(n.v, "v_proj", a.bias)
     else:
         found = part(n.qkv, "qkv_proj", a.bias)
     found += part(n.out, "o_proj", a.out_bias)
     if a.qk_norm:
-        for hf, ours in ((n.q_norm, "q_norm"), (n.k_norm, "k_norm")):
+        for hf, ours in ((n.q_norm, "q_norm"), (n.k_norm, "k_norm"))[: 2 if a.reuse is None else 1]:
             found.append(Weight(f"{hf}.weight", f"attn.{ours}.scale"))
     return [*found, Weight(n.sinks, "attn.sinks")] if a.sinks else found
 
@@ -203,24 +222,28 @@ def _delta(a: Delta) -> list[Weight]:
     ]
 
 
-def _feed(f: Any, n: Names) -> list[Weight]:
+def _feed(f: Any, n: Names, ours: str) -> list[Weight]:
     if isinstance(f, Mlp):
-        return _mlp(f, n, "mlp")
-    found = linear(n.router, "mlp.router", bias=f.router_bias)
+        return _mlp(f, n, ours)
+    found = linear(n.router, f"{ours}.router", bias=f.router_bias)
     if f.select_bias:
         flat = (1, f.num_experts) if "moe_statics" in n.select_bias else None
-        found.append(Weight(n.select_bias, "mlp.select_bias", shape=flat))
+        found.append(Weight(n.select_bias, f"{ours}.select_bias", shape=flat))
+    if f.router_norm:
+        found.append(Weight(n.router_scale, f"{ours}.router_scale"))
+    if f.expert_scale:
+        found.append(Weight(n.expert_scale, f"{ours}.expert_scale"))
     if n.experts:
         for name in ("gate_up_proj", "down_proj"):
-            found.append(Weight(f"{n.experts}.{name}", f"mlp.{name}.kernel"))
+            found.append(Weight(f"{n.experts}.{name}", f"{ours}.{name}.kernel", transpose=n.experts_transposed))
             if f.bias:
-                found.append(Weight(f"{n.experts}.{name}_bias", f"mlp.{name}.bias"))
+                found.append(Weight(f"{n.experts}.{name}_bias", f"{ours}.{name}.bias"))
     else:
-        for hf, ours in ((n.expert_gate, "gate_proj"), (n.expert_up, "up_proj"), (n.expert_down, "down_proj")):
-            found += [w._replace(experts=f.num_experts) for w in linear(hf, f"mlp.{ours}", bias=f.bias)]
+        for hf, name in ((n.expert_gate, "gate_proj"), (n.expert_up, "up_proj"), (n.expert_down, "down_proj")):
+            found += [w._replace(experts=f.num_experts) for w in linear(hf, f"{ours}.{name}", bias=f.bias)]
     if f.shared:
         inner = n._replace(gate=f"{n.shared}.gate_proj", up=f"{n.shared}.up_proj", down=f"{n.shared}.down_proj")
-        found += _mlp(f.shared, inner, "mlp.shared")
+        found += _mlp(f.shared, inner, f"{ours}.shared")
     return found
 
 

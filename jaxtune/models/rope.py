@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtune.types import UserError
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "proportional")
 
 
 class Rope(NamedTuple):
@@ -45,12 +45,16 @@ def from_hf(config: dict[str, Any], head_dim: int, parameters: dict[str, Any] | 
     scaling.pop("type", None)
     if kind not in KINDS:
         raise UserError(f"unsupported rope_type {kind!r} in config.json; supported: {', '.join(KINDS)}")
-    scaling.pop("partial_rotary_factor", None)  # the family's: it says how many dims turn
+    proportion = float(scaling.pop("partial_rotary_factor", None) or 1.0)  # else the family's: how many dims turn
     max_length = int(config.get("max_position_embeddings", 2048))
     base = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     try:
         if kind == "linear":
             return Rope(tuple(base / float(scaling["factor"])))
+        if kind == "proportional":  # the first pairs turn as in a whole head, the others stand still
+            turning = int(proportion * head_dim // 2)
+            still = (0.0,) * (head_dim // 2 - turning)
+            return Rope((*(base[:turning] / float(scaling.get("factor") or 1.0)), *still))
         if kind == "dynamic":  # transformers ignores `original_max_position_embeddings` for this type alone
             return Rope(tuple(base), 1.0, (theta, float(scaling["factor"]), max_length))
         if kind == "llama3":

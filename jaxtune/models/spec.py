@@ -26,7 +26,9 @@ class Attention(NamedTuple):
     projection: split (three matmuls), joined ([q | k | v] in one), grouped (one matmul, for each key/value head its
     queries, its key, its value; multi-query and per-head layouts are its extreme cases).
     qk_norm: "" | head (over each head's dims) | all (over the whole projection). rope_dims: how many leading dims of a
-    head rotate; 0 = none. interleaved: pairs are (2i, 2i + 1) instead of (i, i + H/2).
+    head rotate; 0 = none. interleaved: pairs are (2i, 2i + 1) instead of (i, i + H/2). gated: the query projection makes
+    for each head its queries and a gate, whose sigmoid multiplies the head's output. reuse: the number of an earlier layer
+    whose keys and values this one attends to, having none of its own.
     """
 
     num_heads: int
@@ -45,6 +47,8 @@ class Attention(NamedTuple):
     interleaved: bool = False
     slopes: tuple[float, ...] = ()
     causal: bool = True
+    gated: bool = False
+    reuse: int | None = None
 
 
 class Latent(NamedTuple):
@@ -73,6 +77,7 @@ class Delta(NamedTuple):
     key_dim: int
     value_dim: int
     kernel: int  # taps of the causal depthwise convolution
+    act: str  # after the convolution
 
     @property
     def num_heads(self) -> int:
@@ -100,6 +105,8 @@ class Experts(NamedTuple):
     select_bias: a bias that moves the choice and not the weight. groups, top_groups: experts are chosen inside the best
     groups (arXiv:2412.19437). shared: an MLP that every token takes. clamp = (alpha, limit): the
     gate's swish has slope alpha, both halves are clamped at limit, up gains 1, and gate and up alternate in one weight.
+    joined: gate and up are the halves of one weight (without bias). router_norm: the router reads x / rms(x) * a learnt vector / sqrt(D),
+    with this eps. expert_scale: a learnt factor of each expert's output.
     """
 
     num_experts: int
@@ -116,18 +123,26 @@ class Experts(NamedTuple):
     act: str = "silu"
     clamp: tuple[float, float] | None = None  # (alpha, limit)
     shared: Mlp | None = None
+    joined: bool = False
+    router_norm: float | None = None
+    expert_scale: bool = False
 
 
 class Block(NamedTuple):
     """norms: pre | post (of a sublayer's output, before the residual) | sandwich (both) | after (of the sum) | parallel
     (both sublayers read the same x, each its own norm) | parallel_one (one norm for both). `first_norm` False: the norm
-    before attention is left out."""
+    before attention is left out.
+
+    beside: experts that run next to a dense ffn, each of the two with norms of its own inside the sandwich.
+    """
 
     attention: Attention | Latent | Delta
     ffn: Mlp | Experts
     norms: str = "pre"
     first_norm: bool = True
-    residual_scale: bool = False  # a learnt scalar that multiplies the block's output
+    residual_scale: bool = False  # a fixed scalar that multiplies the block's output
+    beside: Experts | None = None
+    layer_input: int = 0  # width of what each token brings for this very layer (`Config.layer_input_vocab`)
 
 
 class Group(NamedTuple):
@@ -178,9 +193,8 @@ class Config(NamedTuple):
     task_types: int = 0  # rows of a second table of types, of which only the first is used
     head_bias: bool = False
     head_softcap: float | None = None
-    head: Head | None = (
-        None  # None: the projection to the vocabulary that `tied_head` and the two fields above describe
-    )
+    head: Head | None = None  # None: the projection to the vocabulary that `tied_head` and the fields above describe
+    layer_input_vocab: int = 0  # rows of the table of each token's inputs to the layers; 0: none
 
     @property
     def num_layers(self) -> int:
@@ -196,6 +210,11 @@ class Config(NamedTuple):
                 found.append((block, tuple(range(first + at, first + period * group.repeats, period))))
             first += period * group.repeats
         return found
+
+    @property
+    def layer_input(self) -> int:
+        """Width of a token's input to one layer."""
+        return max(block.layer_input for block, _ in self.blocks)
 
     @property
     def num_heads(self) -> int:

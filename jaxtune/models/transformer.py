@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.models import rope, spec
-from jaxtune.models.attention import Rule, attend
 from jaxtune.models.experts import Experts
+from jaxtune.models.grouped import At, Attention, Cache, Where, distinct
 from jaxtune.models.heads import LMHead, ScoreHead, TaskHead, TiedHead
+from jaxtune.models.layer_inputs import LayerInput, LayerInputs
 from jaxtune.models.layers import (
     Embed,
     Linear,
@@ -24,8 +27,6 @@ from jaxtune.models.layers import (
     stack,
 )
 
-Cache = dict[str, jax.Array]
-
 
 class KVCache(NamedTuple):
     """What decoding remembers. `stacks` holds a dictionary for each stack of layers, arrays (L, B, …): keys and values for
@@ -36,125 +37,6 @@ class KVCache(NamedTuple):
     stacks: tuple[Cache, ...]
     segment_ids_BS: jax.Array
     used: jax.Array
-
-
-class Where(NamedTuple):
-    """Where each token stands: its segment (B, T), and for each of the model's ropes (cos, sin), each (B, T, H/2) float32."""
-
-    segment_ids_BT: jax.Array
-    tables: tuple[tuple[jax.Array, jax.Array], ...]
-    key_segments_BS: jax.Array | None  # of the cache's slots, where there is a cache
-    used: jax.Array | None
-
-    def rotary(self, which: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """(cos, sin) of the rope that a layer picks."""
-        if isinstance(which, int):
-            return self.tables[which]
-        cos, sin = (jnp.stack(each) for each in zip(*self.tables, strict=True))
-        return cos[which], sin[which]
-
-
-class At(NamedTuple):
-    """Which layer of a scan this is: its row in the stack, and what it picks from the model's windows and ropes."""
-
-    row: jax.Array
-    window: jax.Array | int
-    rope: jax.Array | int
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention in every form that `spec.Attention` can say."""
-
-    def __init__(self, c: spec.Config, a: spec.Attention, run: Runtime, rngs: nnx.Rngs):
-        self.a, self.run, self.windows = a, run, distinct(c.windows)
-        q_dim, kv_dim = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        none: Any = nnx.data(None)
-        self.qkv_proj = self.q_proj = self.k_proj = self.v_proj = none
-        if a.projection == "split":
-            self.q_proj = Linear(c.dim, q_dim, ("embed", "heads"), run, rngs, use_bias=a.bias)
-            self.k_proj = Linear(c.dim, kv_dim, ("embed", "kv_heads"), run, rngs, use_bias=a.bias)
-            if not a.shared_kv:
-                self.v_proj = Linear(c.dim, kv_dim, ("embed", "kv_heads"), run, rngs, use_bias=a.bias)
-        else:
-            self.qkv_proj = Linear(c.dim, q_dim + 2 * kv_dim, ("embed", "heads"), run, rngs, use_bias=a.bias)
-        self.o_proj = Linear(q_dim, c.dim, ("heads", "embed"), run, rngs, use_bias=a.out_bias)
-        per_head = a.qk_norm == "head"
-        self.q_norm = make_norm(c.norm, a.head_dim if per_head else q_dim, run) if a.qk_norm else none
-        self.k_norm = make_norm(c.norm, a.head_dim if per_head else kv_dim, run) if a.qk_norm else none
-        self.v_norm = make_norm(c.norm._replace(scale=False), a.head_dim, run) if a.v_norm else none
-        zeros = jnp.zeros((a.num_heads,), run.param_dtype)
-        self.sinks = nnx.Param(zeros, axes=("heads",)) if a.sinks else none
-
-    def __call__(
-        self, x_BTD: jax.Array, where: Where, at: At, cache: Cache | None, key: jax.Array | None
-    ) -> tuple[jax.Array, Cache | None]:
-        a, run = self.a, self.run
-        B, T, _ = x_BTD.shape
-        q_BTNH, k_BTKH, v_BTKH = self._projected(x_BTD, key)
-        if a.rope_dims:
-            cos, sin = where.rotary(at.rope)
-            q_BTNH = rope.rotate(q_BTNH, cos, sin, a.rope_dims, a.interleaved)
-            k_BTKH = rope.rotate(k_BTKH, cos, sin, a.rope_dims, a.interleaved)
-        scale = a.head_dim**-0.5 if a.scale is None else a.scale
-        rule = Rule(scale, a.softcap, a.causal, a.slopes, self.windows)
-        sinks = None if self.sinks is None else self.sinks[...]
-        out_BTNH, cache = attend_cached(rule, run, q_BTNH, k_BTKH, v_BTKH, where, at, cache, sinks)
-        return self.o_proj(out_BTNH.reshape(B, T, a.num_heads * a.head_dim), key), cache
-
-    def _projected(self, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        a, run = self.a, self.run
-        lead, N, K, H = x_BTD.shape[:2], a.num_heads, a.num_kv_heads, a.head_dim
-        if a.projection == "split":
-            q, k = self.q_proj(x_BTD, key), self.k_proj(x_BTD, key)
-            v = k if a.shared_kv else self.v_proj(x_BTD, key)
-        elif a.projection == "joined":
-            q, k, v = jnp.split(self.qkv_proj(x_BTD, key), [N * H, (N + K) * H], axis=-1)
-        else:
-            grouped = self.qkv_proj(x_BTD, key).reshape(*lead, K, N // K + 2, H)
-            q, k, v = grouped[..., :-2, :], grouped[..., -2, :], grouped[..., -1, :]
-        q, k, v = q.reshape(*lead, N * H), k.reshape(*lead, K * H), v.reshape(*lead, K * H)
-        if a.qk_norm == "all":
-            q, k = self.q_norm(q), self.k_norm(k)
-
-        def heads(x: jax.Array, num: int, axis: str) -> jax.Array:
-            return run.constrain(x.reshape(*lead, num, H), ("batch", "length", axis, None))
-
-        q_BTNH, k_BTKH, v_BTKH = heads(q, N, "heads"), heads(k, K, "kv_heads"), heads(v, K, "kv_heads")
-        if a.qk_norm == "head":
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        return q_BTNH, k_BTKH, v_BTKH if self.v_norm is None else self.v_norm(v_BTKH)
-
-    @staticmethod
-    def empty(a: spec.Attention, rows: int, slots: int) -> dict[str, tuple[int, ...]]:
-        shape = (rows, slots, a.num_kv_heads, a.head_dim)
-        return {"k": shape, "v": shape}
-
-
-def attend_cached(
-    rule: Rule, run: Runtime, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, where: Where, at: At, cache: Cache | None,
-    sinks_N: jax.Array | None = None,
-) -> tuple[jax.Array, Cache | None]:  # fmt: skip
-    """Attention over the tokens themselves or, with a cache, over all slots once these tokens are written to theirs."""
-    options: dict[str, Any] = {"window_index": at.window, "sinks_N": sinks_N}
-    segments_BT = where.segment_ids_BT
-    if cache is None:
-        return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, rule, run, **options), None
-    assert where.key_segments_BS is not None
-    assert where.used is not None
-    start = (at.row, 0, where.used, 0, 0)
-    cache = {
-        name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), start)
-        for name, new in (("k", k_BTKH), ("v", v_BTKH))
-    }
-    k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[name], at.row, keepdims=False) for name in ("k", "v"))
-    out = attend(
-        q_BTNH, k_BSKH, v_BSKH, segments_BT, where.key_segments_BS, rule, run, offset=where.used, self_attention=False, **options
-    )  # fmt: skip
-    return out, cache
-
-
-def distinct(windows: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(set(windows))) or (0,)
 
 
 class Mlp(nnx.Module):
@@ -198,7 +80,11 @@ class Block(nnx.Module):
 
         self.attn_norm, self.attn_post_norm = norm(before and b.first_norm), norm(after)
         self.mlp_norm, self.mlp_post_norm = norm(before and b.norms != "parallel_one"), norm(after)
-        self.scale = nnx.Param(jnp.ones((1,), run.param_dtype), axes=(None,)) if b.residual_scale else none
+        self.beside: Any = Experts(c.dim, b.beside, run, rngs, Mlp) if b.beside else none
+        self.mlp_own_norm, self.beside_norm, self.beside_post_norm = (norm(bool(b.beside)) for _ in range(3))
+        self.layer_input = LayerInput(c, b, run, rngs) if b.layer_input else none
+        ones = jnp.ones((1,), run.param_dtype)
+        self.residual_scale = nnx.Param(ones, axes=(None,)) if b.residual_scale else none
 
     def __call__(
         self, x_BTD: jax.Array, where: Where, at: At, cache: Cache | None, key: jax.Array | None
@@ -214,6 +100,11 @@ class Block(nnx.Module):
                 return self.mlp.route(x, where.segment_ids_BT, key)
             return self.mlp(x, key), {}
 
+        def feed_both(x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            own = self.mlp_own_norm(self.mlp(self.mlp_norm(x), key))
+            routed, report = self.beside.route(self.beside_norm(x), where.segment_ids_BT, key, seen_BTD=x)
+            return own + self.beside_post_norm(routed), report
+
         kind, x = self.b.norms, x_BTD
         h = normed("attn_norm", x)
         mixed, cache = self.attn(h, where, at, cache, key)
@@ -226,11 +117,45 @@ class Block(nnx.Module):
             x = self.mlp_post_norm(x + fed)
         else:
             x = x + normed("attn_post_norm", mixed)
-            fed, report = feed(normed("mlp_norm", x))
+            fed, report = feed(normed("mlp_norm", x)) if self.beside is None else feed_both(x)
             x = x + normed("mlp_post_norm", fed)
-        if self.scale is not None:
-            x = x * self.scale[...].astype(x.dtype)[None, None]
+        if self.layer_input is not None:
+            assert at.layer_input_BTP is not None
+            x = x + self.layer_input(x, at.layer_input_BTP, key)
+        if self.residual_scale is not None:  # published models keep it apart from what trains
+            x = x * jax.lax.stop_gradient(self.residual_scale[...]).astype(x.dtype)[None, None]
         return self.run.constrain(x, ("batch", "length", None)), cache, report
+
+
+class Reused:
+    """The keys and values that later layers attend to in place of their own, by their layer's number, as a pass finds them."""
+
+    def __init__(self, c: spec.Config):
+        self.wanted = {getattr(block.attention, "reuse", None) for block, _ in c.blocks} - {None}
+        self.found: dict[int, tuple[jax.Array, jax.Array]] = {}
+
+    def of(self, block: spec.Block) -> tuple[jax.Array, jax.Array] | None:
+        reuse = getattr(block.attention, "reuse", None)
+        return None if reuse is None else self.found[reuse]
+
+    def _positions(self, group: spec.Group, end: int) -> dict[int, int]:
+        """Which blocks of a group's last round are wanted: position -> layer number. `end` is the group's last layer + 1."""
+        first = end - len(group.blocks)
+        return {at: first + at for at in range(len(group.blocks)) if first + at in self.wanted}
+
+    def room(self, group: spec.Group, end: int, x_BTD: jax.Array) -> dict[int, Cache]:
+        """Where a scan without a cache keeps what it finds: the last round's stay."""
+        B, T, _ = x_BTD.shape
+        attention = [block.attention for block in group.blocks]
+        empty = {
+            at: mixer(attention[at]).empty(attention[at], 1, B, T, x_BTD.dtype) for at in self._positions(group, end)
+        }
+        return {at: {name: value[0] for name, value in each.items()} for at, each in empty.items()}
+
+    def take(self, group: spec.Group, end: int, caches: Sequence[Cache] | None, kept: dict[int, Cache]) -> None:
+        for at, number in self._positions(group, end).items():
+            seen = kept[at] if caches is None else {name: value[-1] for name, value in caches[at].items()}
+            self.found[number] = (seen["k"], seen["v"])
 
 
 class Model(nnx.Module):
@@ -244,6 +169,7 @@ class Model(nnx.Module):
         self.task_embed = Embed(c.task_types, c.dim, run, rngs) if c.task_types else none
         self.embed_norm = make_norm(c.norm, c.dim, run) if c.embed_norm else none
         self.project_in = Linear(width, c.dim, (None, "embed"), run, rngs) if width != c.dim else none
+        self.layer_inputs = LayerInputs(c, run, rngs) if c.layer_input_vocab else none
 
         def layers(block: spec.Block, numbers: tuple[int, ...]) -> nnx.Module:
             return stack(lambda rngs: Block(c, block, run, rngs), len(numbers), rngs)
@@ -286,7 +212,9 @@ class Model(nnx.Module):
         """As `__call__`, and what routers report, summed over layers (empty for a dense model)."""
         where, cache = self._where(positions_BT, segment_ids_BT, cache)
         x_BTD = self._embedded(tokens_BT, positions_BT, token_types_BT)
-        x_BTD, caches, report = self._stacks(x_BTD, where, None if cache is None else cache.stacks, key)
+        inputs_LBTP = None if self.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD, key)
+        stacks = None if cache is None else cache.stacks
+        x_BTD, caches, report = self._stacks(x_BTD, where, stacks, inputs_LBTP, key)
         if cache is not None:
             cache = cache._replace(stacks=caches, used=cache.used + tokens_BT.shape[1])
         if self.norm is not None:
@@ -323,56 +251,63 @@ class Model(nnx.Module):
         return where, cache._replace(segment_ids_BS=segments_BS)
 
     def _stacks(
-        self, x_BTD: jax.Array, where: Where, caches: tuple[Cache, ...] | None, key: jax.Array | None
-    ) -> tuple[jax.Array, tuple[Cache, ...], dict[str, jax.Array]]:
+        self, x_BTD: jax.Array, where: Where, caches: tuple[Cache, ...] | None, inputs_LBTP: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[Cache, ...], dict[str, jax.Array]]:  # fmt: skip
         """Runs the groups in order, each one scan over its repeats."""
         c = self.c
         sizes = distinct(c.windows)
         windows = [sizes.index(w) for w in c.windows] or [0] * c.num_layers
-        ropes = list(c.rope_of) or [0] * c.num_layers
+        picks = np.asarray([windows, c.rope_of or [0] * c.num_layers, range(c.num_layers)], np.int32)
         stacks = [self.layers] if len(c.blocks) == 1 else list(self.layers)
         done: list[Cache] = []
         reports: dict[str, jax.Array] = {}
-        first = 0
+        first, reused = 0, Reused(c)
         for group in c.groups:
             period, at = len(group.blocks), len(done)
-            numbers = np.arange(first, first + period * group.repeats).reshape(group.repeats, period)
-
-            def picked(values: list[int], numbers: np.ndarray = numbers) -> np.ndarray:
-                return np.asarray(values, np.int32)[numbers]
-
-            xs = (picked(windows), picked(ropes), numbers.astype(np.int32))
-
-            def body(blocks: Any, x: jax.Array, index: jax.Array, carry: Any, xs: Any, whole: Any = xs) -> Any:
-                caches, report = carry
-                made = []
-                for position, block in enumerate(blocks):
-                    # What all layers of a stack share is a constant of the program; what differs is scanned.
-                    own = [
-                        int(every[0, position]) if len(set(every[:, position])) == 1 else x_[position]
-                        for every, x_ in zip(whole[:2], xs, strict=False)
-                    ]
-                    layer_key = None if key is None else jax.random.fold_in(key, xs[2][position])
-                    cache = None if caches is None else caches[position]
-                    x, cache, more = block(x, where, At(index, *own), cache, layer_key)
-                    made.append(cache)
-                    report = {name: report[name] + value for name, value in more.items()} if more else report
-                return x, (None if caches is None else tuple(made), report)
-
+            last, numbers = first + period * group.repeats, np.arange(first, first + period * group.repeats)
+            xs: Any = [pick[numbers].reshape(group.repeats, period) for pick in picks]
+            if inputs_LBTP is not None:
+                inputs = inputs_LBTP[first:last]
+                xs.append(inputs.reshape(group.repeats, period, *inputs.shape[1:]))
+            body = partial(self._round, where, reused, xs, key)
             start = Experts.nothing(group.blocks)
             mine = None if caches is None else tuple(caches[at : at + period])
-            x_BTD, (mine, report) = run_stack(stacks[at : at + period], x_BTD, body, (mine, start), xs, self.run)
+            kept = {} if caches is not None else reused.room(group, last, x_BTD)
+            carry = (mine, kept, start)
+            x_BTD, (mine, kept, report) = run_stack(stacks[at : at + period], x_BTD, body, carry, xs, self.run)
+            reused.take(group, last, mine, kept)
             done += mine or [{}] * period
             reports = {name: reports.get(name, 0) + value for name, value in report.items()} or reports
-            first += period * group.repeats
+            first = last
         return x_BTD, tuple(done), reports
+
+    def _round(
+        self, where: Where, reused: Reused, every: Any, key: jax.Array | None, blocks: Any, x: jax.Array, index: jax.Array, carry: Any,
+        xs: Any,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """One round of a scan: each block of the pattern once. `every` holds all rounds' `xs`."""
+        caches, kept, report = carry
+        made = []
+        for position, block in enumerate(blocks):
+            # What all layers of a stack share is a constant of the program; what differs is scanned.
+            window, turn = [
+                int(all_[0, position]) if len(set(all_[:, position])) == 1 else one[position]
+                for all_, one in zip(every[:2], xs[:2], strict=True)
+            ]
+            layer_key = None if key is None else jax.random.fold_in(key, xs[2][position])
+            at = At(index, window, turn, reused.of(block.b), xs[3][position] if len(xs) > 3 else None)
+            x, cache, more = block(x, where, at, None if caches is None else caches[position], layer_key)
+            made.append(cache)
+            if position in kept:
+                kept = {**kept, position: cache}
+            report = {name: report[name] + value for name, value in more.items()} if more else report
+        return x, (None if caches is None else tuple(made), kept, report)
 
     def empty_cache(self, rows: int, slots: int) -> KVCache:
         """A cache of `slots` tokens for each of `rows` sequences."""
 
         def zeros(block: spec.Block, layers: int) -> Cache:
-            shapes = mixer(block.attention).empty(block.attention, rows, slots)
-            return {name: jnp.zeros((layers, *shape), self.run.compute_dtype) for name, shape in shapes.items()}
+            return mixer(block.attention).empty(block.attention, layers, rows, slots, self.run.compute_dtype)
 
         stacks = tuple(zeros(block, len(numbers)) for block, numbers in self.c.blocks)
         return KVCache(stacks, jnp.zeros((rows, slots), jnp.int32), jnp.int32(0))

@@ -24,10 +24,14 @@ class Head(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A model as an objective sees it: `hidden(batch, key) -> (B, T, D)`, and the head over it."""
+    """A model as an objective sees it: `hidden(batch, key) -> (B, T, D)`, and the head over it.
+
+    `pool` says which hidden state stands for a whole text: first | last | mean; "" where the model has no such head.
+    """
 
     hidden: Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
     head: Head
+    pool: str = ""
 
 
 LossFn = Callable[
@@ -171,3 +175,10 @@ def token_nll(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.A
 
     out = jnp.moveaxis(jax.lax.map(jax.checkpoint(one), (chunks(hidden_BTD), chunks(targets_BT))), 0, 1)
     return out.reshape(out.shape[0], T + pad)[:, :T]
+
+
+def segment_mean(hidden_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """At every token the mean over its own segment, (B, T, D); 0 on padding."""
+    same_BTS = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & (segment_ids_BT != 0)[:, None, :]
+    share_BTS = same_BTS / jnp.maximum(jnp.sum(same_BTS, axis=-1, keepdims=True), 1)
+    return jnp.einsum("bts,bsd->btd", share_BTS.astype(hidden_BTD.dtype), hidden_BTD)

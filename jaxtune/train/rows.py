@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline
+from jaxtune.data import classes, pipeline
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.train import loop
 from jaxtune.train.state import Program
@@ -38,15 +39,18 @@ def paths(config: ConfigDict) -> dict[str, Path]:
     return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
 
 
-def read(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
+def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: classes.Classifier | None = None) -> Rows:
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
+
+    With a `classifier`, texts are classed instead of predicted.
 
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
     """
     data, training = config.data, config.train
     splits = pipeline.load(data, paths(config), tokenizer, show)
-    rows = pipeline.tokenize(splits.train, tokenizer, data, show)
+    encode = partial(classes.encode, classifier=classifier, tokenizer=tokenizer) if classifier else None
+    rows = pipeline.tokenize(splits.train, tokenizer, data, show, encode=encode)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
             raise UserError(
@@ -54,7 +58,7 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
                 f"data.validation_fraction, or set train.{name}=0"
             )
     validation = (
-        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation")
+        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", encode)
         if splits.validation
         else None
     )

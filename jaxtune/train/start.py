@@ -12,7 +12,7 @@ from jaxtune import registry, sharding
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.models import FAMILIES
+from jaxtune.models import FAMILIES, reading
 from jaxtune.train import state as state_lib
 from jaxtune.train import step
 from jaxtune.train.state import Params, Program, State
@@ -27,6 +27,11 @@ _TILE_TOKENS = 128  # splash attention cuts a row into blocks of a multiple of t
 def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
     """The training program on this machine's mesh, and the starting adapter's values if there is one."""
     step.objective(config)  # an unknown name is said before anything is loaded
+    if (config.train.objective == "classify") != (reading.task(model.hf_config).endswith("Classification")):
+        raise UserError(
+            f"train.objective={config.train.objective!r} on a model with architectures={model.hf_config.get('architectures')}: "
+            f"'classify' goes with model.head='sequence' or 'token', and these with it"
+        )
     mesh = sharding.make_mesh(config)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
     options, values = adapter(config, model)
@@ -68,7 +73,8 @@ def load(
     if model.tensors is None:
         base = state_lib.random_base(program, config.train.seed)
     else:
-        base = hf.load(model.tensors, program.family, program.model_config, program.base, progress)
+        new_head = bool(config.model.head)
+        base = hf.load(model.tensors, program.family, program.model_config, program.base, progress, new_head)
     return state_lib.create(program, base, config.train.seed, values)
 
 

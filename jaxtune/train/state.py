@@ -89,7 +89,8 @@ def abstract(
     inference, _ = _shapes(
         family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
     )
-    labels = partition.label(variables, config.tune.method)
+    head = model_config.head  # of labels, unless it is tied to the embeddings: then it predicts tokens
+    labels = partition.label(variables, config.tune.method, has_task=head is not None and not head.tied)
     sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 

@@ -31,7 +31,8 @@ def policy(program: Program, params: Params, chunk_tokens: int) -> Policy:
         return model(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)[0]
 
     graphdef, head_params = nnx.split(model.head)
-    return Policy(hidden, Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens))
+    head, task = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens), program.model_config.head
+    return Policy(hidden, head, task.pool if task else "")
 
 
 def objective(config: ConfigDict) -> Objective:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -23,7 +24,12 @@ from jaxtune.types import UserError, nearest
 
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 _BLOCK_BYTES = 32 << 20  # a tensor is read, cast and transposed in blocks of rows of about this size
-_IGNORED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")  # buffers that old checkpoints carry
+_IGNORED = (
+    "rotary_emb.inv_freq",
+    ".masked_bias",
+    ".attn.bias",
+    "embeddings.position_ids",
+)  # buffers that old checkpoints carry
 _KINDS: dict[str, type] = dict.fromkeys(
     (
         "hidden_size",
@@ -163,15 +169,23 @@ def load(
     model_config: Any,
     targets: Mapping[str, jax.ShapeDtypeStruct],
     progress: Progress | None = None,
+    new_head: bool = False,
 ) -> dict[str, jax.Array]:
     """Streams every weight into arrays of `targets`' shape, dtype and sharding.
+
+    A base model stored without its prefix ("wte.weight" for "transformer.wte.weight"), or a prefixed one read as a bare
+    model, is found all the same. With `new_head` the weights of a task head may be missing, and are then made anew
+    (N(0, 0.02), biases 0), and another task's head is left behind.
 
     One tensor is on its way at a time, read in blocks of rows, only the regions that this process's devices hold: above
     the arrays themselves, host memory holds one tensor's shard and a block.
     """
     table = naming.hf_names(family.weights(model_config))
-    check_names(source, table, {path: target.shape for path, target in targets.items()})
+    source = _with_prefix(source, table)
     arrays: dict[str, jax.Array] = {}
+    if new_head:
+        table, source, arrays = _without_head(source, table, targets)
+    check_names(source, table, {path: target.shape for path, target in targets.items()})
     for name, (weight, place) in (progress or _silent)(table.items(), len(table), "loading weights"):
         target = targets[weight.ours]
         if place and weight.ours not in arrays:
@@ -183,6 +197,62 @@ def load(
             tensor = jax.block_until_ready(_set_at(arrays[weight.ours], tensor, place))
         arrays[weight.ours] = tensor
     return arrays
+
+
+class _Renamed:
+    """A source under other names: ours -> its own."""
+
+    def __init__(self, source: Source, names: dict[str, str]):
+        self.path, self.hf_config, self._source, self._names = source.path, source.hf_config, source, names
+
+    def names(self) -> list[str]:
+        return sorted(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._names[name])
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._source.read(self._names[name], rows)
+
+
+def _with_prefix(source: Source, table: Mapping[str, Any]) -> Source:
+    """The source with the base model's prefix put before its names, or taken off them, where that makes them fit."""
+    have = source.names()
+    body = [name for name, (weight, _) in table.items() if weight.ours == "embed.table"]
+    if not body or body[0] in have:
+        return source
+    prefix = body[0].split(".")[0] + "."
+    if body[0].removeprefix(prefix) in have:
+        under = [name.removeprefix(prefix) for name in table if name.startswith(prefix)]
+        return _Renamed(source, {prefix + name if name in under or _is_body(name) else name: name for name in have})
+    found = [name for name in have if name.endswith("." + body[0])]
+    if found:
+        outer = found[0].removesuffix(body[0])
+        return _Renamed(source, {name.removeprefix(outer): name for name in have})
+    return source
+
+
+def _is_body(name: str) -> bool:
+    return not name.startswith(("lm_head.", "cls.", "classifier.", "score.", "vocab_", "head.", "decoder.bias"))
+
+
+def _without_head(
+    source: Source, table: dict[str, Any], targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, Any], Source, dict[str, jax.Array]]:
+    """(the table without the head's weights that are missing, the source without what is no part of the body, new arrays)."""
+    have = set(source.names())
+    missing = {w.ours for name, (w, _) in table.items() if w.ours.startswith("task_head.") and name not in have}
+    kept = {name: entry for name, entry in table.items() if entry[0].ours not in missing}
+    roots = {name.split(".")[0] for name in kept}
+    known = {n: n for n in have if n in kept or (n.split(".")[0] in roots and _is_body(n) and "pooler" not in n)}
+
+    def make(path: str) -> jax.Array:
+        like, key = targets[path], jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
+        value = jax.random.normal(key, like.shape, jnp.float32) * 0.02 if path.endswith(".kernel") else None
+        value = jnp.full(like.shape, float(path.endswith(".scale")), jnp.float32) if value is None else value
+        return jax.device_put(value.astype(like.dtype), like.sharding)
+
+    return kept, _Renamed(source, known), {path: make(path) for path in sorted(missing)}
 
 
 def _silent(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:

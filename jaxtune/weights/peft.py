@@ -45,8 +45,18 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    modules, tensors, targets = _modules(family, model_config), {}, set()
+    modules, targets = _modules(family, model_config), set()
+    tensors: dict[str, np.ndarray] = {}
+    head = {path: array for path, array in adapter.items() if _ADAPTER not in path}
+    saved = {}  # of a task head, which PEFT keeps whole beside the adapter
+    for name, (weight, _) in naming.hf_names(family.weights(model_config)).items():
+        if weight.ours in head:
+            value = sharding.to_host(head[weight.ours])
+            saved[name] = np.ascontiguousarray(value.T if weight.transpose else value)
+    tensors |= {f"{_PREFIX}{name}": value for name, value in saved.items()}
     for path, array in adapter.items():
+        if path in head:
+            continue
         linear, kind = path.split(_ADAPTER)
         host, stacked = sharding.to_host(array), linear.startswith("layers.")
         targets.add(linear)
@@ -59,7 +69,11 @@ def save(
     names = _targets(modules, targets, has_experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = json.dumps(_config(options, names, modules, base), indent=2)
+    task = "CAUSAL_LM"
+    if model_config.head is not None:
+        task = "SEQ_CLS" if model_config.head.pool else "FEATURE_EXTRACTION" if model_config.head.tied else "TOKEN_CLS"
+    whole = {"task_type": task, "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in saved}) or None}
+    config = json.dumps(_config(options, names, modules, base) | whole, indent=2)
     (folder / "adapter_config.json").write_text(config + "\n")
     (folder / "README.md").write_text(_card(base, options, names))
 
@@ -80,10 +94,10 @@ def _config(options: Options, targets: list[str], modules: dict[str, list[str]],
         return {module: value for path, value in pattern for module in modules[path]}
 
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": options.rank,
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": options.rank,
         "lora_alpha": options.alpha, "lora_dropout": options.dropout, "bias": "none", "use_rslora": options.use_rslora,
         "use_dora": options.use_dora, "target_modules": targets, "rank_pattern": per_module(options.rank_pattern),
-        "alpha_pattern": per_module(options.alpha_pattern), "modules_to_save": None, "fan_in_fan_out": False,
+        "alpha_pattern": per_module(options.alpha_pattern), "fan_in_fan_out": False,
         "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxtune import fetch, registry
 from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.models import FAMILIES
+from jaxtune.models import FAMILIES, reading
 from jaxtune.types import UserError, nearest
 from jaxtune.weights import hf
 from jaxtune.weights.gguf import open_gguf
@@ -51,12 +51,43 @@ def find(config: ConfigDict) -> Model:
     if adapter is not None and config.tune.method != "lora":
         raise UserError(f"tune.adapter goes with tune.method='lora', not {config.tune.method!r}")
     if uri.startswith("preset:"):
-        return Model(uri, None, hf_preset(uri.removeprefix("preset:")), None, adapter)
+        return Model(uri, None, with_head(hf_preset(uri.removeprefix("preset:")), config), None, adapter)
     path = fetch.local(uri)
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{path} is a file; model.source takes a Hugging Face folder or a .gguf file")
     tensors: hf.Source = open_gguf(path) if path.is_file() else hf.Folder(path)
-    return Model(uri, path, tensors.hf_config, tensors, adapter)
+    return Model(uri, path, with_head(tensors.hf_config, config), tensors, adapter)
+
+
+def with_head(hf_config: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
+    """The model's config with the head that `model.head` asks for: other `architectures`, and the labels' names.
+
+    Raises:
+      UserError: labels without a head for them, or a config that does not say what architecture it is.
+    """
+    kind, labels = config.model.head, tuple(config.model.labels)
+    if labels and kind not in ("sequence", "token"):
+        raise UserError(f"model.labels goes with model.head='sequence' or 'token', not {kind!r}")
+    if not kind:
+        return hf_config
+    own = reading.task(hf_config)
+    if not own:
+        raise UserError("config.json has no architectures, which model.head would change: add the name of its class")
+    family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
+    causal = getattr(family.from_hf(hf_config).blocks[0][0].attention, "causal", True)
+    task = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification", "none": "Model"}.get(kind)
+    task = task or ("ForCausalLM" if causal else "ForMaskedLM")
+    changed = {**hf_config, "architectures": [str(hf_config["architectures"][0]).removesuffix(own) + task]}
+    if labels:
+        changed["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        changed["label2id"] = {name: i for i, name in enumerate(labels)}
+    return changed
+
+
+def labels(model: Model) -> tuple[str, ...]:
+    """The names of a classifier's labels, in their order."""
+    named = model.hf_config.get("id2label") or {}
+    return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
 def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:

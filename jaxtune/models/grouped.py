@@ -1,0 +1,158 @@
+"""Grouped-query attention, and what every mixer of tokens is told: where the tokens stand, and which layer it is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtune.models import rope, spec
+from jaxtune.models.attention import Rule, attend
+from jaxtune.models.layers import Linear, Runtime, make_norm
+
+Cache = dict[str, jax.Array]
+
+
+class Where(NamedTuple):
+    """Where each token stands: its segment (B, T), and for each of the model's ropes (cos, sin), each (B, T, H/2) float32."""
+
+    segment_ids_BT: jax.Array
+    tables: tuple[tuple[jax.Array, jax.Array], ...]
+    key_segments_BS: jax.Array | None  # of the cache's slots, where there is a cache
+    used: jax.Array | None
+
+    def rotary(self, which: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) of the rope that a layer picks."""
+        if isinstance(which, int):
+            return self.tables[which]
+        cos, sin = (jnp.stack(each) for each in zip(*self.tables, strict=True))
+        return cos[which], sin[which]
+
+
+class At(NamedTuple):
+    """Which layer of a scan this is: its row in the stack, what it picks from the model's windows and ropes, what it gets."""
+
+    row: jax.Array
+    window: jax.Array | int
+    rope: jax.Array | int
+    kv: tuple[jax.Array, jax.Array] | None = None  # keys and values of the layer whose it reuses
+    layer_input_BTP: jax.Array | None = None  # what the tokens bring for this layer
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention in every form that `spec.Attention` can say."""
+
+    def __init__(self, c: spec.Config, a: spec.Attention, run: Runtime, rngs: nnx.Rngs):
+        self.a, self.run, self.windows = a, run, distinct(c.windows)
+        q_dim, kv_dim = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        none: Any = nnx.data(None)
+        self.qkv_proj = self.q_proj = self.k_proj = self.v_proj = none
+        own = a.reuse is None
+        if a.projection == "split":
+            made = q_dim * 2 if a.gated else q_dim
+            self.q_proj = Linear(c.dim, made, ("embed", "heads"), run, rngs, use_bias=a.bias)
+            if own:
+                self.k_proj = Linear(c.dim, kv_dim, ("embed", "kv_heads"), run, rngs, use_bias=a.bias)
+            if own and not a.shared_kv:
+                self.v_proj = Linear(c.dim, kv_dim, ("embed", "kv_heads"), run, rngs, use_bias=a.bias)
+        else:
+            self.qkv_proj = Linear(c.dim, q_dim + 2 * kv_dim, ("embed", "heads"), run, rngs, use_bias=a.bias)
+        self.o_proj = Linear(q_dim, c.dim, ("heads", "embed"), run, rngs, use_bias=a.out_bias)
+        per_head = a.qk_norm == "head"
+        self.q_norm = make_norm(c.norm, a.head_dim if per_head else q_dim, run) if a.qk_norm else none
+        self.k_norm = make_norm(c.norm, a.head_dim if per_head else kv_dim, run) if a.qk_norm and own else none
+        self.v_norm = make_norm(c.norm._replace(scale=False), a.head_dim, run) if a.v_norm and own else none
+        zeros = jnp.zeros((a.num_heads,), run.param_dtype)
+        self.sinks = nnx.Param(zeros, axes=("heads",)) if a.sinks else none
+
+    def __call__(
+        self, x_BTD: jax.Array, where: Where, at: At, cache: Cache | None, key: jax.Array | None
+    ) -> tuple[jax.Array, Cache | None]:
+        a, run = self.a, self.run
+        B, T, _ = x_BTD.shape
+        q_BTNH, k_BTKH, v_BTKH, gate_BTNH = self._projected(x_BTD, key)
+        if a.rope_dims:
+            cos, sin = where.rotary(at.rope)
+            q_BTNH = rope.rotate(q_BTNH, cos, sin, a.rope_dims, a.interleaved)
+            k_BTKH = k_BTKH if k_BTKH is None else rope.rotate(k_BTKH, cos, sin, a.rope_dims, a.interleaved)
+        scale = a.head_dim**-0.5 if a.scale is None else a.scale
+        rule = Rule(scale, a.softcap, a.causal, a.slopes, self.windows)
+        sinks = None if self.sinks is None else self.sinks[...]
+        out_BTNH, cache = attend_cached(rule, run, q_BTNH, k_BTKH, v_BTKH, where, at, cache, sinks)
+        if gate_BTNH is not None:
+            out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
+        return self.o_proj(out_BTNH.reshape(B, T, a.num_heads * a.head_dim), key), cache
+
+    def _projected(self, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Any, Any, jax.Array | None]:
+        """(queries, keys, values, the gate of the output); no keys and values where the layer has none of its own."""
+        a, run = self.a, self.run
+        lead, N, K, H = x_BTD.shape[:2], a.num_heads, a.num_kv_heads, a.head_dim
+        k: Any = None
+        v = gate = k
+        if a.projection == "split":
+            q = self.q_proj(x_BTD, key)
+            if a.gated:
+                q, gate = jnp.split(q.reshape(*lead, N, 2 * H), 2, axis=-1)
+            if a.reuse is None:
+                k = self.k_proj(x_BTD, key)
+                v = k if a.shared_kv else self.v_proj(x_BTD, key)
+        elif a.projection == "joined":
+            q, k, v = jnp.split(self.qkv_proj(x_BTD, key), [N * H, (N + K) * H], axis=-1)
+        else:
+            grouped = self.qkv_proj(x_BTD, key).reshape(*lead, K, N // K + 2, H)
+            q, k, v = grouped[..., :-2, :], grouped[..., -2, :], grouped[..., -1, :]
+
+        def heads(x: jax.Array | None, norm: Any, num: int, axis: str) -> Any:
+            if x is None:
+                return None
+            x = norm(x.reshape(*lead, num * H)) if a.qk_norm == "all" and norm is not None else x
+            x = run.constrain(x.reshape(*lead, num, H), ("batch", "length", axis, None))
+            return norm(x) if a.qk_norm != "all" and norm is not None else x
+
+        v_norm = None if a.qk_norm == "all" else self.v_norm
+        q_BTNH, k_BTKH = heads(q, self.q_norm, N, "heads"), heads(k, self.k_norm, K, "kv_heads")
+        return q_BTNH, k_BTKH, heads(v, v_norm, K, "kv_heads"), gate
+
+    @staticmethod
+    def empty(a: spec.Attention, layers: int, rows: int, slots: int, dtype: Any) -> Cache:
+        """What `layers` of these remember, with nothing in it."""
+        if a.reuse is not None:
+            return {}
+        return {name: jnp.zeros((layers, rows, slots, a.num_kv_heads, a.head_dim), dtype) for name in ("k", "v")}
+
+
+def attend_cached(
+    rule: Rule, run: Runtime, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, where: Where, at: At, cache: Cache | None,
+    sinks_N: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """Attention over the tokens themselves or, with a cache, over all slots once these tokens are written to theirs.
+
+    Returns its output and the cache; without one, the keys and values themselves, in case a later layer reuses them.
+    """
+    options: dict[str, Any] = {"window_index": at.window, "sinks_N": sinks_N}
+    segments_BT = where.segment_ids_BT
+    if cache is None:
+        k_BTKH, v_BTKH = at.kv or (k_BTKH, v_BTKH)
+        out = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, rule, run, **options)
+        return out, {"k": k_BTKH, "v": v_BTKH}
+    assert where.key_segments_BS is not None
+    assert where.used is not None
+    if at.kv is None:
+        start = (at.row, 0, where.used, 0, 0)
+        cache = {
+            name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), start)
+            for name, new in (("k", k_BTKH), ("v", v_BTKH))
+        }
+        k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[name], at.row, keepdims=False) for name in ("k", "v"))
+    else:
+        k_BSKH, v_BSKH = at.kv
+    out = attend(
+        q_BTNH, k_BSKH, v_BSKH, segments_BT, where.key_segments_BS, rule, run, offset=where.used, self_attention=False, **options
+    )  # fmt: skip
+    return out, cache
+
+
+def distinct(windows: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(windows))) or (0,)
