@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import run
 from jaxtune.plan import compile
-from jaxtune.train import rows, start
+from jaxtune.train import loop, rows, start
 from jaxtune.types import UserError
 from jaxtune.weights import source
 
@@ -114,3 +116,14 @@ def test_the_plan_compiles_the_adapter_that_training_starts_from(
     with pytest.raises(AttributeError):  # there is no plan to write
         run.plan(config, Path(config.workdir))
     assert [options.rank for options in seen] == [4]
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(tiny_config: ConfigDict) -> None:
+    tiny_config.train.steps, said = 3, []
+    tracker = SimpleNamespace(log=lambda step, metrics: None, say=said.append)
+    progress, state = loop.Progress(), SimpleNamespace(params={})
+    for done, loss in enumerate([math.nan, 2.0, math.nan], 1):
+        loop._validate(tiny_config, lambda *_, loss=loss: {"loss": loss}, state, {}, tracker, progress, done)
+    assert (progress.best_loss, progress.best_step, progress.evals_without_better) == (2.0, 2, 1)
+    assert said == ["WARNING: Validation loss after step 1 is nan.", "WARNING: Validation loss after step 3 is nan."]
+    assert progress.notices == ["ERROR: Validation loss after step 3 is nan. What was trained last is broken."]
