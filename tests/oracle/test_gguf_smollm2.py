@@ -91,6 +91,8 @@ def test_trained_adapter_and_merged_model_load_in_torch(
     tuned.unload()  # the base model is shared with other tests
     assert apart(logits, expected, "SmolLM2 adapter") <= ROUNDING
     config.export.merge, config.export.output = True, str(tmp_path / "merged")
-    start.write_result(config, mine.model, tokenizer, mine.program, mine.state.params, mine.frozen)
+    start.write_result(
+        config, Path(config.workdir), mine.model, tokenizer, mine.program, mine.state.params, mine.frozen
+    )
     assert apart(logits, theirs(from_folder(tmp_path / "merged"), tokens), "SmolLM2 merged") <= ROUNDING
     same_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "merged"), tokenizer)

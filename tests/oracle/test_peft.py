@@ -131,7 +131,9 @@ def test_peft_adapter_goes_in_and_out(
     expected = theirs(model, tokens)
     assert apart(mine.logits(tokens), expected, request.node.callspec.id) <= TOLERANCE
     mine.config.workdir = str(tmp_path / "run")
-    folder = start.write_result(mine.config, mine.model, None, mine.program, mine.state.params, mine.frozen)
+    folder = start.write_result(
+        mine.config, Path(mine.config.workdir), mine.model, None, mine.program, mine.state.params, mine.frozen
+    )
     made, written = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "made", folder))
     made.pop("base_model.model.lm_head.base_layer.weight", None)  # PEFT's copy of the frozen head: not the adapter's
     assert made.keys() == written.keys()
@@ -147,7 +149,9 @@ def test_peft_merges_what_jaxtune_merges(
     model = write_random_adapter(from_folder(tiny_model), tmp_path / "made", **ADAPTERS[name])
     mine = ours(config_of(tiny_model, {"tune.adapter": str(tmp_path / "made"), "export.merge": True}))
     mine.config.workdir = str(tmp_path / "run")
-    folder = start.write_result(mine.config, mine.model, None, mine.program, mine.state.params, mine.frozen)
+    folder = start.write_result(
+        mine.config, Path(mine.config.workdir), mine.model, None, mine.program, mine.state.params, mine.frozen
+    )
     expected, merged = model.merge_and_unload().state_dict(), from_folder(folder).state_dict()
     assert expected.keys() == merged.keys()
     for key, value in expected.items():

@@ -47,7 +47,8 @@ def test_scores_and_gradients_agree(name: str, tmp_path: Path, ours: Any, config
             if value.is_floating_point():
                 value.normal_(1.0 if "norm" in key.lower() or ".ln" in key else 0.0, 0.15)
     model.save_pretrained(tmp_path / "model")
-    mine = ours(config_of(tmp_path / "model", {"tune.method": "full"}))
+    objective = "classify" if name.endswith("Classification") else "sft"
+    mine = ours(config_of(tmp_path / "model", {"tune.method": "full", "train.objective": objective}))
     program, pad_id = mine.program, settings["pad_token_id"]
     head = program.model_config.head
     positions = np.broadcast_to(np.arange(24), TOKENS.shape)
