@@ -54,7 +54,7 @@ class GatedDelta(nnx.Module):
         (B, T, _), K = x_BTD.shape, a.num_key_heads
         segments_BT, before_B = where.segment_ids_BT, jnp.zeros((B,), jnp.int32)
         state_BKGHP, tail_BTC = self._remembered(cache, at.row, B)
-        if where.key_segments_BS is not None:
+        if where.key_segments_BS is not None and where.used is not None:
             written = jnp.arange(where.key_segments_BS.shape[1])[None] < where.used
             before_B = runs_of(jnp.where(written, where.key_segments_BS, 0), before_B)[:, -1]
         runs_BT = runs_of(segments_BT, before_B)

@@ -104,7 +104,7 @@ class Attention(nnx.Module):
             grouped = self.qkv_proj(x_BTD, key).reshape(*lead, K, N // K + 2, H)
             q, k, v = grouped[..., :-2, :], grouped[..., -2, :], grouped[..., -1, :]
 
-        def heads(x: jax.Array, norm: Any, num: int, axis: str) -> Any:
+        def heads(x: Any, norm: Any, num: int, axis: str) -> Any:
             if x is None:
                 return None
             x = norm(x.reshape(*lead, num * H)) if a.qk_norm == "all" and norm is not None else x

@@ -119,7 +119,7 @@ class Block(nnx.Module):
             x = x + normed("attn_post_norm", mixed)
             fed, report = feed(normed("mlp_norm", x)) if self.beside is None else feed_both(x)
             x = x + normed("mlp_post_norm", fed)
-        if self.layer_input is not None:
+        if self.layer_input is not None and at.layer_input_BTP is not None:
             x = x + self.layer_input(x, at.layer_input_BTP, key)
         if self.residual_scale is not None:  # published models keep it apart from what trains
             x = x * jax.lax.stop_gradient(self.residual_scale[...]).astype(x.dtype)[None, None]
@@ -134,7 +134,8 @@ class Reused:
         self.found: dict[int, tuple[jax.Array, jax.Array]] = {}
 
     def of(self, block: spec.Block) -> tuple[jax.Array, jax.Array] | None:
-        return self.found.get(getattr(block.attention, "reuse", None))
+        number = getattr(block.attention, "reuse", None)
+        return None if number is None else self.found[number]
 
     def _positions(self, group: spec.Group, end: int) -> dict[int, int]:
         """Which blocks of a group's last round are wanted: position -> layer number. `end` is the group's last layer + 1."""
@@ -280,12 +281,12 @@ class Model(nnx.Module):
         made = []
         for position, block in enumerate(blocks):
             # What all layers of a stack share is a constant of the program; what differs is scanned.
-            own = [
+            window, which = (
                 int(all_[0, position]) if len(set(all_[:, position])) == 1 else one[position]
                 for all_, one in zip(every[:2], xs[:2], strict=True)
-            ]
+            )
             layer_key = None if key is None else jax.random.fold_in(key, xs[2][position])
-            at = At(index, *own, reused.of(block.b), xs[3][position] if len(xs) > 3 else None)
+            at = At(index, window, which, reused.of(block.b), xs[3][position] if len(xs) > 3 else None)
             x, cache, more = block(x, where, at, None if caches is None else caches[position], layer_key)
             made.append(cache)
             if position in kept:
