@@ -29,7 +29,7 @@ _TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 _PERIOD = ["linear_attention", "linear_attention", "full_attention"]
 _DELTA = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
-    "linear_conv_kernel_dim": 4,
+    "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-3,  # an output of nearly nothing, normed, is rounding made large
 }  # fmt: skip
 
 # case -> config.json; the family is its `model_type`

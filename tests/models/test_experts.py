@@ -49,7 +49,8 @@ def values_and_gradients(case: str, mesh_sizes: dict[str, int] | None) -> tuple[
         return hidden, report, grads
 
     hidden, report, grads = both(params)
-    assert float(report["layers"]) == sum(hasattr(b.ffn, "top_k") * len(n) for b, n in config.blocks)
+    routed = [len(n) for b, n in config.blocks if b.beside or hasattr(b.ffn, "top_k")]
+    assert float(report["layers"]) == sum(routed)
     return np.asarray(hidden), {p: np.asarray(g) for p, g in grads.items()} | {
         k: np.asarray(v) for k, v in report.items()
     }
