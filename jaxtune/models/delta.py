@@ -54,8 +54,7 @@ class GatedDelta(nnx.Module):
         (B, T, _), K = x_BTD.shape, a.num_key_heads
         segments_BT, before_B = where.segment_ids_BT, jnp.zeros((B,), jnp.int32)
         state_BKGHP, tail_BTC = self._remembered(cache, at.row, B)
-        if where.key_segments_BS is not None:
-            assert where.used is not None
+        if where.key_segments_BS is not None and where.used is not None:
             written = jnp.arange(where.key_segments_BS.shape[1])[None] < where.used
             before_B = runs_of(jnp.where(written, where.key_segments_BS, 0), before_B)[:, -1]
         runs_BT = runs_of(segments_BT, before_B)
@@ -191,13 +190,14 @@ def _chunked(
     q, k, v, fade, beta = (chunks(x) for x in (q, k, v, fade, beta))
     runs_BZI = chunks(runs, "edge")
     enter_BZ = jnp.concatenate([before[:, None], runs_BZI[:, :-1, -1]], axis=1)
-    sums_BZKGI = jnp.moveaxis(jnp.cumsum(fade, axis=2), 2, -1)
+    fade_BZKGI, tri = jnp.moveaxis(fade, 2, -1), jnp.tri(size, dtype=jnp.float32)
+    # Each pair's own sum, not a difference of two: after a strong decay that would have lost its digits.
+    between_BZKGIJ = _einsum("il,bzkgl,lj->bzkgij", tri, fade_BZKGI, jnp.tri(size, k=-1, dtype=jnp.float32))
     seen_BZIJ = (runs_BZI[..., :, None] == runs_BZI[..., None, :]) & jnp.tri(size, dtype=bool)[None, None]
     seen = seen_BZIJ[:, :, None, None]
-    # Masked before the exponential as well: it overflows above the diagonal, and its gradient with it.
-    decay_BZKGIJ = jnp.where(seen, jnp.exp(jnp.where(seen, sums_BZKGI[..., :, None] - sums_BZKGI[..., None, :], 0)), 0)
+    decay_BZKGIJ = jnp.where(seen, jnp.exp(between_BZKGIJ), 0)
     entered_BZI = runs_BZI == enter_BZ[..., None]
-    lead_BZKGI = jnp.where(entered_BZI[:, :, None, None], jnp.exp(sums_BZKGI), 0)
+    lead_BZKGI = jnp.where(entered_BZI[:, :, None, None], jnp.exp(jnp.cumsum(fade_BZKGI, axis=-1)), 0)
 
     beta_BZKGI = jnp.moveaxis(beta, 2, -1)
     below = jnp.tri(size, k=-1, dtype=bool)[None, None, None, None]
