@@ -193,10 +193,10 @@ def _cloud_storage(uri: str, root: Path) -> Path:
         ) from error
     if not found:
         raise UserError(f"there is nothing at {uri!r}; check the bucket and path, e.g. with `gcloud storage ls`")
-    # Objects can change under a name: what is cached is this generation of them.
+    # Objects can change under a name, and a bucket made anew counts its generations anew: what is cached is this content.
+    marks = ("generation", "md5Hash", "crc32c", "etag", "created")
     versions = sorted(
-        (name, info["size"], str(info.get("generation") or info.get("etag") or info.get("created")))
-        for name, info in found.items()
+        [name, info["size"], *(str(info.get(mark, "")) for mark in marks)] for name, info in found.items()
     )
 
     def make(to: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# A batch: named NumPy arrays, all (B, T), made in `data/`, turned into global `jax.Array`s once, by `sharding.py`.
+# A batch: named NumPy arrays, each (B, …) as its name ends, made in `data/`, turned into global `jax.Array`s once, by `sharding.py`.
 #
 #   tokens_BT       int32    input ids; `pad_id` where there is no token
 #   targets_BT      int32    the next token of the same segment; 0 where there is none

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import sys
@@ -26,8 +28,9 @@ class _Bucket:
 
     def describe(self, name: str) -> dict[str, Any]:
         generation, content = self.objects[name]
+        md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
         return {
-            "kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(content)), "generation": str(generation),
+            "kind": "storage#object", "md5Hash": md5, "bucket": "bucket", "name": name, "size": str(len(content)), "generation": str(generation),
             "metageneration": "1", "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z",
         }  # fmt: skip
 

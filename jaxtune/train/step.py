@@ -45,9 +45,14 @@ def fields(config: ConfigDict) -> tuple[str, ...]:
 
 
 def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch as shapes: (batch_size, max_length) of each field the objective reads."""
-    shape, where = (config.train.batch_size, config.data.max_length), sharding.batch_sharding(program.mesh)
-    return {name: jax.ShapeDtypeStruct(shape, BATCH_FIELDS[name], sharding=where) for name in fields(config)}
+    """The batch as shapes, of each field the objective reads: a field's name ends in its dims."""
+    head, where = program.model_config.head, sharding.batch_sharding(program.mesh)
+    sizes = {"B": config.train.batch_size, "T": config.data.max_length, "C": head.out_dim if head else 0}
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])
+
+    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in fields(config)}
 
 
 def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
@@ -123,7 +128,7 @@ def _summed_gradients(
     loss_fn: LossFn, program: Program, chunk_tokens: int, params: Params, frozen: Params, batch: Arrays, key: jax.Array
 ) -> tuple[Params, Any]:
     """Gradients of the loss *sum* for trainable leaves only, and (sum, weight, metric sums); float32."""
-    accumulation = next(iter(batch.values())).shape[0] if next(iter(batch.values())).ndim == 3 else 1
+    accumulation = batch["tokens_BT"].shape[0] if batch["tokens_BT"].ndim == 3 else 1
 
     def total(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, Any]:
         value, weight, extra = loss_fn(policy(program, {**frozen, **params}, chunk_tokens), {}, batch, key)

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.oracle
 ROOT = Path(__file__).parents[2]
 
 
-def launch(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "XLA_FLAGS": ""}
+def launch(url: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "JAXTUNE_CACHE": str(cache), "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "XLA_FLAGS": ""}
     return subprocess.run(
         [sys.executable, "-m", "jaxtune.launch", *arguments],
         cwd=ROOT,
@@ -37,13 +37,13 @@ def steps(content: bytes) -> list[int]:
 
 
 def test_a_run_in_cloud_storage_is_kept_refused_resumed_and_exported(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    config = tiny_config
+    config, cache = tiny_config, tmp_path / "cache"
     config.workdir, config.train.steps, config.tracking.report = "", 3, True
     config.tracking.progress = "auto"
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     with serve() as (url, objects):
         run = ("--workdir=gs://bucket/runs/one", "--config=" + str(tmp_path / "config.json"))
-        done = launch(url, *run)
+        done = launch(url, cache, *run)
         assert done.returncode == 0, done.stderr
         files = {name.removeprefix("runs/one/") for name in objects}
         assert {"config.json", "metrics.jsonl", "report.html", "report.json", "adapter/adapter_config.json"} <= files
@@ -52,13 +52,13 @@ def test_a_run_in_cloud_storage_is_kept_refused_resumed_and_exported(tiny_config
         assert sorted(set(steps(recorded))) == [0, 1, 2]
         assert "gcloud storage cp -r gs://bucket/runs/one/adapter" in objects["runs/one/report.html"][1].decode()
 
-        refused = launch(url, *run)
+        refused = launch(url, cache, *run)
         assert refused.returncode == 2
         assert "gs://bucket/runs/one holds an earlier run" in refused.stderr
 
         before = objects["runs/one/adapter/adapter_model.safetensors"][1]
         run = ("--workdir=gs://bucket/runs/one", "--config=gs://bucket/runs/one/config.json")
-        again = launch(url, *run, "--config.checkpoint.resume=True")
+        again = launch(url, cache, *run, "--config.checkpoint.resume=True")
         assert again.returncode == 0, again.stderr
         assert "resuming after step 3 of 3" in again.stderr
         assert steps(objects["runs/one/metrics.jsonl"][1]) == [
@@ -66,7 +66,7 @@ def test_a_run_in_cloud_storage_is_kept_refused_resumed_and_exported(tiny_config
             1,
             2,
         ]  # what the first machine recorded is still there
-        exported = launch(url, "export", *run)
+        exported = launch(url, cache, "export", *run)
         assert exported.returncode == 0, exported.stderr
         assert objects["runs/one/adapter/adapter_model.safetensors"][1] == before
 
