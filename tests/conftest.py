@@ -6,10 +6,9 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What one test compiled, others and the processes that they start need not compile again.
-OWN_CACHE = "PYTEST_XDIST_WORKER" not in os.environ  # workers share what the process that started them made
-if OWN_CACHE:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxtune-tests-")
+# What one test compiled, others, the processes that they start and pytest's other workers need not compile again.
+os.environ["JAXTUNE_TESTS"] = os.environ.get("JAXTUNE_TESTS") or tempfile.mkdtemp(prefix="jaxtune-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAXTUNE_TESTS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -38,7 +37,7 @@ CHATML = (
 
 
 def pytest_unconfigure() -> None:
-    if OWN_CACHE:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
