@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(url: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "JAXTUNE_CACHE": str(cache), "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "XLA_FLAGS": ""}
+    env = {
+        **os.environ,
+        "JAXTUNE_CACHE": str(cache),
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "XLA_FLAGS": "",
+    }
     return subprocess.run(
         [sys.executable, "-m", "jaxtune.launch", *arguments],
         cwd=ROOT,
