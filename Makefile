@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup
 ORACLE := $(VENV)/.oracle
+# A process for each core; the tests of one file stay together, for the models that they share.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 # The oracles (torch, TRL, PEFT) are pinned for Python 3.11 alone.
 HAS_ORACLE := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))' 2>/dev/null)
 
@@ -20,14 +22,14 @@ quickstart: $(SETUP)  ## fine-tune a small model on real data, on this machine's
 
 ifeq ($(HAS_ORACLE),1)
 test: $(ORACLE)  ## run every test, the comparisons with torch, TRL and PEFT included
-	$(BIN)/python -m pytest
+	$(PYTEST)
 else
 test: test-core
 	@echo "left out: the tests marked 'oracle' (torch, TRL and PEFT are pinned for Python 3.11: make test PYTHON=python3.11)"
 endif
 
 test-core: $(SETUP)  ## run the tests that need no torch
-	$(BIN)/python -m pytest -m "not oracle"
+	$(PYTEST) -m "not oracle"
 
 lint: $(SETUP)  ## check style, format and types
 	$(BIN)/ruff check .

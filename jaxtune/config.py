@@ -54,6 +54,8 @@ def _data() -> ConfigDict:
     c.split_key = ""  # column whose value decides the split; "" = the whole row (equal rows stay together)
     c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": group 1 counts where there is one; rows of one group stay on one side
     c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled
+    c.files = ""  # where a URI names a folder: which of its files hold rows, a pattern such as "*/*.json"; "" = all data files
+    c.prepare = ""  # a function of yours, "module:function" or "file.py:function": row -> row, or None to drop it
     c.columns = ()  # names of the columns of a table without a header row; () = the first row names them
     c.prompt = ""  # labelled: the user's turn, a template over columns, e.g. "Review: {text}\nSentiment:"
     c.system = ""  # labelled: the system turn, a template likewise; "" = none

