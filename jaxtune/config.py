@@ -135,7 +135,7 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity
+    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity; heads for labels, tags or masked words have metrics of their own
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
     c.limit = 500  # rows at most; 0 = all

@@ -158,6 +158,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
         )
     examples, _ = read_examples(fetch.local(config.generate.input), config.data, answers=False)
     model = source.find(config)
+    source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
     program, params, what = _ready(config, model)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
@@ -175,6 +176,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
 def chat(config: ConfigDict, workdir: Path) -> None:
     """Talks in the terminal, streaming; /reset forgets, /quit or end of input leaves."""
     model = source.find(config)
+    source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
     program, params, what = _ready(config, model)
     sampler, options = measure.sampler(tokenizer, program, params), config.generate

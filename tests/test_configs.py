@@ -17,6 +17,7 @@ FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 SHAPES = {
     "minilm_sentiment": "minilm_l6",
     "quickstart": "smollm2_135m",
+    "smollm2_classifier": "smollm2_135m",
     "smollm2_full": "smollm2_135m",
     "llama3_8b_lora": "llama3_1_8b",
 }

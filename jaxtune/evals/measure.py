@@ -150,16 +150,7 @@ def _trained_bytes(rows: pipeline.Rows, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def sampler(tokenizer: Tokenizer, program: Program, params: Params) -> Sampler:
-    """A sampler over these parameters.
-
-    Raises:
-      UserError: the model scores labels, or guesses masked words.
-    """
-    if program.model_config.head is not None:
-        raise UserError(
-            f"a model with architectures={program.hf_config.get('architectures')} writes no text: `generate` and `chat` need a "
-            f"language model; `evaluate` measures this one"
-        )
+    """A sampler over these parameters."""
     return Sampler(
         program.inference,
         params,

@@ -36,11 +36,11 @@ def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
     return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options), values
 
 
-# Objectives that train what stands on a model for one task: (that task, the `model.head` which makes it).
+# Objectives that train what stands on a model for one task: (that task, what makes it).
 HEADS = {
-    "mlm": ("ForMaskedLM", "lm"),
-    "classify": ("ForSequenceClassification", "sequence"),
-    "token_classify": ("ForTokenClassification", "token"),
+    "mlm": ("ForMaskedLM", "model.head='lm' on an encoder"),
+    "classify": ("ForSequenceClassification", "model.head='sequence'"),
+    "token_classify": ("ForTokenClassification", "model.head='token'"),
 }
 
 
@@ -52,12 +52,11 @@ def check_head(config: ConfigDict, model: Model) -> None:
     """
     step.objective(config, model.hf_config)
     name, kind = config.train.objective, reading.task(model.hf_config)
-    fits = [objective for objective, (task, _) in HEADS.items() if task == kind]
-    if (HEADS[name][0] != kind) if name in HEADS else fits:
-        wanted = ", ".join(f"{objective!r} with model.head={head!r}" for objective, (_, head) in HEADS.items())
+    if HEADS[name][0] != kind if name in HEADS else kind in [task for task, _ in HEADS.values()]:
+        together = ", ".join(f"{objective!r} with {head}" for objective, (_, head) in HEADS.items())
         raise UserError(
-            f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}; these go together: "
-            f"{wanted}" + (" (on an encoder)" if name == "mlm" else "")
+            f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}; what goes together: "
+            f"{together}"
         )
 
 

@@ -110,6 +110,15 @@ def labels(model: Model) -> tuple[str, ...]:
     return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
+def check_writes(model: Model) -> None:
+    """Raises `UserError` where the model scores labels, or guesses masked words, and so writes no text."""
+    if reading.auto_class(model.hf_config) != "AutoModelForCausalLM":
+        raise UserError(
+            f"a model with architectures={model.hf_config.get('architectures')} writes no text: `generate` and `chat` need a "
+            f"language model; `evaluate` measures this one"
+        )
+
+
 def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:
     """The tokenizer of `model.tokenizer`, else the one beside the weights.
 

@@ -46,7 +46,7 @@ def test_scores_and_gradients_agree(name: str, tmp_path: Path, ours: Any, config
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point():
-                value.normal_(1.0 if "norm" in key.lower() or ".ln" in key else 0.0, 0.15)
+                value.normal_(1.0 if "norm" in key.lower() or ".ln" in key or "scal" in key else 0.0, 0.15)
     model.save_pretrained(tmp_path / "model")
     objective = next((o for o, (task, _) in start.HEADS.items() if name.split(" ")[0].endswith(task)), "sft")
     mine = ours(config_of(tmp_path / "model", {"tune.method": "full", "train.objective": objective}))
