@@ -23,6 +23,7 @@ def _model() -> ConfigDict:
     c.chat_template = ""  # path of a Jinja file that replaces the tokenizer's own template; "" = the tokenizer's own
     c.head = ""  # what stands on the last hidden state: "" = as the model has it | lm | sequence | token | none; a new one starts random and trains
     c.labels = ()  # classes of a sequence or token head, in their order; () = those of the model's id2label
+    c.problem_type = ""  # what a sequence head's scores mean: single_label_classification | multi_label_classification | regression; "" = as the model's config says, else single (one label: regression)
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
     c.attention = "auto"  # auto (by platform) | xla | splash
@@ -53,17 +54,22 @@ def _data() -> ConfigDict:
     c.test_fraction = 0.0  # share of `train` held out for the test when `test` is ""
     c.split_key = ""  # column whose value decides the split; "" = the whole row (equal rows stay together)
     c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": group 1 counts where there is one; rows of one group stay on one side
-    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled
+    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled | tagged (words and a tag for each)
     c.files = ""  # where a URI names a folder: which of its files hold rows, a pattern such as "*/*.json"; "" = all data files
     c.prepare = ""  # a function of yours, "module:function" or "file.py:function": row -> row, or None to drop it
     c.columns = ()  # names of the columns of a table without a header row; () = the first row names them
     c.prompt = ""  # labelled: the user's turn, a template over columns, e.g. "Review: {text}\nSentiment:"
     c.system = ""  # labelled: the system turn, a template likewise; "" = none
-    c.label_column = ""  # labelled: the column that holds the answer
+    c.label_column = ""  # labelled: the column that holds the answer; tagged: the tags, "" = tags, ner_tags or labels
+    c.label_separator = ""  # labelled: what stands between a text's labels, e.g. ";"; "" = one label (a JSON list holds several all the same)
     c.label_bins = ()  # labelled, numeric column: ((low, high, name), …), low <= x < high; rows in no bin are dropped and counted
     c.chat = True  # render alpaca, prompt_completion and labelled rows by the chat template; False = plain text
     c.roles = ("assistant",)  # roles whose tokens are trained
     c.end_of_turn = "turn"  # which end-of-turn tokens train: all | turn (of trained turns) | last | none
+    c.tag_subwords = "first"  # tagged: which sub-words of a word train: first | all
+    c.mask_fraction = 0.15  # mlm: share of a text's tokens to be predicted, special ones apart (arXiv:1810.04805, 3.1)
+    c.mask_token_share = 0.8  # mlm: share of those that the mask token replaces
+    c.mask_random_share = 0.1  # mlm: share of those that a random token replaces; the rest stay as they are
     c.max_length = 1024  # tokens of a batch row
     c.too_long = "truncate"  # a row longer than max_length: truncate | drop | error (always counted)
     c.packing = True  # put several rows in one batch row, kept apart by segment ids (best fit); False = pad
@@ -131,7 +137,7 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity
+    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity; heads for labels, tags or masked words have metrics of their own
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
     c.limit = 500  # rows at most; 0 = all
@@ -196,12 +202,14 @@ def base() -> ConfigDict:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.head": ("", "lm", "sequence", "token", "none"),
+    "model.problem_type": ("", "single_label_classification", "multi_label_classification", "regression"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash"),
     "tune.method": ("lora", "full", "head"),
     "tune.dtype": ("float32", "bfloat16"),
-    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled"),
+    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled", "tagged"),
+    "data.tag_subwords": ("first", "all"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
     "data.too_long": ("truncate", "drop", "error"),
     "optim.name": ("adamw", "sgd"),
@@ -227,7 +235,8 @@ _AT_LEAST: dict[str, float] = {
 _BETWEEN: dict[str, tuple[float, float]] = {
     "tune.dropout": (0, 0.999), "data.validation_fraction": (0, 0.95), "data.test_fraction": (0, 0.95),
     "generate.top_p": (1e-6, 1), "generate.min_p": (0, 1), "eval.confidence": (0.01, 0.999), "optim.final_ratio": (0, 1),
-    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999),
+    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1),
+    "data.mask_random_share": (0, 1),
 }  # fmt: skip
 
 
@@ -288,6 +297,10 @@ def validate(config: ConfigDict) -> None:
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         raise UserError(
             "data.validation_fraction + data.test_fraction leave no training rows: their sum must be below 1"
+        )
+    if config.data.mask_token_share + config.data.mask_random_share > 1:
+        raise UserError(
+            "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
         )
 
 

@@ -166,6 +166,9 @@ def table(c: Config, names: Names) -> list[Weight]:
         if block.residual_scale:
             parts.append(Weight(n.residual_scale, "residual_scale"))
         found += [w._replace(hf=f"{n.layer}.{w.hf}", ours=f"{ours}.{w.ours}", layers=layers) for w in parts]
+    if c.head and c.head.bare:  # stored without the name that the base model has in one with a head
+        prefix = n.embed.split(".")[0] + "."
+        found = [w._replace(hf=w.hf.removeprefix(prefix)) for w in found]
     return found
 
 

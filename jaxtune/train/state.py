@@ -89,8 +89,9 @@ def abstract(
     inference, _ = _shapes(
         family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
     )
-    head = model_config.head  # of labels, unless it is tied to the embeddings: then it predicts tokens
-    labels = partition.label(variables, config.tune.method, has_task=head is not None and not head.tied)
+    head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
+    has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
+    labels = partition.label(variables, config.tune.method, has_task=has_task)
     sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
@@ -187,14 +188,17 @@ def create(
       UserError: the adapter's shapes are not this model's.
     """
     if adapter:
-        values = {path: np.asarray(value, program.adapter[path].dtype) for path, value in adapter.items()}
+        shapes = {
+            path: {**program.base, **program.adapter}[path] for path in adapter
+        }  # a head is kept beside its adapter
+        values = {path: np.asarray(value, shapes[path].dtype) for path, value in adapter.items()}
         for path, value in values.items():
-            if value.shape != program.adapter[path].shape:
+            if value.shape != shapes[path].shape:
                 raise UserError(
-                    f"the adapter's {path} has shape {value.shape}; this model makes it {program.adapter[path].shape}: "
+                    f"the adapter's {path} has shape {value.shape}; this model makes it {shapes[path].shape}: "
                     f"was the adapter made for another model?"
                 )
-        started: Params = sharding.put(values, {path: program.adapter[path].sharding for path in values})
+        started: Params = sharding.put(values, {path: like.sharding for path, like in shapes.items()})
     else:
         started = _initial_adapter(program, base, seed)
     trainable, frozen = partition.split({**base, **started}, program.labels)

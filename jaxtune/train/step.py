@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxtune import optim, registry, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.models import layers
+from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import Head, LossFn, Objective, Policy
 from jaxtune.train.state import Params, Program, State, shardings
@@ -35,13 +35,15 @@ def policy(program: Program, params: Params, chunk_tokens: int) -> Policy:
     return Policy(hidden, head, task.pool if task else "")
 
 
-def objective(config: ConfigDict) -> Objective:
-    return registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
+def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
+    """What `train.objective` names, for what this model's scores mean."""
+    found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
+    return found.problems.get(reading.problem(hf_config), found)
 
 
-def fields(config: ConfigDict) -> tuple[str, ...]:
+def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
     """The batch fields that go to the devices; the others stay on the host."""
-    return objective(config).fields
+    return objective(config, program.hf_config).fields
 
 
 def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -52,7 +54,8 @@ def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeD
     def shape(name: str) -> tuple[int, ...]:
         return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])
 
-    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in fields(config)}
+    names = fields(config, program)
+    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in names}
 
 
 def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
@@ -67,7 +70,7 @@ def make(config: ConfigDict, program: Program) -> Any:
     Gradients are summed over micro-batches and shards and divided once, by the whole batch's loss weight. A step whose
     loss or gradient is not finite, or whose loss exploded, changes nothing but its counter: `metrics["ok"]` is 0.
     """
-    loss_fn, accumulation = objective(config).loss, config.train.accumulation
+    loss_fn, accumulation = objective(config, program.hf_config).loss, config.train.accumulation
     micro_rows = config.train.batch_size // accumulation
     chunk_tokens = _chunk_tokens(config, program, micro_rows)
     rate = optim.schedule(config.optim, max(1, config.train.steps))
@@ -104,7 +107,7 @@ def make(config: ConfigDict, program: Program) -> Any:
         }
         return State(state.step + 1, params, opt_state, state.key, mean), metrics
 
-    batch_shardings = dict.fromkeys(fields(config), sharding.batch_sharding(program.mesh))
+    batch_shardings = dict.fromkeys(fields(config, program), sharding.batch_sharding(program.mesh))
     where = shardings(program.state)
     return jax.jit(
         step,
@@ -152,13 +155,13 @@ def _summed_gradients(
 
 def make_eval(config: ConfigDict, program: Program) -> Any:
     """Returns the jitted `evaluate(params, frozen, batch) -> (loss sum, weight, metric sums)`; no dropout, no gradient."""
-    loss_fn = objective(config).loss
+    loss_fn = objective(config, program.hf_config).loss
     chunk_tokens = _chunk_tokens(config, program, config.train.batch_size)
 
     def evaluate(params: Params, frozen: Params, batch: Arrays) -> Any:
         return loss_fn(policy(program, {**frozen, **params}, chunk_tokens), {}, batch, None)
 
-    batch_shardings = dict.fromkeys(fields(config), sharding.batch_sharding(program.mesh))
+    batch_shardings = dict.fromkeys(fields(config, program), sharding.batch_sharding(program.mesh))
     return jax.jit(
         evaluate,
         in_shardings=(shardings(program.state.params), shardings(program.frozen), batch_shardings),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtune import sharding
 from jaxtune.adapters.lora import Options
 from jaxtune.models import naming
+from jaxtune.models.spec import Head
 from jaxtune.types import UserError
 
 _PREFIX = "base_model.model."
@@ -38,10 +39,13 @@ def save(
     options: Options,
     base: str,
     write: bool = True,
+    labels: Sequence[str] = (),
+    auto_class: str = "AutoModelForCausalLM",
 ) -> None:
     """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; in `hf.new_folder`, whole or not at all.
 
-    `adapter` maps our paths ("….adapter.lora_a") to arrays; `base` is what the reader should load the adapter onto.
+    `adapter` maps our paths ("….adapter.lora_a", and a trained head's) to arrays; `base` is what the reader should load the
+    adapter onto, by `auto_class`; `labels` are the head's.
     """
     from safetensors.numpy import save_file
 
@@ -69,13 +73,25 @@ def save(
     names = _targets(modules, targets, has_experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    task = "CAUSAL_LM"
-    if model_config.head is not None:
-        task = "SEQ_CLS" if model_config.head.pool else "FEATURE_EXTRACTION" if model_config.head.tied else "TOKEN_CLS"
-    whole = {"task_type": task, "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in saved}) or None}
+    whole = {"task_type": _task(model_config.head), "modules_to_save": _saved_modules(saved)}
     config = json.dumps(_config(options, names, modules, base) | whole, indent=2)
     (folder / "adapter_config.json").write_text(config + "\n")
-    (folder / "README.md").write_text(_card(base, options, names))
+    (folder / "README.md").write_text(_card(base, options, names, labels, auto_class))
+
+
+def _task(head: Head | None) -> str | None:
+    """PEFT's name for what the model does; it has none for guessing masked words."""
+    if head is None:
+        return "CAUSAL_LM"
+    if head.tied:
+        return None
+    return "FEATURE_EXTRACTION" if head.bare else "SEQ_CLS" if head.pool else "TOKEN_CLS"
+
+
+def _saved_modules(saved: Iterable[str]) -> list[str] | None:
+    """The modules of a head's tensors. PEFT itself saves "classifier" whole, and cannot save a part of it once more."""
+    modules = {name.rsplit(".", 1)[0] for name in saved}
+    return sorted({"classifier" if name.startswith("classifier.") else name for name in modules}) or None
 
 
 def _targets(modules: dict[str, list[str]], chosen: set[str], experts: bool) -> list[str]:
@@ -102,7 +118,10 @@ def _config(options: Options, targets: list[str], modules: dict[str, list[str]],
     }  # fmt: skip
 
 
-def _card(base: str, options: Options, targets: list[str]) -> str:
+def _card(base: str, options: Options, targets: list[str], labels: Sequence[str], auto_class: str) -> str:
+    numbered = ", ".join(f"{i} = {name}" for i, name in enumerate(labels))
+    scores = f"\nThe head is saved beside it; its scores are, in order: {numbered}.\n" if labels else ""
+    count = f", num_labels={len(labels)}" if labels else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -111,12 +130,12 @@ tags: [lora, jaxtune]
 # LoRA adapter
 
 Trained by jaxtune on `{base}`: rank {options.rank}, alpha {options.alpha:g}, on {", ".join(targets[:12])}.
-
+{scores}
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-base = AutoModelForCausalLM.from_pretrained(BASE_MODEL_FOLDER)
+base = {auto_class}.from_pretrained(BASE_MODEL_FOLDER{count})
 model = PeftModel.from_pretrained(base, THIS_FOLDER)
 ```
 """
@@ -124,7 +143,7 @@ model = PeftModel.from_pretrained(base, THIS_FOLDER)
 
 # PEFT settings that change the adapter's maths and are not read here, with the value at which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": (None, "none"), "modules_to_save": (None, []), "layers_to_transform": (None, []), "fan_in_fan_out": (None, False),
+    "bias": (None, "none"), "layers_to_transform": (None, []), "fan_in_fan_out": (None, False),
     "lora_bias": (None, False), "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
     "layer_replication": (None, []), "use_qalora": (None, False), "alora_invocation_tokens": (None, []), "use_bdlora": (None, False),
     "arrow_config": (None,), "exclude_modules": (None, []),
@@ -169,7 +188,8 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
 def load(
     folder: Path, family: ModuleType, model_config: Any, tune_dtype: str = "float32"
 ) -> tuple[Options, dict[str, np.ndarray]]:
-    """Returns (options whose `targets` names exactly the adapted linears, our path -> host array, layers stacked).
+    """Returns (options whose `targets` names exactly the adapted linears, our path -> host array, layers stacked); a head
+    that was saved beside the adapter is among the arrays.
 
     Raises:
       UserError: a tensor of a layer is missing, belongs to no linear of this model, or ranks differ between layers.
@@ -206,6 +226,10 @@ def load(
                     have.pop(f"{_PREFIX}{module}.base_layer.weight", None)
                 ranks[linear] = stacked.shape[-1]
                 alphas[linear] = float(_pattern(config.get("alpha_pattern"), modules[0], options.alpha))
+    for name, (weight, _) in naming.hf_names(family.weights(model_config)).items():
+        if weight.ours.startswith("task_head.") and _PREFIX + name in have:
+            value = have.pop(_PREFIX + name)
+            arrays[weight.ours] = np.ascontiguousarray(value.T if weight.transpose else value)
     if have:
         raise UserError(
             f"{folder} has the tensor {sorted(have)[0]!r}, which fits no linear layer of this model ({len(have)} in all)"
