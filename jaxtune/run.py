@@ -54,6 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             checkpoints.check()
     program, values = start.program(config, model)
     start.check_length(config, program)
+    start.check_export(config, program)
     _say(config, start.summary(model, program))
     _say(config, rows_lib.summary(config, rows))
     if held is None:
@@ -103,6 +104,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     rows = rows_lib.read(config, tokenizer, _progress(config), _classifier(config, model))
     program, _ = start.program(config, model)
     start.check_length(config, program)
+    start.check_export(config, program)
     print(config_lib.to_json(config))
     batch = rows.batches[0]
     weights_T = np.concatenate([[0.0], batch["weights_BT"][0, :-1]])  # a weight stands where its token is predicted

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 def values_and_gradients(case: str, mesh_sizes: dict[str, int] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     family = registry.load("model_type", CASES[case]["model_type"], FAMILIES)
-    config, run = family.from_hf(CASES[case]), Runtime()
+    config, run = family.from_hf(CASES[case]), Runtime(router_loss=True)
     if mesh_sizes:
         options = config_lib.base()
         options.mesh.update({"fsdp": 1} | mesh_sizes)
         mesh = sharding.make_mesh(options)
-        run = Runtime(mesh=mesh, spec=sharding.spec, constrain=sharding.constrain_on(mesh))
+        run = run._replace(mesh=mesh, spec=sharding.spec, constrain=sharding.constrain_on(mesh))
     graphdef, variables = layers.flatten(nnx.eval_shape(lambda: family.Model(config, run, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     params = {p: rng.normal(0, 0.2, v.shape).astype(np.float32) + p.endswith("scale") for p, v in variables.items()}
@@ -43,7 +43,7 @@ def values_and_gradients(case: str, mesh_sizes: dict[str, int] | None) -> tuple[
             model = layers.bind(graphdef, params)
             hidden, _, report = model.run_all(tokens, np.broadcast_to(np.arange(16), (8, 16)), segments)
             kept = hidden * segments[..., None]
-            return jnp.sum(jnp.sin(kept)) + report["balance"] + 0.1 * report["router_z"], (kept, report)
+            return jnp.sum(jnp.sin(kept)) + report["router_balance"] + 0.1 * report["router_z"], (kept, report)
 
         (_, (hidden, report)), grads = jax.value_and_grad(total, has_aux=True)(params)
         return hidden, report, grads
@@ -83,6 +83,6 @@ def test_the_report_by_hand() -> None:
     real = logits[0, [0, 1, 3]]
     probs = np.exp(real) / np.exp(real).sum(-1, keepdims=True)
     share = np.asarray([2, 2, 2]) / 3
-    np.testing.assert_allclose(report["balance"], 3 * (share * probs.mean(0)).sum() / 2, rtol=1e-5)
+    np.testing.assert_allclose(report["router_balance"], 3 * (share * probs.mean(0)).sum() / 2, rtol=1e-5)
     np.testing.assert_allclose(report["router_z"], np.square(np.log(np.exp(real).sum(-1))).mean(), rtol=1e-5)
-    np.testing.assert_allclose(report["max_load"], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(report["router_max_load"], 1.0, rtol=1e-5)
