@@ -46,6 +46,13 @@ class ExpertLinear(nnx.Module):
         return ("expert", *parts[name])
 
 
+# x_n . W_e(n) over W's last dim, (E, out, in). In the form of `ragged_dot` XLA's kernel for TPUs asks for more scratch memory
+# than it has where `in` is as small as a rank (libtpu 0.0.52: 17 of 16 MiB on v5e).
+_OVER_LAST = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
 def apply(
     w: dict[str, jax.Array], x_NI: jax.Array, sizes_E: jax.Array, expert_N: jax.Array, with_bias: Any = 1
 ) -> jax.Array:
@@ -56,7 +63,8 @@ def apply(
     x_NI = x_NI.astype(w["kernel"].dtype)
     y_NO = jax.lax.ragged_dot(x_NI, w["kernel"], sizes_E)
     if "lora_a" in w:
-        y_NO += jax.lax.ragged_dot(jax.lax.ragged_dot(x_NI, w["lora_a"], sizes_E), w["lora_b"], sizes_E)
+        h_NR, b_EOR = jax.lax.ragged_dot(x_NI, w["lora_a"], sizes_E), jnp.swapaxes(w["lora_b"], 1, 2)
+        y_NO += jax.lax.ragged_dot_general(h_NR, b_EOR, sizes_E, _OVER_LAST)
     if "gain" in w:
         y_NO *= w["gain"][expert_N]
     return y_NO + w["bias"][expert_N] * with_bias if "bias" in w else y_NO
