@@ -35,8 +35,8 @@ def _tune() -> ConfigDict:
     c.method = "lora"  # lora | full | head (the output projection alone)
     c.rank = 16  # LoRA rank r
     c.alpha = 32.0  # LoRA alpha: the update is scaled by alpha / r
-    c.dropout = 0.05  # dropout probability on the adapter's input
-    c.targets = r"layers\..*"  # regex, full match, over the paths of linear layers
+    c.dropout = 0.05  # dropout probability on the adapter's input; experts' adapters have none, as in PEFT
+    c.targets = r"layers\.(?!.*\b(experts|router)\b).*"  # regex, full match, over the paths of linear layers; r"layers\..*" = experts and their routers too
     c.use_rslora = False  # scale by alpha / sqrt(r) (arXiv:2312.03732)
     c.use_dora = False  # learn each output's magnitude apart from its direction (arXiv:2402.09353)
     c.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+, arXiv:2402.12354)
@@ -111,6 +111,10 @@ def _train() -> ConfigDict:
         "stop"  # NaN, infinite or exploding loss: stop (with a dump) | skip (leave the weights as they are)
     )
     c.max_skipped_steps = 20  # on_nonfinite="skip": stop after so many skipped steps in a row; 0 = never
+    c.router_balance_weight = (
+        0.0  # of the experts' load balance loss (1 = even load), per layer; transformers' coefficient times top_k
+    )
+    c.router_z_weight = 0.0  # of the routers' z-loss: mean squared log-partition of their logits
     c.explode_factor = 0.0  # also call a loss exploding above this multiple of its running mean; 0 = non-finite only
     c.log_every_steps = 1  # console line every so many steps where there is no terminal
     return c
@@ -228,7 +232,8 @@ _AT_LEAST: dict[str, float] = {
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
     "generate.temperature": 0, "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
     "tune.lora_plus_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0, "train.seed": 0, "train.eval_every_steps": 0,
-    "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.log_every_steps": 1,
+    "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
+    "train.router_z_weight": 0, "train.log_every_steps": 1,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.seed": 0, "generate.batch_size": 1,
 }  # fmt: skip
 

@@ -54,6 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             checkpoints.check()
     program, values = start.program(config, model)
     start.check_length(config, program)
+    start.check_export(config, program)
     _say(config, start.summary(model, program))
     _say(config, rows_lib.summary(config, rows))
     if held is None:
@@ -104,6 +105,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     rows = rows_lib.read(config, tokenizer, _progress(config), reader)
     program, _ = start.program(config, model)
     start.check_length(config, program)
+    start.check_export(config, program)
     print(config_lib.to_json(config))
     batch = rows.batches[0]
     weights_T = batch["weights_BT"][0]

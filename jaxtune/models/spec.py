@@ -144,6 +144,11 @@ class Block(NamedTuple):
     beside: Experts | None = None
     layer_input: int = 0  # width of what each token brings for this very layer (`Config.layer_input_vocab`)
 
+    @property
+    def experts(self) -> Experts | None:
+        """The mixture that tokens of this block are routed to, if there is one."""
+        return self.beside or (self.ffn if isinstance(self.ffn, Experts) else None)
+
 
 class Group(NamedTuple):
     """Blocks that repeat as a pattern: one scan over `repeats`, whose body runs each block once."""

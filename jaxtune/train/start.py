@@ -113,6 +113,17 @@ def check_length(config: ConfigDict, program: Program) -> None:
         )
 
 
+def check_export(config: ConfigDict, program: Program) -> None:
+    """Refuses, before anything is trained, an adapter that could not be written.
+
+    Raises:
+      UserError: as `peft.check`.
+    """
+    if program.lora is not None and not config.export.merge:
+        linears = sorted({path.split(".adapter.")[0] for path in program.adapter})
+        peft.check(program.family, program.model_config, linears, program.lora)
+
+
 def load(
     config: ConfigDict, model: Model, program: Program, values: Adapter | None, progress: hf.Progress
 ) -> tuple[State, Params]:

@@ -24,6 +24,7 @@ from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers
 from jaxtune.models.layers import Runtime
+from jaxtune.train import routers
 from jaxtune.types import UserError
 
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
@@ -65,6 +66,7 @@ def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.train.remat,
         attention=config.model.attention,
+        router_loss=routers.wanted(config.train),
         mesh=mesh,
         spec=sharding.spec,
         constrain=sharding.constrain_on(mesh),
@@ -83,6 +85,7 @@ def abstract(
     """
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
     model_config, run = family.from_hf(hf_config), runtime(config, mesh)
+    routers.check(config.train, model_config)
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
