@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -127,7 +128,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"), "modules_to_save": (None, []), "layers_to_transform": (None, []), "fan_in_fan_out": (None, False),
     "lora_bias": (None, False), "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
     "layer_replication": (None, []), "use_qalora": (None, False), "alora_invocation_tokens": (None, []), "use_bdlora": (None, False),
-    "arrow_config": (None,), "exclude_modules": (None, []),
+    "arrow_config": (None,), "exclude_modules": (None, []), "kasa_config": (None,), "monteclora_config": (None,),
+    # the others (PiSSA, OLoRA, CorDA, LoftQ …) take part of the base weight away, and the adapter stands on what is left
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
 
@@ -141,8 +144,8 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
     if not file.is_file():
         raise UserError(f"{folder} is not a PEFT adapter folder: expected adapter_config.json")
     try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds a {type(config).__name__}; expected an object")
@@ -156,14 +159,32 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
     for name in ("r", "target_modules"):
         if not config.get(name):
             raise UserError(f"{file} lacks {name!r}")
-    for name in ("r", "lora_alpha", "lora_dropout"):
-        if not isinstance(config.get(name, 0), int | float | None):
-            raise UserError(f"{file} has {name}={config[name]!r}; expected a number")
+    _check_numbers(file, config)
+    alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout")
     options = Options(
-        targets="", rank=int(config["r"]), alpha=float(config.get("lora_alpha") or 8), dropout=float(config.get("lora_dropout") or 0),
+        targets="", rank=config["r"], alpha=float(8 if alpha is None else alpha), dropout=float(dropout or 0),
         use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")), dtype=jnp.dtype(tune_dtype),
     )  # fmt: skip
     return config, options
+
+
+def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
+    patterns = {name: {} if config.get(name) is None else config[name] for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise UserError(f"{file} has {name}={pattern!r:.60}; expected an object, module name to number")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise UserError(f"{file} has {name} for {key!r}, which is not a regular expression: {error}") from None
+    numbers = {name: config[name] for name in ("r", "lora_alpha", "lora_dropout") if config.get(name) is not None}
+    numbers |= {f"{name} for {key!r}": value for name, pattern in patterns.items() for key, value in pattern.items()}
+    for name, value in numbers.items():
+        kind, least = (int, 1) if name.startswith("r") else (int | float, 0)
+        zero = value == 0 and not name.startswith("lora_dropout")
+        if isinstance(value, bool) or not isinstance(value, kind) or value < least or zero:
+            raise UserError(f"{file} has {name}={value!r}; expected a {'whole ' * (kind is int)}number above 0")
 
 
 def load(
@@ -172,7 +193,7 @@ def load(
     """Returns (options whose `targets` names exactly the adapted linears, our path -> host array, layers stacked).
 
     Raises:
-      UserError: a tensor of a layer is missing, belongs to no linear of this model, or ranks differ between layers.
+      UserError: a tensor of a layer is missing, belongs to no linear of this model, or layers differ in rank or alpha.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -205,13 +226,21 @@ def load(
                 for module in modules:  # under an adapted output head PEFT stores the frozen weight along: a copy
                     have.pop(f"{_PREFIX}{module}.base_layer.weight", None)
                 ranks[linear] = stacked.shape[-1]
-                alphas[linear] = float(_pattern(config.get("alpha_pattern"), modules[0], options.alpha))
+                alphas[linear] = _alpha(folder, linear, modules, config.get("alpha_pattern"), options.alpha)
     if have:
         raise UserError(
             f"{folder} has the tensor {sorted(have)[0]!r}, which fits no linear layer of this model ({len(have)} in all)"
         )
     if not ranks:
         raise UserError(f"{folder}/adapter_model.safetensors holds no LoRA tensors")
+    kinds = [kind for kind in _SUFFIX if kind != "magnitude" or options.use_dora]
+    for linear in sorted({path.split(_ADAPTER)[0] for path in arrays}):
+        found = [kind for kind in _SUFFIX if f"{linear}{_ADAPTER}{kind}" in arrays]
+        if found != kinds:
+            names = [" and ".join(_SUFFIX[kind] for kind in some) for some in (found, kinds)]
+            raise UserError(
+                f"{folder} has {names[0]} for {linear}; expected {names[1]} (use_dora={options.use_dora}): save it again"
+            )
     targets = "|".join(sorted(ranks)).replace(".", r"\.")
     return options._replace(
         targets=targets,
@@ -220,11 +249,13 @@ def load(
     ), arrays
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key of the pattern is a regex that matches the end of the module's name."""
-    import re
+def _alpha(folder: Path, linear: str, modules: list[str], pattern: Mapping[str, Any] | None, default: float) -> float:
+    """The one alpha of a linear's layers. PEFT's rule: a key of the pattern is a regex that matches a module name's end."""
 
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    def one(module: str) -> float:
+        return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+    found = sorted({float(one(module)) for module in modules})
+    if len(found) > 1:
+        raise UserError(f"{folder} gives {linear} different alphas in different layers: {found}; merge it with PEFT first")
+    return found[0]
