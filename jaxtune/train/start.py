@@ -20,7 +20,7 @@ from jaxtune.train import state as state_lib
 from jaxtune.train import step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
-from jaxtune.weights import hf, peft, source
+from jaxtune.weights import hf, peft, peft_read, source
 from jaxtune.weights.source import Model
 
 Adapter = Mapping[str, np.ndarray]
@@ -90,7 +90,7 @@ def adapter(config: ConfigDict, model: Model) -> tuple[lora.Options | None, Adap
     if model.adapter is None:
         return None, None
     family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
-    options, values = peft.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
+    options, values = peft_read.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
     return options._replace(dropout=config.tune.dropout), values
 
 

@@ -1,4 +1,4 @@
-"""PEFT adapter folders, read and written: the format that PyTorch users load unchanged."""
+"""PEFT adapter folders, written: the format that PyTorch users load unchanged."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import sharding
@@ -18,56 +17,7 @@ from jaxtune.models.spec import Head
 from jaxtune.types import UserError
 from jaxtune.weights import peft_experts
 from jaxtune.weights.peft_experts import Factors
-
-_PREFIX = "base_model.model."
-_SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_KERNEL, _ADAPTER, _INNER = ".kernel", ".adapter.", ".base_layer"
-
-
-class _Modules(NamedTuple):
-    """Where transformers has what we have: our path -> its modules' names, one per layer.
-
-    linears    each linear layer but those of experts
-    experts    each "….experts": the module of a layer's experts
-    own        each linear of experts, where transformers 4 has a module for every expert: per layer, names of all of them
-    by_weight  the linears that PEFT reaches only by their weight's name (`target_parameters`): routers, which are no linear
-               modules there, and those whose name ends like an expert's in the files, for PEFT takes it for all experts'
-    """
-
-    linears: dict[str, list[str]]
-    experts: dict[str, list[str]]
-    own: dict[str, list[list[str]]]
-    by_weight: frozenset[str]
-
-
-def _modules(family: ModuleType, model_config: Any) -> _Modules:
-    linears: dict[str, list[str]] = {}
-    experts: dict[str, list[str]] = {}
-    own: dict[str, list[list[str]]] = {}
-    for name, (weight, place) in naming.hf_names(family.weights(model_config)).items():
-        path, module = weight.ours.removesuffix(_KERNEL), _renamed(name).removesuffix(".weight")
-        if path == weight.ours:
-            continue
-        stack, _, _ = path.rpartition(".")
-        if not stack.endswith(".experts"):
-            linears.setdefault(path, []).append(module)
-            continue
-        layers = experts.setdefault(stack, [])
-        layer = module.rsplit(".", 2 if weight.experts else 1)[0]
-        if layer not in layers:
-            layers.append(layer)
-        if weight.experts:
-            rows = own.setdefault(path, [])
-            rows += [[]] if place[1] == 0 else []
-            rows[-1].append(module)
-    endings = {names[0][0].rsplit(".", 1)[-1] for names in own.values()}
-    by_weight = {p for p, m in linears.items() if p.endswith(".router") or m[0].rsplit(".", 1)[-1] in endings}
-    return _Modules(linears, experts, own, frozenset(by_weight))
-
-
-def _renamed(name: str) -> str:
-    """A name in files as transformers 5 has it in models."""
-    return name.replace(".block_sparse_moe.", ".mlp.")
+from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, Modules, modules_of
 
 
 def check(family: ModuleType, model_config: Any, linears: Iterable[str], options: Options) -> None:
@@ -76,7 +26,7 @@ def check(family: ModuleType, model_config: Any, linears: Iterable[str], options
     Raises:
       UserError: DoRA on what PEFT adapts as a parameter of a module, naming the first and what to do.
     """
-    modules = _modules(family, model_config)
+    modules = modules_of(family, model_config)
     found = [path for path in linears if path in modules.by_weight or path.rpartition(".")[0] in modules.experts]
     if options.use_dora and found:
         raise UserError(
@@ -106,29 +56,29 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    modules, tensors = _modules(family, model_config), dict[str, np.ndarray]()
-    head = {path: array for path, array in adapter.items() if _ADAPTER not in path}
+    modules, tensors = modules_of(family, model_config), dict[str, np.ndarray]()
+    head = {path: array for path, array in adapter.items() if ADAPTER not in path}
     saved = {}  # of a task head, which PEFT keeps whole beside the adapter
     for name, (weight, _) in naming.hf_names(family.weights(model_config)).items():
         if weight.ours in head:
             value = sharding.to_host(head[weight.ours])
             saved[name] = np.ascontiguousarray(value.T if weight.transpose else value)
-    tensors |= {f"{_PREFIX}{name}": value for name, value in saved.items()}
+    tensors |= {f"{PREFIX}{name}": value for name, value in saved.items()}
     hosts = {path: sharding.to_host(array) for path, array in adapter.items() if path not in head}
-    chosen = {path.split(_ADAPTER)[0] for path in hosts}
+    chosen = {path.split(ADAPTER)[0] for path in hosts}
     check(family, model_config, sorted(chosen), options)
     for path, host in hosts.items():
-        linear, kind = path.split(_ADAPTER)
+        linear, kind = path.split(ADAPTER)
         for layer, module in enumerate(modules.linears.get(linear, ())):
             value = host[layer] if linear.startswith("layers.") else host
-            tensors[f"{_PREFIX}{module}.{_SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
+            tensors[f"{PREFIX}{module}.{SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
     names, parameters = _targets(modules, chosen), _weights_of(modules, chosen)
     fused = _fused(modules, hosts, options)
     for (stack, parameter), (factors, depth) in fused.items():
         for layer, module in enumerate(modules.experts[stack]):
             parameters.append(f"{module}.{parameter}")
             for suffix, value in peft_experts.stored(factors.a[layer], factors.b[layer]).items():
-                tensors[f"{_PREFIX}{module}{_INNER * depth}.{suffix}"] = value
+                tensors[f"{PREFIX}{module}{INNER * depth}.{suffix}"] = value
     if not write:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +104,7 @@ def _saved_modules(saved: Iterable[str]) -> list[str] | None:
     return sorted({"classifier" if name.startswith("classifier.") else name for name in modules}) or None
 
 
-def _targets(modules: _Modules, chosen: set[str]) -> list[str]:
+def _targets(modules: Modules, chosen: set[str]) -> list[str]:
     """The short names ("q_proj") where they say exactly what was chosen; else the full module names.
 
     With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well.
@@ -166,7 +116,7 @@ def _targets(modules: _Modules, chosen: set[str]) -> list[str]:
     return sorted(module for linear in chosen - modules.by_weight for module in linears.get(linear, ()))
 
 
-def _weights_of(modules: _Modules, chosen: set[str]) -> list[str]:
+def _weights_of(modules: Modules, chosen: set[str]) -> list[str]:
     """What PEFT reaches only by its weight's name."""
     return sorted(f"{module}.weight" for linear in chosen & modules.by_weight for module in modules.linears[linear])
 
@@ -174,13 +124,13 @@ def _weights_of(modules: _Modules, chosen: set[str]) -> list[str]:
 _Fused = dict[tuple[str, str], tuple[Factors, int]]
 
 
-def _fused(modules: _Modules, hosts: Mapping[str, np.ndarray], options: Options) -> _Fused:
+def _fused(modules: Modules, hosts: Mapping[str, np.ndarray], options: Options) -> _Fused:
     """(our path of experts, PEFT's parameter) -> (its factors, the wrappers around its own)."""
     found: _Fused = {}
     for stack in modules.experts:
         parts = {}
         for name in ("gate_proj", "up_proj", *peft_experts.PARAMETERS):
-            a, b = (hosts.get(f"{stack}.{name}{_ADAPTER}{kind}") for kind in ("lora_a", "lora_b"))
+            a, b = (hosts.get(f"{stack}.{name}{ADAPTER}{kind}") for kind in ("lora_a", "lora_b"))
             if a is not None and b is not None:
                 parts[name] = Factors(a, b, options.scale(f"{stack}.{name}"))
         wrapped = peft_experts.fused(parts)
@@ -190,7 +140,7 @@ def _fused(modules: _Modules, hosts: Mapping[str, np.ndarray], options: Options)
 
 
 def _config(
-    options: Options, targets: list[str], parameters: list[str], modules: _Modules, fused: _Fused, base: str
+    options: Options, targets: list[str], parameters: list[str], modules: Modules, fused: _Fused, base: str
 ) -> dict[str, Any]:
     def per_module(pattern: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
         return {module: value for path, value in pattern for module in modules.linears.get(path, ())}
@@ -231,182 +181,3 @@ base = {auto_class}.from_pretrained(BASE_MODEL_FOLDER{count})
 model = PeftModel.from_pretrained(base, THIS_FOLDER)
 ```
 """
-
-
-# PEFT settings that change the adapter's maths and are not read here, with the value at which they do nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": (None, "none"), "layers_to_transform": (None, []), "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False), "trainable_token_indices": (None, [], {}), "layer_replication": (None, []), "use_qalora": (None, False), "alora_invocation_tokens": (None, []), "use_bdlora": (None, False),
-    "arrow_config": (None,), "exclude_modules": (None, []),
-}  # fmt: skip
-
-
-def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, Any], Options]:
-    """Reads `adapter_config.json`: (as it stands, our options with the targets still unresolved).
-
-    Raises:
-      UserError: it is no LoRA adapter folder, or uses a PEFT setting that jaxtune does not read.
-    """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a PEFT adapter folder: expected adapter_config.json")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds a {type(config).__name__}; expected an object")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file} has peft_type={config.get('peft_type')!r}; jaxtune reads 'LORA'")
-    for name, neutral in _NEUTRAL.items():
-        if config.get(name) not in neutral:
-            raise UserError(
-                f"{file} has {name}={config[name]!r}, which jaxtune does not read; merge that adapter with PEFT first"
-            )
-    for names in (("r",), ("target_modules", "target_parameters")):
-        if not any(config.get(name) for name in names):
-            raise UserError(f"{file} lacks {names[0]!r}")
-    for name in ("r", "lora_alpha", "lora_dropout"):
-        if not isinstance(config.get(name, 0), int | float | None):
-            raise UserError(f"{file} has {name}={config[name]!r}; expected a number")
-    options = Options(
-        targets="", rank=int(config["r"]), alpha=float(config.get("lora_alpha") or 8), dropout=float(config.get("lora_dropout") or 0),
-        use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")), dtype=jnp.dtype(tune_dtype),
-    )  # fmt: skip
-    return config, options
-
-
-def load(
-    folder: Path, family: ModuleType, model_config: Any, tune_dtype: str = "float32"
-) -> tuple[Options, dict[str, np.ndarray]]:
-    """Returns (options whose `targets` names exactly the adapted linears, our path -> host array, layers stacked); a head
-    that was saved beside the adapter is among the arrays.
-
-    Raises:
-      UserError: a tensor of a layer is missing, belongs to no linear of this model, or ranks differ between layers.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    config, options = read_config(folder, tune_dtype)
-    try:
-        have = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
-    have = {_renamed(name): tensor for name, tensor in have.items()}
-    modules, found = _modules(family, model_config), _Found(folder, config, options, have)
-    for linear, names in modules.linears.items():
-        found.linear(linear, names)
-    for linear, rows in modules.own.items():
-        found.own_modules(linear, rows)
-    for stack, names in modules.experts.items():
-        num_experts = next(b.experts.num_experts for b, _ in model_config.blocks if b.experts)
-        found.experts(stack, names, num_experts, split=f"{stack}.gate_proj" in modules.own)
-    for name, (weight, _) in naming.hf_names(family.weights(model_config)).items():
-        if weight.ours.startswith("task_head.") and _PREFIX + name in have:
-            value = have.pop(_PREFIX + name)
-            found.arrays[weight.ours] = np.ascontiguousarray(value.T if weight.transpose else value)
-    if have:
-        raise UserError(
-            f"{folder} has the tensor {sorted(have)[0]!r}, which fits no linear layer of this model ({len(have)} in all)"
-        )
-    if not found.ranks:
-        raise UserError(f"{folder}/adapter_model.safetensors holds no LoRA tensors")
-    targets = "|".join(sorted(found.ranks)).replace(".", r"\.")
-    return options._replace(
-        targets=targets,
-        rank_pattern=tuple((p, r) for p, r in found.ranks.items() if r != options.rank),
-        alpha_pattern=tuple((p, a) for p, a in found.alphas.items() if a != options.alpha),
-    ), found.arrays
-
-
-class _Found:
-    """What an adapter's tensors hold, by our paths; a tensor that has its place is taken out of `have`."""
-
-    def __init__(self, folder: Path, config: Mapping[str, Any], options: Options, have: dict[str, np.ndarray]):
-        self.folder, self.config, self.options, self.have = folder, config, options, have
-        self.arrays: dict[str, np.ndarray] = {}
-        self.ranks: dict[str, int] = {}
-        self.alphas: dict[str, float] = {}
-
-    def linear(self, linear: str, modules: list[str]) -> None:
-        """A linear layer: one module per layer, or one in all."""
-        for kind, suffix in _SUFFIX.items():
-            parts = self._taken(linear, modules, suffix)
-            if not parts:
-                continue
-            stacked = np.stack([part.T for part in parts]) if linear.startswith("layers.") else parts[0].T
-            self.arrays[f"{linear}{_ADAPTER}{kind}"] = np.ascontiguousarray(stacked)
-            if kind == "lora_a":
-                for module in modules:  # under an adapted output head PEFT stores the frozen weight along: a copy
-                    self.have.pop(f"{_PREFIX}{module}.base_layer.weight", None)
-                self.ranks[linear], self.alphas[linear] = stacked.shape[-1], self._alpha(modules[0])
-
-    def own_modules(self, linear: str, rows: list[list[str]]) -> None:
-        """A linear of experts, each expert's a module of its own (as under transformers 4)."""
-        a, b = self._pair(linear, [module for row in rows for module in row])
-        if a:
-            shape = (len(rows), len(rows[0]))
-            A, B = (np.stack([part.T for part in parts]).reshape(*shape, *parts[0].T.shape) for parts in (a, b))
-            self._add(linear, Factors(A, B, self.options.scale_of(self._alpha(rows[0][0]), A.shape[-1])))
-
-    def experts(self, stack: str, modules: list[str], num_experts: int, split: bool) -> None:
-        """All experts of a layer in one module, adapted by its parameters; `split`: here gate and up are two."""
-        inner = any(f"{_PREFIX}{module}{_INNER}.lora_A.weight" in self.have for module in modules)
-        wanted = self.config.get("target_parameters") or ()
-        for depth, parameter in enumerate(reversed(peft_experts.PARAMETERS)):
-            full = f"{modules[0]}.{parameter}"
-            if not inner and not any(full == name or full.endswith(f".{name}") for name in wanted):
-                continue
-            path = f"{stack}.{parameter}"
-            wrapped = [f"{module}{_INNER * depth * inner}" for module in modules]
-            a, b = self._pair(path, wrapped)
-            if not a:
-                continue
-            pairs = [peft_experts.read(*pair, num_experts) for pair in zip(a, b, strict=True)]
-            scale = self.options.scale_of(self._alpha(full), pairs[0][0].shape[-1])
-            both = Factors(np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs]), scale)
-            parts = peft_experts.apart(both) if split and parameter == "gate_up_proj" else {parameter: both}
-            for name, factors in parts.items():
-                self._add(f"{stack}.{name}", factors)
-
-    def _add(self, linear: str, factors: Factors) -> None:
-        self.arrays[f"{linear}{_ADAPTER}lora_a"] = np.ascontiguousarray(factors.a)
-        self.arrays[f"{linear}{_ADAPTER}lora_b"] = np.ascontiguousarray(factors.b)
-        self.ranks[linear], self.alphas[linear] = factors.rank, self.options.alpha_of(factors.scale, factors.rank)
-
-    def _alpha(self, module: str) -> float:
-        return float(_pattern(self.config.get("alpha_pattern"), module, self.options.alpha))
-
-    def _pair(self, linear: str, modules: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        a, b = (self._taken(linear, modules, _SUFFIX[kind]) for kind in ("lora_a", "lora_b"))
-        if len(a) != len(b):
-            raise UserError(f"{self.folder} has only one of lora_A and lora_B for {linear}: the file is not whole")
-        return a, b
-
-    def _taken(self, linear: str, modules: list[str], suffix: str) -> list[np.ndarray]:
-        """The tensors of all modules, taken out; none where the first has none and no other."""
-        names = [f"{_PREFIX}{module}.{suffix}" for module in modules]
-        missing = [name for name in names if name not in self.have]
-        if len(missing) == len(names):
-            return []
-        if missing:
-            raise UserError(
-                f"{self.folder} adapts {linear} in some layers only: {missing[0]} is missing; jaxtune adapts all layers alike"
-            )
-        parts = [self.have.pop(name) for name in names]
-        if len({part.shape for part in parts}) > 1:
-            raise UserError(
-                f"{self.folder} gives {linear} different ranks in different layers: {sorted({p.T.shape for p in parts})}"
-            )
-        return parts
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key of the pattern is a regex that matches the end of the module's name."""
-    import re
-
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default

@@ -16,7 +16,7 @@ from jaxtune import sharding
 from jaxtune.models import layers
 from jaxtune.train import start
 from jaxtune.train import step as step_lib
-from jaxtune.weights import peft as peft_files
+from jaxtune.weights import peft_read
 from tests.families import CASES, VOCAB
 
 pytestmark = [
@@ -163,7 +163,7 @@ def test_gradients_of_adapters_on_experts_agree(
                 value.copy_(value.grad)
     model.save_pretrained(tmp_path / "gradients")
     program = mine.program
-    _, expected = peft_files.load(tmp_path / "gradients", program.family, program.model_config)
+    _, expected = peft_read.load(tmp_path / "gradients", program.family, program.model_config)
     for path, value in expected.items():
         found = moved[path]
         if "gate_proj" in path and path.endswith("lora_a"):  # here gate and up have a copy each of PEFT's one A

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtune.models import layers, naming
-from jaxtune.weights import hf
+from jaxtune.weights import hf, peft_read
 from jaxtune.weights import peft as peft_files
 from tests.families import CASES, VOCAB
 
@@ -127,7 +127,7 @@ def test_adapter_on_all_linear_layers_loads_in_peft(
     ours = pair.ours.logits(TOKENS, params={**pair.ours.params, **adapter})
     assert np.abs(ours - plain).max() > 20 * TOLERANCE
     assert apart(ours, theirs(model, TOKENS), "with PEFT") <= TOLERANCE
-    options, again = peft_files.load(tmp_path / "adapter", program.family, program.model_config)
+    options, again = peft_read.load(tmp_path / "adapter", program.family, program.model_config)
     assert again.keys() == adapter.keys()
     assert all(np.array_equal(again[path], adapter[path]) for path in adapter)
     assert {path: options.scale(path) for path in again} == {path: program.lora.scale(path) for path in again}
