@@ -21,6 +21,6 @@ def get_config():
     config.train.objective = "classify"
     config.eval.metric = "auto"  # a head's own: accuracy, macro-F1, label NLL
     config.optim.learning_rate = 5e-4
-    config.train.steps = 200  # of 8 x 128 tokens, about 16 sentences: one pass
+    config.train.steps = 200  # of 8 x 128 tokens, about 20 sentences: a little more than one pass
     config.train.eval_every_steps = 50
     return config

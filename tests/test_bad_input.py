@@ -292,6 +292,7 @@ _MODELS = [
     row("number of two parts", "--config.model.head=sequence --config.model.labels=a,b --config.model.problem_type=regression", r"'regression' with 2 labels; expected one"),
     row("objective without its head", "--config.train.objective=classify", r"'classify' on a model with .*LlamaForCausalLM.* 'classify' with model\.head='sequence'"),
     row("head without its objective", "--config.model.head=token --config.model.labels=a,b", r"'sft' on a model with .*TokenClassification.* 'token_classify' with model\.head='token'"),
+    row("words from hidden states alone", "--config.model.head=none", r"'sft' on a model with .*LlamaModel.* hidden states alone: set model\.head='lm'"),
     row("masked words on a decoder", "--config.train.objective=mlm", r"'mlm' on a model with .*LlamaForCausalLM.* 'mlm' with model\.head='lm' on an encoder"),
     row("masked words without a mask token", lambda r: r.set("train.objective=mlm", "model.source=preset:minilm_l6", f"model.tokenizer={r.model}", "model.head=lm"), "has no mask token", r"model\.tokenizer"),
     row("shares of masked tokens beyond the whole", "--config.data.mask_token_share=0.9 --config.data.mask_random_share=0.2", r"data\.mask_token_share \+ data\.mask_random_share .* at most 1"),

@@ -24,10 +24,13 @@ from jaxtune.workdir import shown
 def table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
     """Metrics of one or more models side by side, with their intervals."""
     names = list(results)
-    lines = [f"{'':<14}" + "".join(f"{name[:28]:>30}" for name in names)]
+    width = 2 + max(map(len, results[names[0]].metrics))
+    lines = [" " * width + "".join(f"{name[:28]:>30}" for name in names)]
     for metric in results[names[0]].metrics:
         cells = [results[name].metrics[metric] for name in names]
-        lines.append(f"{metric:<14}" + "".join(f"{f'{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]':>30}" for e in cells))
+        lines.append(
+            f"{metric:<{width}}" + "".join(f"{f'{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]':>30}" for e in cells)
+        )
     return "\n".join(lines) + f"\n({config.eval.confidence:.0%} bootstrap intervals)"
 
 

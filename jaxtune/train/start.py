@@ -67,22 +67,32 @@ def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Re
       UserError: head and objective do not go together, or there is no token to mask with.
     """
     check_head(config, model)
-    if config.train.objective == "mlm":
-        if tokenizer.mask_id is None:
-            raise UserError(
-                "train.objective='mlm': the tokenizer has no mask token; use that of an encoder (model.tokenizer)"
-            )
-        data, seed = config.data, config.train.seed
-        shares = (data.mask_fraction, data.mask_token_share, data.mask_random_share)
-        return readers.Reader("masked", masking=Masking(tokenizer.mask_id, tokenizer.vocab_size, *shares, seed))
-    if config.train.objective not in ("classify", "token_classify"):
-        return readers.NEXT
-    if config.train.objective == "token_classify":
+    name, kind = config.train.objective, reading.task(model.hf_config)
+    if name == "sft" and kind == "Model":
+        raise UserError(
+            f"train.objective='sft' on a model with architectures={model.hf_config.get('architectures')}, which gives hidden states "
+            f"alone: set model.head='lm'"
+        )
+    if name == "mlm":
+        return readers.Reader("masked", masking=_masking(config, tokenizer))
+    if name == "token_classify":
         return readers.Reader("tags", source.labels(model))
-    family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
-    kinds = dict(zip(reading.PROBLEMS, ("label", "labels", "number"), strict=True))
-    pool = family.from_hf(model.hf_config).head.pool
-    return readers.Reader(kinds[reading.problem(model.hf_config)], source.labels(model), pool)
+    if name == "classify":
+        family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+        kinds = dict(zip(reading.PROBLEMS, ("label", "labels", "number"), strict=True))
+        pool = family.from_hf(model.hf_config).head.pool
+        return readers.Reader(kinds[reading.problem(model.hf_config)], source.labels(model), pool)
+    return readers.NEXT
+
+
+def _masking(config: ConfigDict, tokenizer: Tokenizer) -> Masking:
+    data = config.data
+    if tokenizer.mask_id is None:
+        raise UserError(
+            "train.objective='mlm': the tokenizer has no mask token; use an encoder's own (model.tokenizer)"
+        )
+    shares = (data.mask_fraction, data.mask_token_share, data.mask_random_share)
+    return Masking(tokenizer.mask_id, tokenizer.vocab_size, *shares, config.train.seed)
 
 
 def adapter(config: ConfigDict, model: Model) -> tuple[lora.Options | None, Adapter | None]:
