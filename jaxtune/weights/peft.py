@@ -102,7 +102,8 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    modules, tensors = _modules(family, model_config), {}
+    modules = _modules(family, model_config)
+    tensors: dict[str, np.ndarray] = {}
     head = {path: array for path, array in adapter.items() if _ADAPTER not in path}
     saved = {}  # of a task head, which PEFT keeps whole beside the adapter
     for name, (weight, _) in naming.hf_names(family.weights(model_config)).items():
