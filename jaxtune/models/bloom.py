@@ -61,7 +61,9 @@ def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:
 
 PRESETS = {
     "bloom_560m": _preset(1024, 24, 16),
+    "bloom_1b1": _preset(1536, 24, 16),
     "bloom_1b7": _preset(2048, 24, 16),
+    "bloom_3b": _preset(2560, 30, 32),
     "bloom_7b1": _preset(4096, 30, 32),
     "bloom_176b": _preset(14336, 70, 112),
 }

@@ -72,6 +72,7 @@ def _preset(
 
 _LONG = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "vocab_size": 262208}
 PRESETS = {
+    "gemma3_270m": _preset(640, 18, 4, 1, 256, 2048, 512, 256, max_position_embeddings=32768),
     "gemma3_1b": _preset(1152, 26, 4, 1, 256, 6912, 512, 256, max_position_embeddings=32768),
     "gemma3_4b": _preset(2560, 34, 8, 4, 256, 10240, 1024, 256, **_LONG),
     "gemma3_12b": _preset(3840, 48, 16, 8, 256, 15360, 1024, 256, **_LONG),

@@ -59,8 +59,10 @@ def _preset(dim: int, layers: int, heads: int, vocab: int = 50304) -> dict[str, 
 
 
 PRESETS = {
+    "pythia_70m": _preset(512, 6, 8),
     "pythia_160m": _preset(768, 12, 12),
     "pythia_410m": _preset(1024, 24, 16),
+    "pythia_1b": _preset(2048, 16, 8),
     "pythia_1_4b": _preset(2048, 24, 16),
     "pythia_2_8b": _preset(2560, 32, 32),
     "pythia_6_9b": _preset(4096, 32, 32, 50432),

@@ -27,6 +27,8 @@ class Head(NamedTuple):
 class Policy(NamedTuple):
     """A model as an objective sees it: `hidden(batch, key) -> (B, T, D)`, and the head over it.
 
+    `hidden` may be called several times, though not inside another scan: the step collects what routers say of each pass.
+
     `pool` says which hidden state stands for a whole text: first | last | mean; "" where the model has no such head.
     """
 
