@@ -226,21 +226,19 @@ def load(
                 for module in modules:  # under an adapted output head PEFT stores the frozen weight along: a copy
                     have.pop(f"{_PREFIX}{module}.base_layer.weight", None)
                 ranks[linear] = stacked.shape[-1]
-                alphas[linear] = _alpha(folder, linear, modules, config.get("alpha_pattern"), options.alpha)
+                alphas[linear] = float(_pattern(config.get("alpha_pattern"), modules[0], options.alpha))
+                found = {_pattern(config.get("alpha_pattern"), module, options.alpha) for module in modules}
+                if len(found) > 1:
+                    raise UserError(
+                        f"{folder} gives {linear} different alphas in different layers: {sorted(found)}; merge it with PEFT first"
+                    )
     if have:
         raise UserError(
             f"{folder} has the tensor {sorted(have)[0]!r}, which fits no linear layer of this model ({len(have)} in all)"
         )
     if not ranks:
         raise UserError(f"{folder}/adapter_model.safetensors holds no LoRA tensors")
-    kinds = [kind for kind in _SUFFIX if kind != "magnitude" or options.use_dora]
-    for linear in sorted({path.split(_ADAPTER)[0] for path in arrays}):
-        found = [kind for kind in _SUFFIX if f"{linear}{_ADAPTER}{kind}" in arrays]
-        if found != kinds:
-            names = [" and ".join(_SUFFIX[kind] for kind in some) for some in (found, kinds)]
-            raise UserError(
-                f"{folder} has {names[0]} for {linear}; expected {names[1]} (use_dora={options.use_dora}): save it again"
-            )
+    _check_whole(folder, set(arrays), options)
     targets = "|".join(sorted(ranks)).replace(".", r"\.")
     return options._replace(
         targets=targets,
@@ -249,13 +247,21 @@ def load(
     ), arrays
 
 
-def _alpha(folder: Path, linear: str, modules: list[str], pattern: Mapping[str, Any] | None, default: float) -> float:
-    """The one alpha of a linear's layers. PEFT's rule: a key of the pattern is a regex that matches a module name's end."""
+def _check_whole(folder: Path, paths: set[str], options: Options) -> None:
+    """Refuses a linear with a factor too few or too many."""
+    expected = [kind for kind in _SUFFIX if kind != "magnitude" or options.use_dora]
+    for linear in sorted({path.split(_ADAPTER)[0] for path in paths if _ADAPTER in path}):
+        found = [kind for kind in _SUFFIX if f"{linear}{_ADAPTER}{kind}" in paths]
+        if found != expected:
+            has, wants = (" and ".join(_SUFFIX[kind] for kind in kinds) for kinds in (found, expected))
+            raise UserError(
+                f"{folder} has {has} for {linear}; expected {wants}, as use_dora={options.use_dora}: save the adapter again"
+            )
 
-    def one(module: str) -> float:
-        return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
-    found = sorted({float(one(module)) for module in modules})
-    if len(found) > 1:
-        raise UserError(f"{folder} gives {linear} different alphas in different layers: {found}; merge it with PEFT first")
-    return found[0]
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: a key of the pattern is a regex that matches the end of the module's name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
