@@ -23,6 +23,7 @@ def _model() -> ConfigDict:
     c.chat_template = ""  # path of a Jinja file that replaces the tokenizer's own template; "" = the tokenizer's own
     c.head = ""  # what stands on the last hidden state: "" = as the model has it | lm | sequence | token | none; a new one starts random and trains
     c.labels = ()  # classes of a sequence or token head, in their order; () = those of the model's id2label
+    c.problem_type = ""  # what a sequence head's scores mean: single_label_classification | multi_label_classification | regression; "" = as the model's config says, else single (one label: regression)
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
     c.attention = "auto"  # auto (by platform) | xla | splash
@@ -34,8 +35,8 @@ def _tune() -> ConfigDict:
     c.method = "lora"  # lora | full | head (the output projection alone)
     c.rank = 16  # LoRA rank r
     c.alpha = 32.0  # LoRA alpha: the update is scaled by alpha / r
-    c.dropout = 0.05  # dropout probability on the adapter's input
-    c.targets = r"layers\..*"  # regex, full match, over the paths of linear layers
+    c.dropout = 0.05  # dropout probability on the adapter's input; experts' adapters have none, as in PEFT
+    c.targets = r"layers\.(?!.*\b(experts|router)\b).*"  # regex, full match, over the paths of linear layers; r"layers\..*" = experts and their routers too
     c.use_rslora = False  # scale by alpha / sqrt(r) (arXiv:2312.03732)
     c.use_dora = False  # learn each output's magnitude apart from its direction (arXiv:2402.09353)
     c.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+, arXiv:2402.12354)
@@ -53,17 +54,22 @@ def _data() -> ConfigDict:
     c.test_fraction = 0.0  # share of `train` held out for the test when `test` is ""
     c.split_key = ""  # column whose value decides the split; "" = the whole row (equal rows stay together)
     c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": group 1 counts where there is one; rows of one group stay on one side
-    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled
+    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled | tagged (words and a tag for each)
     c.files = ""  # where a URI names a folder: which of its files hold rows, a pattern such as "*/*.json"; "" = all data files
     c.prepare = ""  # a function of yours, "module:function" or "file.py:function": row -> row, or None to drop it
     c.columns = ()  # names of the columns of a table without a header row; () = the first row names them
     c.prompt = ""  # labelled: the user's turn, a template over columns, e.g. "Review: {text}\nSentiment:"
     c.system = ""  # labelled: the system turn, a template likewise; "" = none
-    c.label_column = ""  # labelled: the column that holds the answer
+    c.label_column = ""  # labelled: the column that holds the answer; tagged: the tags, "" = tags, ner_tags or labels
+    c.label_separator = ""  # labelled: what stands between a text's labels, e.g. ";"; "" = one label (a JSON list holds several all the same)
     c.label_bins = ()  # labelled, numeric column: ((low, high, name), …), low <= x < high; rows in no bin are dropped and counted
     c.chat = True  # render alpaca, prompt_completion and labelled rows by the chat template; False = plain text
     c.roles = ("assistant",)  # roles whose tokens are trained
     c.end_of_turn = "turn"  # which end-of-turn tokens train: all | turn (of trained turns) | last | none
+    c.tag_subwords = "first"  # tagged: which sub-words of a word train: first | all
+    c.mask_fraction = 0.15  # mlm: share of a text's tokens to be predicted, special ones apart (arXiv:1810.04805, 3.1)
+    c.mask_token_share = 0.8  # mlm: share of those that the mask token replaces
+    c.mask_random_share = 0.1  # mlm: share of those that a random token replaces; the rest stay as they are
     c.max_length = 1024  # tokens of a batch row
     c.too_long = "truncate"  # a row longer than max_length: truncate | drop | error (always counted)
     c.packing = True  # put several rows in one batch row, kept apart by segment ids (best fit); False = pad
@@ -105,6 +111,10 @@ def _train() -> ConfigDict:
         "stop"  # NaN, infinite or exploding loss: stop (with a dump) | skip (leave the weights as they are)
     )
     c.max_skipped_steps = 20  # on_nonfinite="skip": stop after so many skipped steps in a row; 0 = never
+    c.router_balance_weight = (
+        0.0  # of the experts' load balance loss (1 = even load), per layer; transformers' coefficient times top_k
+    )
+    c.router_z_weight = 0.0  # of the routers' z-loss: mean squared log-partition of their logits
     c.explode_factor = 0.0  # also call a loss exploding above this multiple of its running mean; 0 = non-finite only
     c.log_every_steps = 1  # console line every so many steps where there is no terminal
     return c
@@ -131,7 +141,7 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity
+    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity; heads for labels, tags or masked words have metrics of their own
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
     c.limit = 500  # rows at most; 0 = all
@@ -196,12 +206,14 @@ def base() -> ConfigDict:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.head": ("", "lm", "sequence", "token", "none"),
+    "model.problem_type": ("", "single_label_classification", "multi_label_classification", "regression"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash"),
     "tune.method": ("lora", "full", "head"),
     "tune.dtype": ("float32", "bfloat16"),
-    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled"),
+    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled", "tagged"),
+    "data.tag_subwords": ("first", "all"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
     "data.too_long": ("truncate", "drop", "error"),
     "optim.name": ("adamw", "sgd"),
@@ -220,7 +232,8 @@ _AT_LEAST: dict[str, float] = {
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
     "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
     "train.eval_every_steps": 0,
-    "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.log_every_steps": 1,
+    "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
+    "train.router_z_weight": 0, "train.log_every_steps": 1,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
 }  # fmt: skip
 
@@ -230,6 +243,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "optim.learning_rate": (0, 1e6), "optim.warmup_steps": (0, 2**31 - 1),
     "train.steps": (0, 2**31 - 1), "train.epochs": (0, 1e9), "train.seed": (0, 2**32 - 1), "generate.seed": (0, 2**32 - 1),
     "tune.alpha": (0, 1e6), "tune.lora_plus_ratio": (0, 1e6), "optim.weight_decay": (0, 1e6), "generate.temperature": (0, 1e6),
+    "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
 }  # fmt: skip
 
 _ABOVE_ZERO = {
@@ -298,6 +312,10 @@ def validate(config: ConfigDict) -> None:
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         raise UserError(
             "data.validation_fraction + data.test_fraction leave no training rows: their sum must be below 1"
+        )
+    if config.data.mask_token_share + config.data.mask_random_share > 1:
+        raise UserError(
+            "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
         )
 
 

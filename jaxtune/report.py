@@ -18,8 +18,17 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-_SHARES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "exact_match": "Exact match"}
-_NAMES = _SHARES | {"label_nll": "Label NLL (nats)", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
+_SHARES = {
+    "accuracy": "Accuracy", "macro_f1": "Macro-F1", "exact_match": "Exact match", "label_macro_f1": "Macro-F1 of labels",
+    "label_micro_f1": "Micro-F1 of labels", "subset_accuracy": "All labels right", "entity_micro_f1": "Micro-F1 of entities",
+    "entity_macro_f1": "Macro-F1 of entities", "tag_accuracy": "Words tagged right", "masked_accuracy": "Masked words guessed",
+}  # fmt: skip
+_NAMES = _SHARES | {
+    "label_nll": "Label NLL (nats)",
+    "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte",
+    "rmse": "RMSE",
+}
 
 # Plots are drawn in colours that stand for these CSS variables, so that one SVG follows light and dark.
 _INK, _MUTED, _LINE, _BEFORE, _AFTER = (f"#0a0b0{i}" for i in range(1, 6))

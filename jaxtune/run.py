@@ -21,14 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import checkpoint, fetch, optim, registry, tracking
+from jaxtune import checkpoint, fetch, optim, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
-from jaxtune.data import classes, pipeline, templates
+from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import read_examples
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
-from jaxtune.models import FAMILIES
 from jaxtune.train import loop, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
@@ -47,13 +46,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
     with clock("tokenise"):
-        rows = rows_lib.read(config, tokenizer, show, classifier := _classifier(config, model))
-        held = measure.held_out(config, rows.splits, tokenizer, classifier)
+        reader = start.reader(config, model, tokenizer)
+        rows = rows_lib.read(config, tokenizer, show, reader)
+        held = measure.held_out(config, rows.splits, tokenizer, reader)
     if config.checkpoint.resume:
         with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
             checkpoints.check()
     program, values = start.program(config, model)
     start.check_length(config, program)
+    start.check_export(config, program)
     if held:
         measure.check(config, held, tokenizer, program)
     _say(config, start.summary(model, program))
@@ -102,12 +103,16 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    rows = rows_lib.read(config, tokenizer, _progress(config), _classifier(config, model))
+    reader = start.reader(config, model, tokenizer)
+    rows = rows_lib.read(config, tokenizer, _progress(config), reader)
     program, _ = start.program(config, model)
     start.check_length(config, program)
+    start.check_export(config, program)
     print(config_lib.to_json(config))
     batch = rows.batches[0]
-    weights_T = np.concatenate([[0.0], batch["weights_BT"][0, :-1]])  # a weight stands where its token is predicted
+    weights_T = batch["weights_BT"][0]
+    if reader.kind == "next":
+        weights_T = np.concatenate([[0.0], weights_T[:-1]])  # a weight stands where its token is predicted
     print(
         f"\nfirst row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:"
     )
@@ -132,7 +137,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show)
-    held = measure.held_out(config, splits, tokenizer, _classifier(config, model))
+    held = measure.held_out(config, splits, tokenizer, start.reader(config, model, tokenizer))
     if held is None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
@@ -158,6 +163,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
         )
     examples, _ = read_examples(fetch.local(config.generate.input), config.data, answers=False)
     model = source.find(config)
+    source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
     program, params, what = _ready(config, model)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
@@ -175,6 +181,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
 def chat(config: ConfigDict, workdir: Path) -> None:
     """Talks in the terminal, streaming; /reset forgets, /quit or end of input leaves."""
     model = source.find(config)
+    source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
     program, params, what = _ready(config, model)
     sampler, options = measure.sampler(tokenizer, program, params), config.generate
@@ -267,17 +274,6 @@ def _write(path: Path, text: str) -> None:
             partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
-
-
-def _classifier(config: ConfigDict, model: source.Model) -> classes.Classifier | None:
-    """The model's labels and how it reads a text, for the `classify` objective."""
-    if config.train.objective != "classify":
-        return None
-    family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
-    head = family.from_hf(model.hf_config).head
-    if head is None or not head.pool:
-        raise UserError("train.objective='classify' needs a model that classes texts: set model.head='sequence'")
-    return classes.Classifier(source.labels(model), head.pool)
 
 
 def _before(config: ConfigDict, workdir: Path, asked: str, measured: Callable[[], tasks.Result]) -> tasks.Result:

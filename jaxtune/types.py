@@ -18,8 +18,9 @@ import numpy as np
 # A batch: named NumPy arrays, each (B, …) as its name ends, made in `data/`, turned into global `jax.Array`s once, by `sharding.py`.
 #
 #   tokens_BT       int32    input ids; `pad_id` where there is no token
-#   targets_BT      int32    the next token of the same segment; 0 where there is none
-#   weights_BT      float32  loss weight of predicting `targets_BT`; 0 masks
+#   targets_BT      int32    the next token of the same segment; or what this token itself is to be classed as; 0 where there is none
+#   weights_BT      float32  loss weight of predicting `targets_BT` (or `scores_BTC`); 0 masks
+#   scores_BTC      float32  what a text's scores should be, at the token whose weight is not 0; several labels and numbers alone
 #   segment_ids_BT  int32    1, 2, … numbers the rows packed into one; 0 is padding
 #   positions_BT    int32    position inside the segment, restarting at 0
 #   row_ids_BT      int32    index of the data row a token came from; -1 is padding (host-side bookkeeping)
@@ -29,6 +30,7 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "tokens_BT": np.dtype(np.int32),
     "targets_BT": np.dtype(np.int32),
     "weights_BT": np.dtype(np.float32),
+    "scores_BTC": np.dtype(np.float32),
     "segment_ids_BT": np.dtype(np.int32),
     "positions_BT": np.dtype(np.int32),
     "row_ids_BT": np.dtype(np.int32),

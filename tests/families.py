@@ -183,15 +183,24 @@ _ENCODERS: dict[str, dict[str, Any]] = {
 _TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 _DECODERS_WITH_LABELS = {
     "LlamaForSequenceClassification": "llama", "LlamaForTokenClassification": "llama", "GPT2ForSequenceClassification": "gpt2",
-    "FalconForTokenClassification": "falcon", "Gemma2ForSequenceClassification": "gemma2",
+    "FalconForTokenClassification": "falcon", "Gemma2ForSequenceClassification": "gemma2", "LlamaModel": "llama", "GPT2Model": "gpt2",
+    "OPTModel": "opt_350m",
 }  # fmt: skip
+_REWARD = {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
 
-# transformers' class -> config.json of a model for a task other than causal language modelling
-TASKS: dict[str, dict[str, Any]] = {
-    f"{name}{task}": {**settings, **_LABELS, "architectures": [f"{name}{task}"]}
-    for name, settings in _ENCODERS.items()
-    for task in _TASKS
-} | {
-    name: {**CASES[case], **_LABELS, "pad_token_id": 0, "architectures": [name]}
-    for name, case in _DECODERS_WITH_LABELS.items()
-}
+# transformers' class (and what is special) -> config.json of a model for a task other than causal language modelling
+TASKS: dict[str, dict[str, Any]] = (
+    {
+        f"{name}{task}": {**settings, **_LABELS, "architectures": [f"{name}{task}"]}
+        for name, settings in _ENCODERS.items()
+        for task in _TASKS
+    }
+    | {
+        name: {**CASES[case], **_LABELS, "pad_token_id": 0, "architectures": [name]}
+        for name, case in _DECODERS_WITH_LABELS.items()
+    }
+    | {  # one score: a reward for a text, a value for every token
+        f"{name} of one label": {**CASES["qwen3"], **_REWARD, "pad_token_id": 0, "architectures": [name]}
+        for name in ("Qwen3ForSequenceClassification", "Qwen3ForTokenClassification")
+    }
+)

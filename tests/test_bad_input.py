@@ -171,6 +171,20 @@ def _index(run: Run, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def _tags(run: Run, broken: dict[str, Any]) -> None:
+    """A good row of tagged words, then another."""
+    run.rows(json.dumps({"tokens": ["the", "cat"], "tags": ["O", "B-PER"]}), json.dumps(broken))
+    run.set("model.head=token", "model.labels=O,B-PER,I-PER", "train.objective=token_classify")
+
+
+def _texts(run: Run, problem: str, labels: str, answer: Any, text: str = "the cat") -> None:
+    """A text with a good answer, then one with this."""
+    good = {"multi_label_classification": ["good"], "regression": 1.5}[problem]
+    run.rows(json.dumps({"text": "cat", "is": good}), json.dumps({"text": text, "is": answer}))
+    run.set("data.prompt={text}", "data.label_column=is", "data.chat=False", "train.objective=classify")
+    run.set("model.head=sequence", f"model.labels={labels},", f"model.problem_type={problem}")
+
+
 def _apart(run: Run) -> None:
     run.workdir = run.folder.with_name(run.folder.name + "-run")
 
@@ -293,7 +307,15 @@ _MODELS = [
     row("unsupported architecture", lambda r: r.copy_model(model_type="mamba"), "unsupported model_type 'mamba'", "supported: .*llama"),
     row("labels without a head for them", "--config.model.labels=a,b", r"model\.labels goes with model\.head"),
     row("head of an unknown kind", "--config.model.head=sequnce", r"config\.model\.head is 'sequnce'", "'sequence'"),
-    row("objective without its head", "--config.train.objective=classify", r"'classify' needs a model that classes texts|'classify' goes with model\.head"),
+    row("label twice", "--config.model.head=sequence --config.model.labels=a,b,a", r"model\.labels names 'a' twice"),
+    row("problem type without its head", "--config.model.problem_type=regression", r"model\.problem_type='regression' goes with model\.head='sequence'"),
+    row("problem type of an unknown kind", lambda r: (r.copy_model(problem_type="ranking"), r.set("model.head=sequence")), r"problem_type='ranking'; expected single_label"),
+    row("number of two parts", "--config.model.head=sequence --config.model.labels=a,b --config.model.problem_type=regression", r"'regression' with 2 labels; expected one"),
+    row("objective without its head", "--config.train.objective=classify", r"'classify' on a model with .*LlamaForCausalLM.* 'classify' with model\.head='sequence'"),
+    row("head without its objective", "--config.model.head=token --config.model.labels=a,b", r"'sft' on a model with .*TokenClassification.* 'token_classify' with model\.head='token'"),
+    row("masked words on a decoder", "--config.train.objective=mlm", r"'mlm' on a model with .*LlamaForCausalLM.* 'mlm' with model\.head='lm' on an encoder"),
+    row("masked words without a mask token", lambda r: r.set("train.objective=mlm", "model.source=preset:minilm_l6", f"model.tokenizer={r.model}", "model.head=lm"), "has no mask token", r"model\.tokenizer"),
+    row("shares of masked tokens beyond the whole", "--config.data.mask_token_share=0.9 --config.data.mask_random_share=0.2", r"data\.mask_token_share \+ data\.mask_random_share .* at most 1"),
     row("unsupported rope type", lambda r: r.copy_model(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "unsupported rope_type 'longrope'", "yarn"),
     row("rope scaling without its factor", lambda r: r.copy_model(rope_scaling={"rope_type": "linear"}), "lacks 'factor'"),
     row("config attribute not handled", lambda r: r.copy_model(logit_soft_cap=30.0), "logit_soft_cap"),
@@ -441,7 +463,21 @@ _VERBS = [
     row("training in another model's folder", lambda r: (r.workdir.mkdir(), r.file(r.workdir / "config.json", '{"model_type": "llama"}')), r"holds a config\.json that is not a run's"),
 ]  # fmt: skip
 
-TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _VERBS
+_LABELS = [  # (rows, what else is set) of heads for labels
+    row("words without tags", lambda r: _tags(r, {"tokens": ["a", "b"], "tags": ["O"]}), r"rows\.jsonl:2: 2 words and 1 tags; expected a tag for each"),
+    row("tag that is none", lambda r: _tags(r, {"tokens": ["a"], "tags": ["B-PRE"]}), r"rows\.jsonl:2: word 1: tag 'B-PRE' is no tag; did you mean 'B-PER'"),
+    row("tag by a number too large", lambda r: _tags(r, {"words": ["a"], "ner_tags": [7]}), r"rows\.jsonl:2: word 1: tag '7' is no tag; tags: O, B-PER, I-PER"),
+    row("word that is empty", lambda r: _tags(r, {"tokens": ["a", " "], "tags": ["O", "O"]}), r"rows\.jsonl:2: word 2 is empty"),
+    row("words that are a number", lambda r: _tags(r, {"tokens": 3, "tags": ["O"]}), r"rows\.jsonl:2: field 'tokens' is 3; expected a list of words"),
+    row("texts to be tagged", lambda r: (_tags(r, {"tokens": ["a"], "tags": ["O"]}), r.rows(json.dumps(CHAT))), r"rows\.jsonl:1: has no words with tags"),
+    row("label of several that is none", lambda r: _texts(r, "multi_label_classification", "good,bad", ["good", "baad"]), r"rows\.jsonl:2: answer 'baad' is no label; did you mean 'bad'"),
+    row("number that is a word", lambda r: _texts(r, "regression", "stars", "five"), r"rows\.jsonl:2: answer 'five' is no number"),
+    row("text that is empty", lambda r: _texts(r, "regression", "stars", 1, ""), r"rows\.jsonl:2: the text is empty"),
+    row("metric of language models for a head", lambda r: (_texts(r, "regression", "stars", 1), r.set("eval.metric=perplexity", "eval.split=train")), r"eval\.metric='perplexity' measures language models", "'auto'"),
+    row("words from a classifier", lambda r: (_texts(r, "regression", "stars", 1), _generate(r, "the cat"), r.set("data.split_key=", "data.format=auto")), "writes no text", "language model"),
+]  # fmt: skip
+
+TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _VERBS + _LABELS
 
 
 def _break(run: Run, mistake: Mistake) -> None:
@@ -526,7 +562,7 @@ def _without_b(tensors: dict[str, np.ndarray]) -> None:
 _ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, np.ndarray]], None], str]] = {
     "alpha of one layer": ({"alpha_pattern": {"layers.1.self_attn.q_proj": 9}}, lambda t: None, "different alphas in different layers: .9, 32"),
     "without a factor": ({}, _without_b, r"has lora_A\.weight for layers\.attn\.q_proj; expected lora_A\.weight and lora_B\.weight"),
-    "DoRA without magnitudes": ({"use_dora": True}, lambda t: None, "expected .* lora_magnitude_vector, as use_dora=True"),
+    "DoRA without magnitudes": ({"use_dora": True}, lambda t: None, "expected .* lora_magnitude_vector .use_dora=True"),
 }  # fmt: skip
 
 

@@ -14,12 +14,13 @@ from jaxtune.train import state, step
 from jaxtune.weights.source import hf_preset, with_head
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-SHAPES = {
-    "minilm_sentiment": "minilm_l6",
-    "quickstart": "smollm2_135m",
-    "smollm2_full": "smollm2_135m",
-    "llama3_8b_lora": "llama3_1_8b",
-}
+SHAPES = {"SmolLM2-135M": "smollm2_135m", "minilm": "minilm_l6"}  # what a source names -> the preset of its shapes
+
+
+def shapes(source: str) -> str:
+    if source.startswith("preset:"):
+        return source.removeprefix("preset:")
+    return next(preset for name, preset in SHAPES.items() if name in source)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -28,7 +29,7 @@ def test_config_file(path: Path) -> None:
     config_lib.validate(config)
     assert config.is_locked
     mesh = sharding.make_mesh(config, jax.devices()[:1])
-    program = state.abstract(config, with_head(hf_preset(SHAPES[path.stem]), config), mesh, 10)
+    program = state.abstract(config, with_head(hf_preset(shapes(config.model.source)), config), mesh, 10)
     batch = step.abstract_batch(config, program)
     _, metrics = jax.eval_shape(step.make(config, program), program.state, program.frozen, batch)
     assert metrics["loss"].shape == ()

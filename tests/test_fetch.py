@@ -294,3 +294,49 @@ def test_cloud_storage_needs_its_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
     with pytest.raises(UserError, match=r"pip install 'jaxtune\[gcs\]'"):
         fetch.local("gs://bucket/x", tmp_path)
+
+
+NPM = """\
+#!{python}
+import json, shutil, sys
+verb, asked, *options = sys.argv[1:]
+if verb == "view":
+    print(json.dumps(["1.0.0", "1.1.0"]) if asked == "@scope/toy" else "")
+    sys.exit(0 if asked == "@scope/toy" else 1)
+assert verb == "pack" and "--ignore-scripts" in options, sys.argv
+to = next(o.split("=", 1)[1] for o in options if o.startswith("--pack-destination="))
+if asked == "@scope/toy@1.0.0":
+    shutil.copy({archive!r}, to)
+elif asked.startswith("@scope/toy@"):
+    sys.exit("npm error code ETARGET\\nnpm error notarget No matching version found for " + asked)
+else:
+    sys.exit("npm error code ENOTFOUND\\nnpm error network request to nowhere failed")
+"""
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    """An `npm` that knows one package, in front of the search path."""
+    archive, place = tmp_path / "scope-toy-1.0.0.tgz", tmp_path / "bin"
+    archive.write_bytes(tar_bytes({"package/data/a.json": b'{"a": 1}', "package/data/b.json": b'{"a": 2}'}))
+    place.mkdir()
+    (place / "npm").write_text(NPM.format(python=sys.executable, archive=str(archive)))
+    (place / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
+    return place
+
+
+def test_npm_packages_come_through_npm_itself(npm, tmp_path, monkeypatch):
+    folder = fetch.local("npm:@scope/toy@1.0.0#data", tmp_path / "cache")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "b.json"]
+    with pytest.raises(UserError, match=r"has no @scope/toy@1.2.0; did you mean '1.1.0'"):
+        fetch.local("npm:@scope/toy@1.2.0", tmp_path / "cache")
+    with pytest.raises(UserError, match="network request to nowhere failed; check the network and `npm config list`"):
+        fetch.local("npm:other@1.0.0", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"expected npm:package@version\[#path/inside\], the version exact"):
+        fetch.local("npm:@scope/toy", tmp_path / "cache")
+    (npm / "npm").unlink()
+    assert fetch.local("npm:@scope/toy@1.0.0#data/a.json", tmp_path / "cache").read_text() == '{"a": 1}'  # as cached
+    monkeypatch.setenv("PATH", str(npm))
+    with pytest.raises(UserError, match="there is no npm on this machine"):
+        fetch.local("npm:@scope/toy@1.1.0", tmp_path / "cache")

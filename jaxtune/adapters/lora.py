@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685), with rsLoRA (2312.03732) and DoRA (2402.09353), on any `Linear` that a regex names."""
+"""LoRA (arXiv:2106.09685), with rsLoRA (2312.03732) and DoRA (2402.09353), on any `Linear` or `ExpertLinear` that a regex names."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.config import ConfigDict
+from jaxtune.models.experts import ExpertLinear
 from jaxtune.models.layers import Linear, along_last
 from jaxtune.types import UserError, nearest
 
@@ -36,22 +37,39 @@ class Options(NamedTuple):
         )
 
     def scale(self, path: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """What the update of this linear layer is multiplied by."""
         rank, alpha = dict(self.rank_pattern).get(path, self.rank), dict(self.alpha_pattern).get(path, self.alpha)
+        return self.scale_of(alpha, rank)
+
+    def scale_of(self, alpha: float, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def alpha_of(self, scale: float, rank: int) -> float:
+        """The alpha that gives this scale; the adapter's own, to the bit, where that is it."""
+        alpha = scale * (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha if math.isclose(alpha, self.alpha, rel_tol=1e-12) else alpha
 
 
 class LowRank(nnx.Module):
-    """y + s drop(x) A B, with A (in, r) and B (r, out); with DoRA, columns rescaled to a learnt magnitude m (out,)."""
+    """y + s drop(x) A B, with A (in, r) and B (r, out); with DoRA, columns rescaled to a learnt magnitude m (out,).
 
-    def __init__(self, linear: Linear, path: str, options: Options):
+    On experts each has its own: A (E, in, r), B (E, r, out), m (E, out). Their inputs are not dropped (nor are they in PEFT).
+    """
+
+    def __init__(self, linear: Linear | ExpertLinear, path: str, options: Options):
         *stacked, in_dim, out_dim = linear.kernel.shape
+        lead = linear.kernel.get_metadata()["axes"][:-2]
         rank = dict(options.rank_pattern).get(path, options.rank)
         self.scale, self.dropout = options.scale(path), options.dropout
         self.salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # each linear drops its own elements
-        self.lora_a = nnx.Param(jnp.zeros((*stacked, in_dim, rank), options.dtype), axes=("lora_in", "lora_rank"))
-        self.lora_b = nnx.Param(jnp.zeros((*stacked, rank, out_dim), options.dtype), axes=("lora_rank", "lora_out"))
-        magnitude = nnx.Param(jnp.zeros((*stacked, out_dim), options.dtype), axes=("lora_out",))
+        self.lora_a = nnx.Param(
+            jnp.zeros((*stacked, in_dim, rank), options.dtype), axes=(*lead, "lora_in", "lora_rank")
+        )
+        self.lora_b = nnx.Param(
+            jnp.zeros((*stacked, rank, out_dim), options.dtype), axes=(*lead, "lora_rank", "lora_out")
+        )
+        magnitude = nnx.Param(jnp.zeros((*stacked, out_dim), options.dtype), axes=(*lead, "lora_out"))
         self.magnitude = magnitude if options.use_dora else nnx.data(None)
 
     def __call__(self, x: jax.Array, y: jax.Array, kernel: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -64,10 +82,18 @@ class LowRank(nnx.Module):
         update = _low_rank(x, a, b) * jnp.asarray(self.scale, dtype)
         if self.magnitude is None:
             return y + update.astype(y.dtype)
-        gain = self.magnitude[...] / jax.lax.stop_gradient(
-            column_norms(kernel, self.lora_a[...], self.lora_b[...], self.scale)
-        )
-        return ((y + update) * along_last(gain, y)).astype(y.dtype)
+        return ((y + update) * along_last(self._gain(kernel), y)).astype(y.dtype)
+
+    def arrays(self, kernel: jax.Array) -> dict[str, jax.Array]:
+        """What experts use: factors, the second one scaled, and DoRA's gain of each output (`experts.apply`)."""
+        found = {"lora_a": self.lora_a[...], "lora_b": self.lora_b[...] * self.scale}
+        return found if self.magnitude is None else found | {"gain": self._gain(kernel)}
+
+    def _gain(self, kernel: jax.Array) -> jax.Array:
+        """DoRA's m / ||W + s A B||, the norm a constant to the gradient."""
+        assert self.magnitude is not None
+        norms = column_norms(kernel, self.lora_a[...], self.lora_b[...], self.scale)
+        return self.magnitude[...] / jax.lax.stop_gradient(norms)
 
 
 @jax.custom_vjp
@@ -98,9 +124,10 @@ def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) ->
     return jnp.linalg.norm(kernel.astype(jnp.float32) + update, axis=-2)
 
 
-def linears(model: nnx.Module) -> dict[str, Linear]:
-    """Every linear layer of a model by its dotted path."""
-    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, Linear)}
+def linears(model: nnx.Module) -> dict[str, Linear | ExpertLinear]:
+    """Every linear layer of a model, those of experts too, by its dotted path."""
+    kinds = (Linear, ExpertLinear)
+    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, kinds)}
 
 
 def attach(model: nnx.Module, options: Options) -> None:
@@ -137,8 +164,14 @@ def initial(path: str, shape: tuple[int, ...], dtype: Any, key: jax.Array, kerne
 
 
 def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, scale: float) -> jax.Array:
-    """W' = W + s A B, columns rescaled to m with DoRA; computed in float32, returned in W's dtype."""
-    total = kernel.astype(jnp.float32) + jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
-    if magnitude is not None:
-        total = total * (magnitude.astype(jnp.float32) / jnp.linalg.norm(total, axis=-2))[..., None, :]
-    return total.astype(kernel.dtype)
+    """W' = W + s A B, columns rescaled to m with DoRA; computed in float32, a layer of a stack at a time, in W's dtype."""
+
+    def one(layer: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        kernel, a, b, magnitude = layer
+        total = kernel.astype(jnp.float32) + jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
+        if magnitude is not None:
+            total = total * (magnitude.astype(jnp.float32) / jnp.linalg.norm(total, axis=-2))[..., None, :]
+        return total.astype(kernel.dtype)
+
+    layers = (kernel, a, b, magnitude)
+    return jax.lax.map(one, layers) if kernel.ndim > 2 else one(layers)

@@ -32,7 +32,8 @@ def label(params: Mapping[str, Any], method: str, has_task: bool = False) -> dic
         kind = path.rsplit(".", 1)[-1]
         if ".adapter." in path:
             return kind
-        with_adapter = has_task and path.startswith("task_head.")
+        # The bias over the vocabulary stays: PEFT keeps whole modules, and its module holds the embedding table too.
+        with_adapter = has_task and path.startswith("task_head.") and path != "task_head.bias"
         return "full" if method == "full" or (method == "head" and in_head(path)) or with_adapter else "frozen"
 
     return {path: one(path) for path in params}

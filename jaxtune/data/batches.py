@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data import packing
+from jaxtune.data.masking import Masking, masked
 from jaxtune.types import Batch
 
 
@@ -24,6 +25,7 @@ class Rows:
     row_ids: list[str]  # "file.jsonl:17"
     counts: dict[str, int] = field(default_factory=dict)
     targets: np.ndarray | None = None  # int32, what each token itself is to be classed as; None = its next token
+    scores_MC: np.ndarray | None = None  # float32, what each row's scores should be, in place of a class
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -35,10 +37,11 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """A hash of what is trained on: tokens, loss weights, and where each row begins."""
+        """A hash of what is trained on: tokens, loss weights, where each row begins, classes and scores."""
         hashed = hashlib.sha256()
-        for array in (self.tokens, self.weights, self.offsets):
-            hashed.update(np.ascontiguousarray(array).data)
+        for array in (self.tokens, self.weights, self.offsets, self.targets, self.scores_MC):
+            if array is not None:
+                hashed.update(np.ascontiguousarray(array).data)
         return hashed.hexdigest()
 
 
@@ -59,11 +62,15 @@ class BatchSource:
         batch_size: int,
         pad_id: int,
         num_steps: int | None = None,
+        masking: Masking | None = None,
     ) -> None:
-        """Lays the rows out in bins of `max_length` tokens; `num_steps` bounds the steps, None leaves them open."""
+        """Lays the rows out in bins of `max_length` tokens; `num_steps` bounds the steps, None leaves them open.
+
+        With `masking`, tokens are masked anew each time that they come.
+        """
         self.rows, self.max_length, self.pad_id = rows, max_length, pad_id
         self.shuffle, self.seed, self.batch_size, self.num_steps = shuffle, seed, batch_size, num_steps
-        self.bins = make_bins(rows, max_length, packing)
+        self.bins, self.masking = make_bins(rows, max_length, packing), masking
         self._order = lru_cache(maxsize=4)(self._epoch_order)
 
     @property
@@ -84,22 +91,20 @@ class BatchSource:
         return np.argsort(bits, kind="stable")
 
     def __getitem__(self, step: int) -> Batch:
-        """Returns the global batch of a step, every field (B, T)."""
+        """Returns the global batch of a step, every field (B, T, …)."""
         return self.local(step, np.arange(self.batch_size))
 
     def local(self, step: int, batch_rows: np.ndarray) -> Batch:
         """Returns some rows of the global batch of a step, by number: those that one host holds."""
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise ValueError(f"step {step} is outside 0 to {self.num_steps}")
-        first = step * self.batch_size
-        return self._stack([self._bin_of(first + int(row)) for row in batch_rows])
+        numbers = [step * self.batch_size + int(row) for row in batch_rows]
+        batch = stack(self.rows, [self._bin_of(number) for number in numbers], self.max_length, self.pad_id)
+        return masked(batch, numbers, self.masking) if self.masking else batch
 
     def _bin_of(self, number: int) -> tuple[int, ...]:
         epoch, position = divmod(number, self.num_bins)
         return self.bins[int(self._order(epoch)[position])]
-
-    def _stack(self, bins: list[tuple[int, ...]]) -> Batch:
-        return stack(self.rows, bins, self.max_length, self.pad_id)
 
 
 def make_bins(rows: Rows, max_length: int, packed: bool) -> packing.Bins:
@@ -108,10 +113,9 @@ def make_bins(rows: Rows, max_length: int, packed: bool) -> packing.Bins:
 
 
 def stack(rows: Rows, bins: packing.Bins, max_length: int, pad_id: int) -> Batch:
-    """Returns the batch that holds `bins`, every field (B, T)."""
-    made = [
-        packing.assemble(rows.tokens, rows.weights, rows.offsets, b, max_length, pad_id, rows.targets) for b in bins
-    ]
+    """Returns the batch that holds `bins`, every field (B, T, …)."""
+    arrays = (rows.tokens, rows.weights, rows.offsets)
+    made = [packing.assemble(*arrays, b, max_length, pad_id, rows.targets, rows.scores_MC) for b in bins]
     return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
 

@@ -27,6 +27,8 @@ class Example(NamedTuple):
     prompt: str = ""  # plain text before the answer; "" for a chat
     answer: str | None = None  # last assistant content, completion or label
     split_key: str = ""  # text whose hash decides the split
+    words: tuple[str, ...] | None = None  # of a text to be tagged
+    labels: tuple[str, ...] | None = None  # the tag of each word; or the labels of a text that may have several
 
 
 def read_examples(path: Path, data: ConfigDict, answers: bool = True) -> tuple[list[Example], Counter[str]]:
@@ -100,10 +102,10 @@ def detect(row: Row, data: ConfigDict, answers: bool = True) -> str:
         return "labelled"
     formats = _FIELDS if answers else {name: fields[:1] for name, fields in _FIELDS.items()}
     for name, fields in formats.items():
-        if all(field in row for field in fields):
+        if all(any(one in row for one in field.split("|")) for field in fields):
             return name
     shapes = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in formats.items())
-    known = sorted({field for fields in formats.values() for field in fields} - set(row))
+    known = sorted({one for fields in formats.values() for field in fields for one in field.split("|")} - set(row))
     near = next((hint for hint in (nearest(field, known) for field in row) if hint), "")
     raise UserError(
         f"fields {_names(row)} fit no known format{near}; known: {shapes}; or set data.prompt and data.label_column"
@@ -168,16 +170,49 @@ def _labelled(row: Row, data: ConfigDict, answers: bool) -> Example | str:
         if not data[option]:
             raise UserError(f'data.format="labelled" needs data.{option}; the row has {_names(row)}')
     prompt, system = fill(data.prompt, row, "data.prompt"), fill(data.system, row, "data.system")
-    label = None
+    label, several = None, None
     if answers or data.label_column in row:
-        label = _label(row, data)
+        several = _several(row, data)
+        label = _label(row, data) if several is None else f"{data.label_separator or ','} ".join(several)
         if label is None:
             return "label_outside_bins"
     if data.chat:
-        return _turns(system, prompt, label)
+        return _turns(system, prompt, label)._replace(labels=several)
     prompt = f"{system}\n\n{prompt}" if system else prompt
     # The label follows as a word of its own; templates.prompt_ids leaves the space for the model to write.
-    return Example("", prompt=prompt if prompt[-1:].isspace() else prompt + " ", answer=label)
+    return Example("", prompt=prompt if prompt[-1:].isspace() else prompt + " ", answer=label, labels=several)
+
+
+def _several(row: Row, data: ConfigDict) -> tuple[str, ...] | None:
+    """The labels of a row that may have several, none among them: a list, or a text cut at `data.label_separator`."""
+    value = _field(row, data.label_column, object)
+    if isinstance(value, list):
+        return tuple(str(label).strip() for label in value)
+    if not data.label_separator:
+        return None
+    return tuple(filter(None, (label.strip() for label in str(value or "").split(data.label_separator))))
+
+
+def _tagged(row: Row, data: ConfigDict, answers: bool) -> Example:
+    words = _words(row, "tokens|words")
+    tags = _words(row, data.label_column or _TAGS) if answers else None
+    if tags is not None and len(tags) != len(words):
+        raise UserError(f"{len(words)} words and {len(tags)} tags; expected a tag for each word")
+    if not all(words) or not words:
+        raise UserError(
+            f"word {words.index('') + 1} is empty; remove it with its tag" if words else "there are no words"
+        )
+    return Example("", words=words, labels=tags)
+
+
+def _words(row: Row, names: str) -> tuple[str, ...]:
+    """A list of words, or of tags by name or number; a text is cut at white space."""
+    name = next((name for name in names.split("|") if name in row), names.split("|")[0])
+    value = _field(row, name, object)
+    value = value.split() if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
+        raise UserError(f"field {name!r} is {value!r:.60}; expected a list of words")
+    return tuple(str(one).strip() for one in value)
 
 
 def _label(row: Row, data: ConfigDict) -> str | None:
@@ -241,11 +276,13 @@ def _split_text(row: Row, data: ConfigDict) -> str:
     return str(row[data.split_key])
 
 
+_TAGS = "tags|ner_tags|labels"
 _FIELDS: dict[str, tuple[str, ...]] = {  # of each format, the prompt's first
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "tagged": ("tokens|words", _TAGS),
     "text": ("text",),
 }
 
@@ -254,6 +291,7 @@ _CONVERTERS: dict[str, Callable[[Row, ConfigDict, bool], Example | str]] = {
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
+    "tagged": _tagged,
     "text": _text,
     "labelled": _labelled,
 }

@@ -56,8 +56,9 @@ def assemble(
     max_length: int,
     pad_id: int,
     targets: np.ndarray | None = None,
+    scores_MC: np.ndarray | None = None,
 ) -> Batch:
-    """Returns one batch row: the fields of `types.Batch`, each (T,).
+    """Returns one batch row: the fields of `types.Batch`, each (T, …).
 
     The target of a token is the next token of its own segment, with that token's weight; the last token of a segment
     has target 0 and weight 0, so no row predicts the next one's first token.
@@ -66,9 +67,12 @@ def assemble(
       tokens: int32, all rows end to end; `weights` float32 likewise, of each token as a target.
       offsets: row r is `tokens[offsets[r]:offsets[r + 1]]`.
       targets: int32 likewise, a class for each token, whose weight is then the token's own; None = the next token.
+      scores_MC: float32, each row's scores, which then stand wherever its weights are not 0.
       bin_rows: the rows to lay out; () gives a row of padding.
     """
     row = empty(max_length, pad_id)
+    if scores_MC is not None:
+        row["scores_BTC"] = np.zeros((max_length, scores_MC.shape[1]), np.float32)
     at = 0
     for segment, index in enumerate(bin_rows, 1):
         start, end = int(offsets[index]), int(offsets[index + 1])
@@ -79,6 +83,8 @@ def assemble(
             row["weights_BT"][at : stop - 1] = weights[start + 1 : end]
         else:
             row["targets_BT"][at:stop], row["weights_BT"][at:stop] = targets[start:end], weights[start:end]
+        if scores_MC is not None:
+            row["scores_BTC"][at:stop] = (weights[start:end, None] != 0) * scores_MC[index]
         row["segment_ids_BT"][at:stop] = segment
         row["positions_BT"][at:stop] = np.arange(stop - at)
         row["row_ids_BT"][at:stop] = index

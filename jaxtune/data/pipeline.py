@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import templates
+from jaxtune.data import readers, templates
 from jaxtune.data.batches import BatchSource, Rows, eval_batches, iterate, padding_share
 from jaxtune.data.formats import Example, read_examples
 from jaxtune.data.messages import ROLES
+from jaxtune.data.readers import Reader
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.types import UserError, nearest
 
@@ -99,7 +100,9 @@ def limited(examples: list[Example], limit: int) -> list[Example]:
     if not limit or len(examples) <= limit:
         return examples
     # By the whole row, not the split key: rows of one group share that, and a limit should not keep whole groups.
-    texts = [json.dumps(e[1:6], sort_keys=True, ensure_ascii=False, default=str) for e in examples]
+    texts = [
+        json.dumps([*e[1:6], *filter(None, e[7:])], sort_keys=True, ensure_ascii=False, default=str) for e in examples
+    ]
     hashes = np.array([_share("limit:" + text) for text in texts])
     return [examples[i] for i in np.sort(np.argsort(hashes, kind="stable")[:limit])]
 
@@ -110,11 +113,11 @@ def tokenize(
     data: ConfigDict,
     progress: Progress = silent,
     label: str = "tokenising",
-    encode: Callable[[Example], templates.Encoded] | None = None,
+    reader: Reader = readers.NEXT,
 ) -> Rows:
     """Returns the examples as rows of at most `data.max_length` tokens; rows with nothing to train are dropped.
 
-    `encode` replaces `templates.encode` where tokens are not predicted but classed.
+    `reader` says what of an example is learnt; its next tokens, unless told otherwise.
 
     `Rows.counts`: rows, tokens, trained_tokens, truncated, too_long, nothing_to_train, without_trained_stop (rows that
     never train a token that ends an answer), tools_not_in_template (rows with tools that the template does not print).
@@ -128,8 +131,9 @@ def tokenize(
     counts = Counter(dict.fromkeys(names, 0))
     kept: list[templates.Encoded] = []
     row_ids: list[str] = []
+    is_next = reader.kind == "next"
     for example in progress(examples, len(examples), label):
-        encoded = encode(example) if encode else templates.encode(example, tokenizer, data)
+        encoded = readers.encode(example, reader, tokenizer, data)
         length = len(encoded.tokens)
         if length > data.max_length:
             if data.too_long == "error":
@@ -143,10 +147,10 @@ def tokenize(
             counts["truncated"] += 1
             encoded = encoded.cut(data.max_length)
         # Nothing comes before the first token, so it is never a target; but it may be classed.
-        if not encoded.weights[0 if encode else 1 :].any():
+        if not encoded.weights[1 if is_next else 0 :].any():
             counts["nothing_to_train"] += 1
             continue
-        counts["without_trained_stop"] += not encode and not templates.trains_stop(encoded, tokenizer)
+        counts["without_trained_stop"] += is_next and not templates.trains_stop(encoded, tokenizer)
         counts["tools_not_in_template"] += templates.hides_tools(example, tokenizer)
         kept.append(encoded)
         row_ids.append(example.row_id)
@@ -160,10 +164,11 @@ def _rows(kept: list[templates.Encoded], row_ids: list[str], counts: Counter[str
     weights = np.concatenate([e.weights for e in kept])
     offsets = np.cumsum([0, *(len(e.tokens) for e in kept)], dtype=np.int64)
     classed = [e.targets for e in kept if e.targets is not None]
-    targets = np.concatenate(classed) if classed else None
+    scored = [e.scores_C for e in kept if e.scores_C is not None]
+    targets, scores_MC = np.concatenate(classed) if classed else None, np.stack(scored) if scored else None
     trained = int(np.count_nonzero(weights) - (0 if classed else np.count_nonzero(weights[offsets[:-1]])))
     totals = {"rows": len(kept), "tokens": len(tokens), "trained_tokens": trained}
-    return Rows(tokens, weights, offsets, row_ids, totals | dict(counts), targets)
+    return Rows(tokens, weights, offsets, row_ids, totals | dict(counts), targets, scores_MC)
 
 
 def _why_empty(examples: list[Example], counts: Counter[str], data: ConfigDict) -> str:

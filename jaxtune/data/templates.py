@@ -22,19 +22,23 @@ from jaxtune.types import UserError
 class Encoded(NamedTuple):
     """Token ids, and of each token the loss weight of predicting it (shifting to the left happens in packing).
 
-    With `targets` (int32) each token is to be classed, and its weight is that of its own class.
+    With `targets` (int32) each token is to be classed, and its weight is that of its own class; `scores_C` (float32) stand
+    in place of a text's class where it has several labels or a number. `closing` last tokens stay when the text is cut.
     """
 
     tokens: np.ndarray  # int32
     weights: np.ndarray  # float32
     targets: np.ndarray | None = None
+    closing: int = 0
+    scores_C: np.ndarray | None = None
 
     def cut(self, length: int) -> Encoded:
-        """`length` tokens: the first ones; a text to be classed keeps its last token too, which may close it or be read."""
-        if self.targets is None or length >= len(self.tokens):
-            return Encoded(self.tokens[:length], self.weights[:length], self.targets)
-        kept = np.r_[0 : length - 1, len(self.tokens) - 1]
-        return Encoded(self.tokens[kept], self.weights[kept], self.targets[kept])
+        """`length` tokens: the first ones, and those that close the text or are read."""
+        if length >= len(self.tokens):
+            return self
+        kept = np.r_[0 : length - self.closing, len(self.tokens) - self.closing : len(self.tokens)]
+        targets = None if self.targets is None else self.targets[kept]
+        return self._replace(tokens=self.tokens[kept], weights=self.weights[kept], targets=targets)
 
 
 class Turn(NamedTuple):

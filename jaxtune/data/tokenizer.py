@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +42,7 @@ class Tokenizer:
         self.vocab_size: int = len(wrapped)
         self.bos_id: int | None = wrapped.bos_token_id
         self.eos_id: int | None = wrapped.eos_token_id
+        self.mask_id: int | None = wrapped.mask_token_id
         self.pad_id: int = self._find_pad()
         probe = wrapped.backend_tokenizer.encode("a", add_special_tokens=True).ids
         self.adds_bos: bool = self.bos_id is not None and probe[:1] == [self.bos_id]
@@ -102,6 +106,19 @@ class Tokenizer:
     def encode_whole(self, text: str) -> list[int]:
         """Returns the token ids of a text with the special tokens that the tokenizer puts around one."""
         return list(self._wrapped(text, truncation=False, verbose=False)["input_ids"])
+
+    def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Returns the token ids of words as one text, a space between them, with the special tokens around a text; and of
+        each token the number of the word that it is part of, -1 for none, by the characters that it covers.
+        """
+        found = self._wrapped(" ".join(words), truncation=False, verbose=False, return_offsets_mapping=True)
+        ends = list(accumulate((len(word) + 1 for word in words), initial=-1))[1:]
+
+        def word_of(start: int, end: int) -> int:
+            word = bisect_right(ends, start)  # a space in front belongs to the word that follows
+            return word if start < end and word < len(words) and end > ends[word] - len(words[word]) else -1
+
+        return list(found["input_ids"]), [word_of(*span) for span in found["offset_mapping"]]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the token ids of `text`, and of each the characters [start, end) it covers, spaces included."""

@@ -57,7 +57,7 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
             "name": config.name,
             "about": _about(config, run),
             "notices": run.outcome.progress.notices + _data_notices(run.data_counts) + unmeasured,
-            "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,
+            "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,  # else the first
             "before": before.metrics if before else {},
             "after": after.metrics if after else {},
             "difference": difference,
@@ -162,12 +162,19 @@ def _examples(
     return [
         {
             "prompt": tokenizer.decode(row["prompt_ids"]),
-            "answer": row["answer"],
-            "before": b["prediction"],
-            "after": a["prediction"],
+            "answer": _words(row["answer"]),
+            "before": _words(b["prediction"]),
+            "after": _words(a["prediction"]),
         }
         for row, b, a in trios[:6]
     ]
+
+
+def _words(value: Any) -> str:
+    """An answer for the page: a label, several, a number, or tags, of which a word without one has a dash."""
+    if isinstance(value, list):
+        return " ".join("–" if one is None else str(one) for one in value) or "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[str, str]]:
@@ -176,19 +183,20 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         if model.path and model.path.is_file()
         else f'"{model.path or model.uri}"'
     )
-    kind = reading.task(model.hf_config)
-    auto = f"AutoModel{kind}" if kind.startswith("For") else "AutoModelForCausalLM"
+    auto, is_causal = reading.auto_class(model.hf_config), config.train.objective == "sft"
+    labels = f", num_labels={len(source.labels(model))}" if auto.endswith("Classification") else ""
     fetched, load = [], f"from transformers import {auto}\n"
     if "://" in folder:
         fetched = [("To this machine", f"gcloud storage cp -r {folder} .")]
         folder = folder.rsplit("/", 1)[-1]
     if config.tune.method == "lora" and not config.export.merge:
-        load = f"from peft import PeftModel\n{load}base = {auto}.from_pretrained({base})\n"
+        load = f"from peft import PeftModel\n{load}base = {auto}.from_pretrained({base}{labels})\n"
         load += f'model = PeftModel.from_pretrained(base, "{folder}")'
     else:
         load += f'model = {auto}.from_pretrained("{folder}")'
+    verb = "chat" if is_causal else "evaluate"
     again = (
-        f"python -m jaxtune.launch chat --config={config.workdir.rstrip('/')}/config.json --workdir={config.workdir}"
+        f"python -m jaxtune.launch {verb} --config={config.workdir.rstrip('/')}/config.json --workdir={config.workdir}"
     )
-    merge = again.replace(" chat ", " export ") + " --config.export.merge=True"
+    merge = again.replace(f" {verb} ", " export ") + " --config.export.merge=True"
     return [*fetched, ("In PyTorch", load), ("In the terminal", again), ("As one merged model folder", merge)]

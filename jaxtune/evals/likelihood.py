@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,42 +91,88 @@ def _score(
     return -jnp.sum(nll * mask_BCT.reshape(B * C, T), axis=1).reshape(B, C)
 
 
-def class_scorer(
-    graphdef: nnx.GraphDef,
-    params: dict[str, jax.Array],
-    pool: str,
-    pad_id: int,
-    batch_size: int,
-    progress: Progress,
-    label: str,
-) -> Callable[[list[list[int]], list[list[list[int]]]], np.ndarray]:
-    """Returns `score(texts, _) -> (M, C)`: log-probabilities of a classification head over each whole text."""
+def head_scorer(
+    graphdef: nnx.GraphDef, params: dict[str, jax.Array], mean: bool, pad_id: int, batch_size: int, progress: Progress, label: str
+) -> Callable[[list[list[int]], list[list[int]]], list[np.ndarray]]:  # fmt: skip
+    """Returns `score(texts, at) -> (K, C) each`: what a head scores at some tokens of whole texts, float32.
+
+    With `mean` every token of a text stands for the mean of all.
+    """
 
     @jax.jit
-    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, at_BK: jax.Array) -> jax.Array:
         model = layers.bind(graphdef, params)
-        index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-        segments_BT = (index_BT < lengths_B[:, None]).astype(jnp.int32)
-        hidden_BTD, _ = model(tokens_BT, index_BT, segments_BT)
-        at_B = jnp.zeros_like(lengths_B) if pool == "first" else lengths_B - 1
-        if pool == "mean":
-            hidden_BTD = segment_mean(hidden_BTD, segments_BT)
-        pooled_BD = jnp.take_along_axis(hidden_BTD, at_B[:, None, None], axis=1)[:, 0]
-        return jax.nn.log_softmax(model.head(pooled_BD), axis=-1)
+        return model.head(_hidden_at(model, tokens_BT, lengths_B, at_BK, mean))
 
-    def score(texts: list[list[int]], _: Any) -> np.ndarray:
+    def score(texts: list[list[int]], at: list[list[int]]) -> list[np.ndarray]:
         scores: dict[int, np.ndarray] = {}
-        groups = _order([len(text) for text in texts], batch_size)
-        for group in progress(groups, len(groups), label):
-            filled = group + [group[0]] * (batch_size - len(group))
-            tokens_BT = np.full((batch_size, _rounded(max(len(texts[i]) for i in filled))), pad_id, np.int32)
-            for b, i in enumerate(filled):
-                tokens_BT[b, : len(texts[i])] = texts[i]
-            lengths_B = np.asarray([len(texts[i]) for i in filled], np.int32)
-            scores |= dict(zip(group, to_host(run(params, tokens_BT, lengths_B)), strict=False))
-        return np.stack([scores[i] for i in range(len(texts))])
+        for group, *arrays in _asked(texts, at, batch_size, pad_id, progress, label):
+            found_BKC = to_host(run(params, *arrays))
+            scores |= {i: found_BKC[b, : len(at[i])] for b, i in enumerate(group)}
+        return [scores[i] for i in range(len(texts))]
 
     return score
+
+
+def masked_nll(
+    graphdef: nnx.GraphDef, params: dict[str, jax.Array], rows: Rows, pad_id: int, batch_size: int, progress: Progress, label: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Returns, each (M,) and over each row's masked tokens: summed nll in nats, how many were guessed right, how many there are."""
+
+    @jax.jit
+    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, at_BK: jax.Array, targets_BK: jax.Array) -> Any:
+        model = layers.bind(graphdef, params)
+
+        def one(
+            xs: tuple[jax.Array, jax.Array],
+        ) -> tuple[jax.Array, jax.Array]:  # a row at a time: logits (K, V) are large
+            logits_KV, targets_K = model.head(xs[0]), xs[1]
+            wanted_K = jnp.take_along_axis(logits_KV, targets_K[:, None], axis=-1)[:, 0]
+            return jax.nn.logsumexp(logits_KV, axis=-1) - wanted_K, wanted_K >= jnp.max(logits_KV, axis=-1)
+
+        return jax.lax.map(one, (_hidden_at(model, tokens_BT, lengths_B, at_BK), targets_BK))
+
+    assert rows.targets is not None, "masked rows know what was masked"
+    parts = [slice(start, end) for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True)]
+    texts, at = [rows.tokens[part].tolist() for part in parts], [np.flatnonzero(rows.weights[part]) for part in parts]
+    nll_M, right_M = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    for group, *arrays, at_BK in _asked(texts, at, batch_size, pad_id, progress, label):
+        targets_BK = np.zeros_like(at_BK)
+        for b, i in enumerate(group):
+            targets_BK[b, : len(at[i])] = rows.targets[parts[i]][at[i]]
+        nll_BK, right_BK = map(to_host, run(params, *arrays, at_BK, targets_BK))
+        for b, i in enumerate(group):
+            nll_M[i], right_M[i] = nll_BK[b, : len(at[i])].sum(dtype=np.float64), right_BK[b, : len(at[i])].sum()
+    return nll_M, right_M, np.asarray([len(one) for one in at])
+
+
+def _hidden_at(
+    model: Any, tokens_BT: jax.Array, lengths_B: jax.Array, at_BK: jax.Array, mean: bool = False
+) -> jax.Array:
+    """The hidden states (B, K, D) of some tokens of whole texts, padded on the right."""
+    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    segments_BT = (index_BT < lengths_B[:, None]).astype(jnp.int32)
+    hidden_BTD, _ = model(tokens_BT, index_BT, segments_BT)
+    hidden_BTD = segment_mean(hidden_BTD, segments_BT) if mean else hidden_BTD
+    return jnp.take_along_axis(hidden_BTD, at_BK[..., None], axis=1)
+
+
+def _asked(
+    texts: Sequence[Sequence[int]], at: Sequence[Any], size: int, pad_id: int, progress: Progress, label: str
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (numbers of texts, tokens (B, T), lengths (B,), tokens asked for (B, K)) in batches of few shapes.
+
+    What is asked of a batch's rows beyond a text's own, and beyond the texts, means nothing.
+    """
+    groups = _order([len(text) for text in texts], size)
+    for group in progress(groups, len(groups), label):
+        filled = group + [group[0]] * (size - len(group))  # one batch shape; the copies are dropped
+        most = max(len(at[i]) for i in filled)
+        tokens_BT = np.full((size, _rounded(max(len(texts[i]) for i in filled))), pad_id, np.int32)
+        at_BK = np.zeros((size, 1 if most == 1 else _rounded(most)), np.int32)
+        for b, i in enumerate(filled):
+            tokens_BT[b, : len(texts[i])], at_BK[b, : len(at[i])] = texts[i], at[i]
+        yield group, tokens_BT, np.asarray([len(texts[i]) for i in filled], np.int32), at_BK
 
 
 def row_nll(

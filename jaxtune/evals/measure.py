@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import classes, pipeline, templates
+from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import Example
+from jaxtune.data.readers import NEXT, Reader
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import likelihood, tasks
+from jaxtune.evals import heads, likelihood, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.sampler import Sampler
 from jaxtune.train.state import Params, Program
@@ -26,37 +27,38 @@ _MANY_LABELS = 50
 class HeldOut(NamedTuple):
     """The rows to measure on, as the metric wants them; `labels` and `rows` for labels and exact_match.
 
-    `pool`: which token a classification head reads; "" where labels are texts whose likelihood is compared.
+    With a `reader` of other than next tokens the metrics are those of its head.
     """
 
     metric: str
     examples: list[Example]
     labels: tuple[str, ...]
     rows: list[dict[str, Any]]
-    pool: str = ""
+    reader: Reader = NEXT
 
 
 def held_out(
-    config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer, classifier: classes.Classifier | None = None
+    config: ConfigDict, splits: pipeline.Splits, tokenizer: Tokenizer, reader: Reader = NEXT
 ) -> HeldOut | None:
     """Picks rows of `eval.split` (the same ones for everybody who asks), or None where it is empty.
 
-    `classifier`: the model's own labels and how it reads a text, where it has a head for them.
+    `reader` says how the objective reads an example.
 
     Raises:
-      UserError: a labels metric without labels to choose among.
+      UserError: a labels metric without labels to choose among, or a metric of language models for another head.
     """
     examples: list[Example] = getattr(splits, config.eval.split)
     if not examples:
         return None
     examples = pipeline.limited(examples, config.eval.limit)
     metric = config.eval.metric
-    if classifier:
-        rows: list[dict[str, Any]] = [{"row_id": e.row_id, "answer": e.answer, "candidate_ids": []} for e in examples]
-        for row, example in zip(rows, examples, strict=True):
-            encoded = classes.encode(example, classifier, tokenizer)
-            row["prompt_ids"] = encoded.cut(config.data.max_length).tokens.tolist()
-        return HeldOut("labels", examples, classifier.labels, rows, classifier.pool)
+    if reader.kind != "next":
+        if metric != "auto":
+            raise UserError(
+                f"eval.metric={metric!r} measures language models; train.objective={config.train.objective!r} has metrics of its "
+                f"own: set 'auto'"
+            )
+        return HeldOut(reader.kind, examples, reader.labels, heads.rows(config, examples, reader, tokenizer), reader)
     if metric == "auto":
         metric = "labels" if config.data.label_column or config.eval.labels else "perplexity"
     if metric == "perplexity":
@@ -64,7 +66,7 @@ def held_out(
     without = [e.row_id for e in examples if e.answer is None]
     if without:
         raise UserError(f"eval.metric={metric!r} needs an answer in every row; {without[0]} has none: use 'perplexity'")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"row_id": e.row_id, "answer": e.answer, "prompt_ids": templates.prompt_ids(e, tokenizer)} for e in examples
     ]
     if metric == "exact_match":
@@ -118,19 +120,16 @@ def measure(
 ) -> tasks.Result:
     """Measures one model on the held-out rows; every figure with a bootstrap interval."""
     options = intervals(config)
+    if held.reader.kind != "next":
+        model = (held.reader, tokenizer, program, params, progress, what)
+        return heads.measure(config, held.examples, held.rows, *model, options)
     if held.metric == "exact_match":
         return tasks.exact_match(
             held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options
         )
     if held.metric == "labels":
-        size = config.eval.batch_size
-        doing = f"scoring, {what}"
-        if held.pool:
-            score = likelihood.class_scorer(
-                program.inference, params, held.pool, tokenizer.pad_id, size, progress, doing
-            )
-        else:
-            score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, doing)
+        size, doing = config.eval.batch_size, f"scoring, {what}"
+        score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, doing)
         return tasks.score_labels(held.rows, held.labels, score, **options)
     rows = pipeline.tokenize(held.examples, tokenizer, config.data, progress, "tokenising")
     size, special = config.eval.batch_size, tokenizer.special_ids
@@ -179,7 +178,8 @@ def check(config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Prog
             raise UserError(f"the rows of eval.split={config.eval.split!r} cannot be measured: {error}") from None
         ids, lengths = rows.row_ids, rows.lengths.tolist()
     else:
-        lengths = [len(row["prompt_ids"]) + max(map(len, row["candidate_ids"]), default=0) for row in held.rows]
+        answers = [max(map(len, row.get("candidate_ids", ())), default=0) for row in held.rows]
+        lengths = [len(row.get("prompt_ids", ())) + answer for row, answer in zip(held.rows, answers, strict=True)]
     most = program.model_config.max_positions
     for row_id, length in zip(ids, lengths, strict=True):
         if length > most:

@@ -1,7 +1,8 @@
 """Intervals and paired tests over the rows of an evaluation. NumPy only.
 
-A *statistic* takes columns that end in the rows dim M, any dims before it, and reduces M: `mean` maps (M,) to a number
-and (S, M) to (S,). So S resamples are one call, whatever the statistic.
+A *statistic* takes columns with a dim of rows M, any dims before it, and reduces M: `mean` maps (M,) to a number
+and (S, M) to (S,). So S resamples are one call, whatever the statistic. A row may be more than a number, (M, K, …): then
+the statistic knows how many dims follow M.
 """
 
 from __future__ import annotations
@@ -51,6 +52,58 @@ def macro_f1(predicted_M: np.ndarray, answers_M: np.ndarray, labels: Sequence[An
     return np.mean(f1, axis=0)
 
 
+def micro_f1(counts_MK2: np.ndarray, wanted_MK: np.ndarray) -> Any:
+    """Returns F1 = 2 TP / (predicted + wanted) over all kinds together, 0 to 1; `counts` are (TP, predicted) of each kind."""
+    right, total = _f1_parts(counts_MK2, wanted_MK)
+    return right.sum(-1) / np.maximum(total.sum(-1), 1)
+
+
+def kinds_macro_f1(counts_MK2: np.ndarray, wanted_MK: np.ndarray) -> Any:
+    """Returns the unweighted mean of each kind's F1, 0 to 1; one that is neither predicted nor wanted counts 0."""
+    right, total = _f1_parts(counts_MK2, wanted_MK)
+    return (right / np.maximum(total, 1)).mean(-1)
+
+
+def _f1_parts(counts_MK2: np.ndarray, wanted_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    counts_K2, wanted_K = np.asarray(counts_MK2).sum(-3), np.asarray(wanted_MK).sum(-2)
+    return 2 * counts_K2[..., 0], counts_K2[..., 1] + wanted_K
+
+
+def ratio(part_M: np.ndarray, whole_M: np.ndarray) -> Any:
+    """Returns the sum of one column over that of another."""
+    return np.asarray(part_M).sum(-1) / np.asarray(whole_M).sum(-1)
+
+
+def rmse(predicted_M: np.ndarray, answers_M: np.ndarray) -> Any:
+    """Returns the root of the mean squared difference."""
+    return np.sqrt(np.mean((np.asarray(predicted_M, np.float64) - answers_M) ** 2, axis=-1))
+
+
+def pearson(predicted_M: np.ndarray, answers_M: np.ndarray) -> Any:
+    """Returns the linear correlation of two columns, -1 to 1; 0 where one of them does not vary."""
+    x, y = (np.asarray(column, np.float64) for column in (predicted_M, answers_M))
+    x, y = (column - column.mean(-1, keepdims=True) for column in (x, y))
+    spread = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.where(spread > 0, (x * y).sum(-1) / np.where(spread > 0, spread, 1), 0.0)
+
+
+def spearman(predicted_M: np.ndarray, answers_M: np.ndarray) -> Any:
+    """Returns the correlation of two columns' ranks, -1 to 1; equal values share their mean rank."""
+    return pearson(_ranks(np.asarray(predicted_M)), _ranks(np.asarray(answers_M)))
+
+
+def _ranks(x_M: np.ndarray) -> np.ndarray:
+    order_M = np.argsort(x_M, axis=-1, kind="stable")
+    sorted_M, index_M = np.take_along_axis(x_M, order_M, -1), np.arange(x_M.shape[-1])
+    new_M = np.concatenate([np.ones_like(order_M[..., :1], bool), sorted_M[..., 1:] != sorted_M[..., :-1]], -1)
+    last_M = np.concatenate([new_M[..., 1:], np.ones_like(order_M[..., :1], bool)], -1)
+    first_M = np.maximum.accumulate(np.where(new_M, index_M, 0), -1)
+    end_M = np.minimum.accumulate(np.where(last_M, index_M, len(index_M))[..., ::-1], -1)[..., ::-1]
+    ranks_M = np.empty(x_M.shape)
+    np.put_along_axis(ranks_M, order_M, (first_M + end_M) / 2, -1)
+    return ranks_M
+
+
 def confusion_matrix(predicted_M: np.ndarray, answers_M: np.ndarray, labels: Sequence[Any]) -> np.ndarray:
     """Returns counts (C, C): [i, j] is how many rows with answer `labels[i]` were predicted `labels[j]`."""
     labels_C = np.asarray(labels)
@@ -76,7 +129,7 @@ def bootstrap(
     def resampled(rows_SM: np.ndarray) -> np.ndarray:
         return np.asarray(statistic(*(column[rows_SM] for column in columns)))
 
-    blocks = _blocks(num_samples, num_rows)
+    blocks = _blocks(num_samples, columns)
     samples_S = np.concatenate([resampled(rng.integers(num_rows, size=(size, num_rows))) for size in blocks])
     low, high = np.quantile(samples_S, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(statistic(*columns)), float(low), float(high))
@@ -121,14 +174,15 @@ def paired_permutation(
     rng = np.random.default_rng(seed)
 
     def gaps(swap_SM: np.ndarray) -> np.ndarray:
-        swapped_before, swapped_after = np.where(swap_SM, after, before), np.where(swap_SM, before, after)
+        swap = swap_SM.reshape(*swap_SM.shape, *[1] * (before.ndim - 1))
+        swapped_before, swapped_after = np.where(swap, after, before), np.where(swap, before, after)
         return np.abs(statistic(swapped_after, *shared) - statistic(swapped_before, *shared))
 
     seen = gaps(np.zeros((1, num_rows), bool))[0] * (1 - 1e-9)  # a tie is a hit, though its sums may round differently
     if 2**num_rows <= num_samples:
         every_swap = (np.arange(2**num_rows)[:, None] >> np.arange(num_rows)) & 1
         return float(np.mean(gaps(every_swap.astype(bool)) >= seen))
-    blocks = _blocks(num_samples, num_rows)
+    blocks = _blocks(num_samples, [before, after])
     hits = sum(int(np.sum(gaps(rng.random((size, num_rows)) < 0.5) >= seen)) for size in blocks)
     return (1 + hits) / (1 + num_samples)
 
@@ -151,13 +205,13 @@ def mcnemar(before_correct_M: np.ndarray, after_correct_M: np.ndarray) -> float:
 
 def _aligned(columns_M: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
     columns = [np.asarray(column) for column in columns_M]
-    assert all(column.shape == columns[0].shape for column in columns), [column.shape for column in columns]
-    if not columns[0].size:
+    assert all(len(column) == len(columns[0]) for column in columns), [column.shape for column in columns]
+    if not len(columns[0]):
         raise UserError("no rows to measure; expected at least one: check eval.split, eval.limit and the data")
-    return columns, columns[0].size
+    return columns, len(columns[0])
 
 
-def _blocks(num_samples: int, num_rows: int) -> Iterator[int]:
-    most = max(1, _BLOCK_CELLS // num_rows)
+def _blocks(num_samples: int, columns: Sequence[np.ndarray]) -> Iterator[int]:
+    most = max(1, _BLOCK_CELLS // max(column.size for column in columns))
     for start in range(0, num_samples, most):
         yield min(most, num_samples - start)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune import tracking
-from jaxtune.evals import statistics
+from jaxtune.evals import spans, statistics
 from jaxtune.evals.statistics import Estimate
 from jaxtune.types import UserError
 
@@ -60,6 +60,17 @@ def _metrics(labels: Sequence[str]) -> dict[str, _Metric]:
         "exact_match": _Metric(statistics.mean, "correct"),
         "perplexity": _Metric(_token_perplexity, "nll_sum", ("num_tokens",), higher_is_better=False),
         "bits_per_byte": _Metric(_bits_per_byte, "text_nll_sum", ("num_bytes",), higher_is_better=False),
+        "masked_perplexity": _Metric(_token_perplexity, "nll_sum", ("num_tokens",), higher_is_better=False),
+        "masked_accuracy": _Metric(statistics.ratio, "num_right", ("num_tokens",)),
+        "label_macro_f1": _Metric(statistics.kinds_macro_f1, "label_counts", ("labels_wanted",)),
+        "label_micro_f1": _Metric(statistics.micro_f1, "label_counts", ("labels_wanted",)),
+        "subset_accuracy": _Metric(statistics.mean, "correct"),
+        "pearson": _Metric(statistics.pearson, "prediction", ("answer",)),
+        "spearman": _Metric(statistics.spearman, "prediction", ("answer",)),
+        "rmse": _Metric(statistics.rmse, "prediction", ("answer",), higher_is_better=False),
+        "entity_micro_f1": _Metric(statistics.micro_f1, "entity_counts", ("entities_wanted",)),
+        "entity_macro_f1": _Metric(statistics.kinds_macro_f1, "entity_counts", ("entities_wanted",)),
+        "tag_accuracy": _Metric(statistics.ratio, "words_right", ("num_words",)),
     }
 
 
@@ -180,6 +191,43 @@ def perplexity(
     return Result(_measure(("perplexity", "bits_per_byte"), results, (), num_samples, confidence, seed), results)
 
 
+def masked_words(
+    nll_sum_M: np.ndarray,
+    num_right_M: np.ndarray,
+    num_tokens_M: np.ndarray,
+    row_ids: Sequence[str],
+    **options: Any,
+) -> Result:
+    """Measures how well masked tokens are guessed: `masked_perplexity` = exp(Σ nll / Σ tokens), and `masked_accuracy`.
+
+    Args:
+      nll_sum_M: negative log-likelihood of each row's masked tokens, summed, in nats.
+      num_right_M: how many of them are the likeliest token.
+      num_tokens_M: how many there are.
+      row_ids: names of the rows.
+      **options: num_samples, confidence and seed of the bootstrap.
+    """
+    columns = zip(row_ids, nll_sum_M, num_right_M, num_tokens_M, strict=True)
+    rows = [
+        {"row_id": i, "answer": None, "nll_sum": float(nll), "num_right": int(right), "num_tokens": int(num)}
+        for i, nll, right, num in columns
+    ]
+    return measured(("masked_perplexity", "masked_accuracy"), rows, (), **options)
+
+
+def measured(
+    names: Sequence[str],
+    rows: list[dict[str, Any]],
+    labels: Sequence[str],
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Result:
+    """Returns the result that rows amount to by the metrics of these names."""
+    return Result(_measure(names, rows, labels, num_samples, confidence, seed), rows, tuple(labels))
+
+
 def compare(
     before: Result, after: Result, *, num_samples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
@@ -252,8 +300,21 @@ def from_json(text: str, asked: str = "") -> Result | None:
     return Result(metrics, saved["rows"], tuple(saved["labels"]), confusion)
 
 
+# Columns that are counted from a row's answer and prediction.
+_COUNTED: dict[str, Callable[[Sequence[Row], Sequence[str]], np.ndarray]] = {
+    "label_counts": spans.label_counts,
+    "labels_wanted": spans.labels_wanted,
+    "entity_counts": spans.entity_counts,
+    "entities_wanted": spans.entities_wanted,
+    "words_right": spans.num_right,
+    "num_words": spans.num_words,
+}
+
+
 def _column(rows: Sequence[Row], name: str, labels: Sequence[str]) -> np.ndarray:
     """Returns one column of numbers; labels become their numbers, which compare faster than strings."""
+    if name in _COUNTED:
+        return _COUNTED[name](rows, labels)
     values = [row[name] for row in rows]
     return np.asarray([labels.index(v) for v in values] if labels and name in ("prediction", "answer") else values)
 

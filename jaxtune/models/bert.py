@@ -63,9 +63,7 @@ def _head(hf: dict[str, Any], act: str) -> spec.Head:
 
 
 def weights(c: Config) -> list[naming.Weight]:
-    # A bare BertModel stores its parts without the prefix.
-    prefix = "" if c.head and not c.head.out else "bert."
-    embeddings = f"{prefix}embeddings"
+    embeddings = "bert.embeddings"
     return naming.table(
         c,
         naming.Names(
@@ -73,7 +71,7 @@ def weights(c: Config) -> list[naming.Weight]:
             positions=f"{embeddings}.position_embeddings",
             types=f"{embeddings}.token_type_embeddings",
             embed_norm=f"{embeddings}.LayerNorm",
-            layer=f"{prefix}encoder.layer.{{}}",
+            layer="bert.encoder.layer.{}",
             q="attention.self.query",
             k="attention.self.key",
             v="attention.self.value",

@@ -47,15 +47,14 @@ def _head(hf: dict[str, Any], act: str) -> spec.Head:
 
 
 def weights(c: Config) -> list[naming.Weight]:
-    prefix = "" if c.head and not c.head.out else "distilbert."
-    embeddings = f"{prefix}embeddings"
+    embeddings = "distilbert.embeddings"
     return naming.table(
         c,
         naming.Names(
             embed=f"{embeddings}.word_embeddings",
             positions=f"{embeddings}.position_embeddings",
             embed_norm=f"{embeddings}.LayerNorm",
-            layer=f"{prefix}transformer.layer.{{}}",
+            layer="distilbert.transformer.layer.{}",
             q="attention.q_lin",
             k="attention.k_lin",
             v="attention.v_lin",

@@ -59,8 +59,7 @@ def _head(hf: dict[str, Any], act: str) -> spec.Head:
 
 
 def weights(c: Config) -> list[naming.Weight]:
-    prefix = "" if c.head and not c.head.out else "ernie."
-    embeddings = f"{prefix}embeddings"
+    embeddings = "ernie.embeddings"
     return naming.table(
         c,
         naming.Names(
@@ -69,7 +68,7 @@ def weights(c: Config) -> list[naming.Weight]:
             types=f"{embeddings}.token_type_embeddings",
             task_types=f"{embeddings}.task_type_embeddings",
             embed_norm=f"{embeddings}.LayerNorm",
-            layer=f"{prefix}encoder.layer.{{}}",
+            layer="ernie.encoder.layer.{}",
             q="attention.self.query",
             k="attention.self.key",
             v="attention.self.value",

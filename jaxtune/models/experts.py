@@ -17,7 +17,8 @@ class ExpertLinear(nnx.Module):
     """y_i = x_i W_e(i) + b_e(i): one matmul per expert over the rows that chose it, W (E, in, out).
 
     `axes` are the logical axes of one expert's W. The arrays leave the module (`arrays`) before they are used (`apply`),
-    because on a mesh the use happens on each device, with that device's experts.
+    because on a mesh the use happens on each device, with that device's experts. `adapter`, when set, adds its own: called
+    as `adapter.arrays(kernel)`, it returns any of "lora_a" (E, in, r), "lora_b" (E, r, out), scaled, and "gain" (E, out).
     """
 
     def __init__(
@@ -28,24 +29,51 @@ class ExpertLinear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(run.param_dtype), axes=("expert", *axes))
         bias = jnp.zeros((num, out_dim), run.param_dtype)
         self.bias = nnx.Param(bias, axes=("expert", axes[1])) if use_bias else nnx.data(None)
+        self.adapter: Any = nnx.data(None)
 
     def arrays(self) -> dict[str, jax.Array]:
-        found = {"kernel": self.kernel[...].astype(self.run.compute_dtype)}
-        return found if self.bias is None else found | {"bias": self.bias[...].astype(self.run.compute_dtype)}
+        found = {"kernel": self.kernel[...]}
+        if self.bias is not None:
+            found["bias"] = self.bias[...]
+        if self.adapter is not None:
+            found |= self.adapter.arrays(self.kernel[...])
+        return {name: array.astype(self.run.compute_dtype) for name, array in found.items()}
 
-    def device_axes(self) -> dict[str, Axes]:
-        """The logical axes by which `arrays` lie on devices while in use: whole over "embed"."""
-        kept = tuple(axis if axis == "mlp" else None for axis in self.axes)
-        found: dict[str, Axes] = {"kernel": ("expert", *kept)}
-        return found if self.bias is None else found | {"bias": ("expert", kept[1])}
+    def device_axes(self, name: str) -> Axes:
+        """The logical axes by which one of `arrays` lies on devices while in use: whole over "embed" and over ranks."""
+        into, out = (axis if axis == "mlp" else None for axis in self.axes)
+        parts = {"kernel": (into, out), "bias": (out,), "lora_a": (into, None), "lora_b": (None, out), "gain": (out,)}
+        return ("expert", *parts[name])
+
+
+# x_n . W_e(n) over W's last dim, (E, out, in). In the form of `ragged_dot` XLA's kernel for TPUs asks for more scratch memory
+# than it has where `in` is as small as a rank (libtpu 0.0.52: 17 of 16 MiB on v5e).
+_OVER_LAST = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
 
 
 def apply(
     w: dict[str, jax.Array], x_NI: jax.Array, sizes_E: jax.Array, expert_N: jax.Array, with_bias: Any = 1
 ) -> jax.Array:
-    """x: rows sorted by expert; `sizes_E` how many each has; `expert_N` whose each is. Returns (rows, out)."""
-    y_NO = jax.lax.ragged_dot(x_NI.astype(w["kernel"].dtype), w["kernel"], sizes_E)
+    """x: rows sorted by expert; `sizes_E` how many each has; `expert_N` whose each is. Returns (rows, out).
+
+    (x W + x A B) * gain + b: linear in x but for b, so partial sums over x's width add up.
+    """
+    x_NI = x_NI.astype(w["kernel"].dtype)
+    y_NO = jax.lax.ragged_dot(x_NI, w["kernel"], sizes_E)
+    if "lora_a" in w:
+        h_NR, b_EOR = jax.lax.ragged_dot(x_NI, w["lora_a"], sizes_E), jnp.swapaxes(w["lora_b"], 1, 2)
+        y_NO += jax.lax.ragged_dot_general(h_NR, b_EOR, sizes_E, _OVER_LAST)
+    if "gain" in w:
+        y_NO *= w["gain"][expert_N]
     return y_NO + w["bias"][expert_N] * with_bias if "bias" in w else y_NO
+
+
+def halves(w: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """A linear layer whose outputs are two halves, as two; they share the adapter's inner factor."""
+    pairs = {name: (array, array) if name == "lora_a" else jnp.split(array, 2, -1) for name, array in w.items()}
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
 
 
 class Experts(nnx.Module):
@@ -63,33 +91,34 @@ class Experts(nnx.Module):
         def linear(in_dim: int, out_dim: int, axes: Axes) -> ExpertLinear:
             return ExpertLinear(e.num_experts, in_dim, out_dim, axes, run, rngs, use_bias=e.bias)
 
-        one = e.joined or e.clamp  # gate and up come as one weight, in halves or alternating
-        self.gate_up_proj = linear(dim, 2 * e.dim, ("embed", "mlp")) if one else none
-        self.gate_proj = none if one else linear(dim, e.dim, ("embed", "mlp"))
-        self.up_proj = none if one else linear(dim, e.dim, ("embed", "mlp"))
-        self.down_proj = linear(e.dim, dim, ("mlp", "embed"))
+        # Gate and up come as one weight, in halves or alternating, or as two.
+        into = {"gate_up_proj": 2 * e.dim} if e.joined or e.clamp else {"gate_proj": e.dim, "up_proj": e.dim}
+        made = {name: linear(dim, width, ("embed", "mlp")) for name, width in into.items()}
+        self.experts = nnx.Dict(made | {"down_proj": linear(e.dim, dim, ("mlp", "embed"))})
         self.shared = make_mlp(dim, e.shared, run, rngs) if e.shared else none
 
     @staticmethod
     def nothing(blocks: Sequence[spec.Block]) -> dict[str, jax.Array]:
         """The router's report before the first layer of a group of blocks; empty where none of them has experts."""
-        if not any(block.beside or isinstance(block.ffn, spec.Experts) for block in blocks):
+        if not any(block.experts for block in blocks):
             return {}
-        return dict.fromkeys(("balance", "router_z", "router_entropy", "max_load", "layers"), jnp.float32(0))
+        names = ("router_balance", "router_z", "router_entropy", "router_max_load", "layers")
+        return dict.fromkeys(names, jnp.float32(0))
 
     def route(
         self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None, seen_BTD: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x (B, T, D) -> (y (B, T, D), what the router reports of tokens that are not padding).
 
-        `seen_BTD` is what the router reads in place of x.
+        `seen_BTD` is what the router reads in place of x. The report has a gradient where `run.router_loss` says so.
         """
         logits_BTE = self.router(self._normed(x_BTD if seen_BTD is None else seen_BTD), key).astype(jnp.float32)
         weights_BTK, chosen_BTK = self._chosen(logits_BTE)
         y_BTD = self._on_mesh(x_BTD, weights_BTK, chosen_BTK)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, key)
-        return y_BTD, self._report(logits_BTE, chosen_BTK, segment_ids_BT != 0)
+        told_BTE = logits_BTE if self.run.router_loss else jax.lax.stop_gradient(logits_BTE)
+        return y_BTD, self._report(told_BTE, chosen_BTK, segment_ids_BT != 0)
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         if self.router_scale is None:
@@ -128,16 +157,13 @@ class Experts(nnx.Module):
         Tokens go around the "expert" axis (all-gather), partial sums come back (reduce-scatter). Nothing is dropped.
         """
         run = self.run
-        linears = {name: getattr(self, name) for name in ("gate_up_proj", "gate_proj", "up_proj", "down_proj")}
-        linears = {name: linear for name, linear in linears.items() if linear is not None}
+        linears = dict(self.experts.items())
         w = {name: linear.arrays() for name, linear in linears.items()}
         if run.mesh is None or run.spec is None or run.mesh.size == 1 or run.constrain is unconstrained:
             return self._on_device(x_BTD, weights_BTK, chosen_BTK, w, self.e.num_experts)
         if self.e.joined:  # halves of one weight cannot be split by width as they stand
-            kernel, axes = w.pop("gate_up_proj")["kernel"], linears.pop("gate_up_proj")
-            halves = jnp.split(kernel, 2, axis=-1)
-            w |= {name: {"kernel": half} for name, half in zip(("gate_proj", "up_proj"), halves, strict=True)}
-            linears |= dict.fromkeys(("gate_proj", "up_proj"), axes)
+            w["gate_proj"], w["up_proj"] = halves(w.pop("gate_up_proj"))
+            linears |= dict.fromkeys(("gate_proj", "up_proj"), linears["gate_up_proj"])
         num_local, axis = self.e.num_experts // run.mesh.shape["expert"], "expert"
 
         def on_device(x: jax.Array, weights: jax.Array, chosen: jax.Array, w: Any) -> jax.Array:
@@ -149,7 +175,7 @@ class Experts(nnx.Module):
             return jax.lax.psum_scatter(jax.lax.psum(y, "tensor"), axis, tiled=True)
 
         rows = run.spec(("batch", None, None))
-        places = {name: {k: run.spec(a) for k, a in linear.device_axes().items()} for name, linear in linears.items()}
+        places = {name: {k: run.spec(linears[name].device_axes(k)) for k in arrays} for name, arrays in w.items()}
         specs = (rows, rows, rows, places)
         split = jax.shard_map(on_device, mesh=run.mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return split(x_BTD, weights_BTK, chosen_BTK, w)
@@ -186,18 +212,28 @@ class Experts(nnx.Module):
         return (up + 1) * gate * jax.nn.sigmoid(gate * alpha)
 
     def _report(self, logits_BTE: jax.Array, chosen_BTK: jax.Array, real_BT: jax.Array) -> dict[str, jax.Array]:
-        """Switch's load balance loss E sum_e f_e P_e / k (arXiv:2101.03961 eq. 4) and ST-MoE's z-loss (2202.08906 eq. 5)."""
+        """Over the N tokens that are not padding, f_e the share of them that chose expert e, p its normalised scores:
+
+        router_balance   E sum_e f_e mean(p_e) / k, 1 where experts share evenly (Switch, arXiv:2101.03961 eq. 4)
+        router_z         mean of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906 eq. 5)
+        router_entropy   mean of -sum_e p_e log p_e, nats
+        router_max_load  the busiest expert's tokens over the mean expert's
+        """
         e, real_BT1 = self.e, real_BT.astype(jnp.float32)[..., None]
         num, tokens = jnp.maximum(jnp.sum(real_BT1), 1.0), (0, 1)
-        probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        if e.scoring == "sigmoid":
+            scores_BTE = jax.nn.sigmoid(logits_BTE)
+            probs_BTE = scores_BTE / (jnp.sum(scores_BTE, axis=-1, keepdims=True) + 1e-20)
+        else:
+            probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         counts_BTE = jnp.sum(jax.nn.one_hot(chosen_BTK, e.num_experts), axis=-2)
         share_E, mean_E = (jnp.sum(each * real_BT1, axis=tokens) / num for each in (counts_BTE, probs_BTE))
         entropy_BT1 = -jnp.sum(probs_BTE * jnp.log(probs_BTE + 1e-20), axis=-1, keepdims=True)
         z_BT1 = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True))
         return {
-            "balance": e.num_experts * jnp.sum(share_E * mean_E) / e.top_k,
+            "router_balance": e.num_experts * jnp.sum(share_E * mean_E) / e.top_k,
             "router_z": jnp.sum(z_BT1 * real_BT1) / num,
             "router_entropy": jnp.sum(entropy_BT1 * real_BT1) / num,
-            "max_load": jnp.max(share_E) * e.num_experts / e.top_k,
+            "router_max_load": jnp.max(share_E) * e.num_experts / e.top_k,
             "layers": jnp.float32(1),
         }

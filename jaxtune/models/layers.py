@@ -30,7 +30,8 @@ class Runtime(NamedTuple):
     """How a model runs, as opposed to what it is: static, hashable, chosen by the caller, the same for every family.
 
     `constrain(x, axes)` pins an activation's sharding by logical axes; `mesh` and `spec(axes)` are for kernels that the
-    compiler cannot partition by itself; `remat` is none | dots | block; `attention` is auto | xla | splash.
+    compiler cannot partition by itself; `remat` is none | dots | block; `attention` is auto | xla | splash. `router_loss`:
+    whether what routers report is part of a loss, and so has a gradient.
     """
 
     param_dtype: Any = jnp.float32
@@ -38,6 +39,7 @@ class Runtime(NamedTuple):
     remat: str = "none"
     attention: str = "auto"
     scan: bool = True
+    router_loss: bool = False
     mesh: jax.sharding.Mesh | None = None
     spec: Callable[[Axes], jax.sharding.PartitionSpec] | None = None
     constrain: Callable[[jax.Array, Axes], jax.Array] = unconstrained

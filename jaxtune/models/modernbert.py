@@ -69,14 +69,13 @@ def _head(hf: dict[str, Any]) -> spec.Head:
 
 
 def weights(c: Config) -> list[naming.Weight]:
-    prefix = "" if c.head and not (c.head.out or c.head.tied) else "model."
     return naming.table(
         c,
         naming.Names(
-            embed=f"{prefix}embeddings.tok_embeddings",
-            embed_norm=f"{prefix}embeddings.norm",
-            norm=f"{prefix}final_norm",
-            layer=f"{prefix}layers.{{}}",
+            embed="model.embeddings.tok_embeddings",
+            embed_norm="model.embeddings.norm",
+            norm="model.final_norm",
+            layer="model.layers.{}",
             qkv="attn.Wqkv",
             out="attn.Wo",
             gate_up="mlp.Wi",

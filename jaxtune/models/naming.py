@@ -166,6 +166,9 @@ def table(c: Config, names: Names) -> list[Weight]:
         if block.residual_scale:
             parts.append(Weight(n.residual_scale, "residual_scale"))
         found += [w._replace(hf=f"{n.layer}.{w.hf}", ours=f"{ours}.{w.ours}", layers=layers) for w in parts]
+    if c.head and c.head.bare:  # stored without the name that the base model has in one with a head
+        prefix = n.embed.split(".")[0] + "."
+        found = [w._replace(hf=w.hf.removeprefix(prefix)) for w in found]
     return found
 
 
@@ -235,12 +238,12 @@ def _feed(f: Any, n: Names, ours: str) -> list[Weight]:
         found.append(Weight(n.expert_scale, f"{ours}.expert_scale"))
     if n.experts:
         for name in ("gate_up_proj", "down_proj"):
-            found.append(Weight(f"{n.experts}.{name}", f"{ours}.{name}.kernel", transpose=n.experts_transposed))
+            found.append(Weight(f"{n.experts}.{name}", f"{ours}.experts.{name}.kernel", transpose=n.experts_transposed))
             if f.bias:
-                found.append(Weight(f"{n.experts}.{name}_bias", f"{ours}.{name}.bias"))
+                found.append(Weight(f"{n.experts}.{name}_bias", f"{ours}.experts.{name}.bias"))
     else:
         for hf, name in ((n.expert_gate, "gate_proj"), (n.expert_up, "up_proj"), (n.expert_down, "down_proj")):
-            found += [w._replace(experts=f.num_experts) for w in linear(hf, f"{ours}.{name}", bias=f.bias)]
+            found += [w._replace(experts=f.num_experts) for w in linear(hf, f"{ours}.experts.{name}", bias=f.bias)]
     if f.shared:
         inner = n._replace(gate=f"{n.shared}.gate_proj", up=f"{n.shared}.up_proj", down=f"{n.shared}.down_proj")
         found += _mlp(f.shared, inner, f"{ours}.shared")

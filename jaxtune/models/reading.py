@@ -125,16 +125,46 @@ def task(hf: dict[str, Any]) -> str:
     return max(found, key=len)
 
 
+def auto_class(hf: dict[str, Any]) -> str:
+    """The class by which transformers loads such a model."""
+    kind = task(hf)
+    return f"AutoModel{kind}" if kind.startswith("For") else "AutoModel" if kind == "Model" else "AutoModelForCausalLM"
+
+
 def num_labels(hf: dict[str, Any]) -> int:
     """How many labels a classifier has; transformers takes two where nothing is said."""
     return len(hf.get("id2label") or {}) or int(hf.get("num_labels") or 2)
 
 
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+
+
+def problem(hf: dict[str, Any]) -> str:
+    """Which of `PROBLEMS` a classifier of texts solves; where nothing is said, one label means a number.
+
+    Raises:
+      UserError: another `problem_type`, or a number of several parts.
+    """
+    if task(hf) != "ForSequenceClassification":
+        return PROBLEMS[0]
+    count = num_labels(hf)
+    kind: str = hf.get("problem_type") or PROBLEMS[2 if count == 1 else 0]
+    if kind not in PROBLEMS:
+        raise UserError(f"config.json has problem_type={kind!r}; expected {', '.join(PROBLEMS)}")
+    if kind == "regression" and count != 1:
+        raise UserError(f"problem_type='regression' with {count} labels; expected one: name it in model.labels")
+    return kind
+
+
 def decoder_head(hf: dict[str, Any], token_out: str = "score") -> spec.Head | None:
-    """The head of a decoder for the task that `architectures` names: a linear layer on the last token, or on every one."""
+    """The head of a decoder for the task that `architectures` names: a linear layer on the last token or on every one, or
+    for a bare model nothing, whose last token's state then stands for a text.
+    """
     kind = task(hf)
     if kind == "ForSequenceClassification":
         return spec.Head(num_labels(hf), "score", bias=False, pool="last")
+    if kind == "Model":
+        return spec.Head(0, pool="last")
     return spec.Head(num_labels(hf), token_out) if kind == "ForTokenClassification" else None
 
 

@@ -51,8 +51,7 @@ def _head(hf: dict[str, Any]) -> spec.Head:
 
 
 def weights(c: Config) -> list[naming.Weight]:
-    prefix = "" if c.head and not c.head.out else "roberta."
-    embeddings = f"{prefix}embeddings"
+    embeddings = "roberta.embeddings"
     return naming.table(
         c,
         naming.Names(
@@ -60,7 +59,7 @@ def weights(c: Config) -> list[naming.Weight]:
             positions=f"{embeddings}.position_embeddings",
             types=f"{embeddings}.token_type_embeddings",
             embed_norm=f"{embeddings}.LayerNorm",
-            layer=f"{prefix}encoder.layer.{{}}",
+            layer="roberta.encoder.layer.{}",
             q="attention.self.query",
             k="attention.self.key",
             v="attention.self.value",

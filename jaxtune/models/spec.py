@@ -144,6 +144,11 @@ class Block(NamedTuple):
     beside: Experts | None = None
     layer_input: int = 0  # width of what each token brings for this very layer (`Config.layer_input_vocab`)
 
+    @property
+    def experts(self) -> Experts | None:
+        """The mixture that tokens of this block are routed to, if there is one."""
+        return self.beside or (self.ffn if isinstance(self.ffn, Experts) else None)
+
 
 class Group(NamedTuple):
     """Blocks that repeat as a pattern: one scan over `repeats`, whose body runs each block once."""
@@ -156,7 +161,7 @@ class Head(NamedTuple):
     """What stands on the last hidden state, where that is not the plain projection to the vocabulary.
 
     dense (with bias) → act → norm → out: each part is there where it has a Hugging Face name. `out_dim` scores come out
-    (labels, or the vocabulary where `tied` to the embedding table, `out` then names its bias alone). pool says which token's
+    (0 of a bare model; labels, or the vocabulary where `tied` to the embedding table, `out` then names its bias alone). pool says which token's
     scores count for a whole text: first | last | mean; "" = every token has its own.
     """
 
@@ -169,6 +174,15 @@ class Head(NamedTuple):
     act: str = "tanh"
     norm: str = ""
     pool: str = ""
+
+    @property
+    def bare(self) -> bool:
+        """Whether hidden states are all that the model gives: nothing on it scores anything."""
+        return not (self.out or self.tied)
+
+    @property
+    def scores_labels(self) -> bool:
+        return bool(self.out) and not self.tied
 
 
 class Config(NamedTuple):

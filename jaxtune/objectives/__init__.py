@@ -2,5 +2,7 @@
 
 OBJECTIVES: dict[str, str] = {
     "classify": "jaxtune.objectives.classify",
+    "mlm": "jaxtune.objectives.mlm",
     "sft": "jaxtune.objectives.sft",
+    "token_classify": "jaxtune.objectives.token_classify",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -41,12 +42,28 @@ CollectFn = Callable[..., dict[str, jax.Array]]
 
 
 class Objective(NamedTuple):
-    """What is optimised. `loss` is pure and returns an unreduced (sum, weight, metrics); the step divides, once."""
+    """What is optimised. `loss` is pure and returns an unreduced (sum, weight, metrics); the step divides, once.
+
+    `problems` are what takes its place on models with another of Hugging Face's `problem_type`s.
+    """
 
     fields: tuple[str, ...]
     loss: LossFn
     frozen: tuple[str, ...] = ()
     collect: CollectFn | None = None
+    problems: Mapping[str, Objective] = MappingProxyType({})
+
+
+TOKEN_FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions_BT")
+
+
+def token_loss(
+    policy: Policy, frozen: dict[str, Policy], batch: dict[str, jax.Array], key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """Sum over tokens of w_t * -log p(target_t), and the sum of w_t: the data say what a token's target is."""
+    nll, correct = cross_entropy(policy.head, policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"])
+    weight = jnp.sum(batch["weights_BT"])
+    return nll, weight, {"accuracy": (correct, weight)}
 
 
 def cross_entropy(

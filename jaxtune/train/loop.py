@@ -104,7 +104,7 @@ def train(
     seconds, done = progress.seconds, first
     if _stops_early(config, progress):
         return _outcome(state, progress, first)
-    fields, batch_size = step_lib.fields(config), config.train.batch_size
+    fields, batch_size = step_lib.fields(config, program), config.train.batch_size
     started = time.perf_counter()
     run_step = (
         step_lib.make(config, program)
@@ -244,7 +244,7 @@ def _evaluator(config: ConfigDict, program: Program, data: Data) -> Callable[[Pa
     """Returns a function of (params, frozen) -> validation metrics, or None without validation rows."""
     if data.validation is None:
         return None
-    run, fields, batches = step_lib.make_eval(config, program), step_lib.fields(config), data.validation
+    run, fields, batches = step_lib.make_eval(config, program), step_lib.fields(config, program), data.validation
 
     def evaluate(params: Params, frozen: Params) -> dict[str, float]:
         sums: list[Any] = []

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import classes, pipeline
+from jaxtune.data import masking, pipeline, readers
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.train import loop
 from jaxtune.train.state import Program
@@ -39,18 +38,17 @@ def paths(config: ConfigDict) -> dict[str, Path]:
     return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
 
 
-def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: classes.Classifier | None = None) -> Rows:
+def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT) -> Rows:
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
-    With a `classifier`, texts are classed instead of predicted.
+    `reader` says what of an example is learnt. Validation rows of masked words are masked once and for all.
 
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
     """
     data, training = config.data, config.train
     splits = pipeline.load(data, paths(config), tokenizer, show)
-    encode = partial(classes.encode, classifier=classifier, tokenizer=tokenizer) if classifier else None
-    rows = pipeline.tokenize(splits.train, tokenizer, data, show, encode=encode)
+    rows = pipeline.tokenize(splits.train, tokenizer, data, show, reader=reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
             raise UserError(
@@ -58,13 +56,17 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: classe
                 f"data.validation_fraction, or set train.{name}=0"
             )
     validation = (
-        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", encode)
+        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", reader)
         if splits.validation
         else None
     )
+    if reader.masking:
+        rows.counts["trained_tokens"] = masking.num_masked(rows, reader.masking)
+        validation = masking.fixed(validation, reader.masking) if validation else None
     batches = pipeline.BatchSource(
-        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id
-    )
+        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id,
+        masking=reader.masking,
+    )  # fmt: skip
     # Rounded up, so that every row is trained on; less a little, for 3 x 0.1 is more than 0.3.
     training.steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch - 1e-6))
     return Rows(splits, rows, validation, batches)

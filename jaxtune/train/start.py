@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,13 +12,15 @@ import numpy as np
 from jaxtune import registry, sharding
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
+from jaxtune.data import readers
+from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, reading
 from jaxtune.train import state as state_lib
 from jaxtune.train import step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
-from jaxtune.weights import hf, peft
+from jaxtune.weights import hf, peft, peft_read, source
 from jaxtune.weights.source import Model
 
 Adapter = Mapping[str, np.ndarray]
@@ -26,16 +29,60 @@ _TILE_TOKENS = 128  # splash attention cuts a row into blocks of a multiple of t
 
 def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
     """The training program on this machine's mesh, and the starting adapter's values if there is one."""
-    step.objective(config)  # an unknown name is said before anything is loaded
-    if (config.train.objective == "classify") != (reading.task(model.hf_config).endswith("Classification")):
-        raise UserError(
-            f"train.objective={config.train.objective!r} on a model with architectures={model.hf_config.get('architectures')}: "
-            f"'classify' goes with model.head='sequence' or 'token', and these with it"
-        )
+    check_head(config, model)
     mesh = sharding.make_mesh(config)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
     options, values = adapter(config, model)
     return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options), values
+
+
+# Objectives that train what stands on a model for one task: (that task, what makes it).
+HEADS = {
+    "mlm": ("ForMaskedLM", "model.head='lm' on an encoder"),
+    "classify": ("ForSequenceClassification", "model.head='sequence'"),
+    "token_classify": ("ForTokenClassification", "model.head='token'"),
+}
+
+
+def check_head(config: ConfigDict, model: Model) -> None:
+    """Refuses an objective that the model has no head for, and a head that the objective does not train.
+
+    Raises:
+      UserError: with what goes together; also for an objective that is none.
+    """
+    step.objective(config, model.hf_config)
+    name, kind = config.train.objective, reading.task(model.hf_config)
+    if HEADS[name][0] != kind if name in HEADS else kind in [task for task, _ in HEADS.values()]:
+        together = ", ".join(f"{objective!r} with {head}" for objective, (_, head) in HEADS.items())
+        raise UserError(
+            f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}; what goes together: "
+            f"{together}"
+        )
+
+
+def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Reader:
+    """How the objective reads an example, on this model.
+
+    Raises:
+      UserError: head and objective do not go together, or there is no token to mask with.
+    """
+    check_head(config, model)
+    if config.train.objective == "mlm":
+        if tokenizer.mask_id is None:
+            raise UserError(
+                "train.objective='mlm': the tokenizer has no mask token; use that of an encoder (model.tokenizer)"
+            )
+        data, seed = config.data, config.train.seed
+        shares = (data.mask_fraction, data.mask_token_share, data.mask_random_share)
+        return readers.Reader("masked", masking=Masking(tokenizer.mask_id, tokenizer.vocab_size, *shares, seed))
+    if config.train.objective not in ("classify", "token_classify"):
+        return readers.NEXT
+    if config.train.objective == "token_classify":
+        return readers.Reader("tags", source.labels(model))
+    family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+    kinds = dict(zip(reading.PROBLEMS, ("label", "labels", "number"), strict=True))
+    pool = family.from_hf(model.hf_config).head.pool
+    return readers.Reader(kinds[reading.problem(model.hf_config)], source.labels(model), pool)
 
 
 def adapter(config: ConfigDict, model: Model) -> tuple[lora.Options | None, Adapter | None]:
@@ -43,7 +90,7 @@ def adapter(config: ConfigDict, model: Model) -> tuple[lora.Options | None, Adap
     if model.adapter is None:
         return None, None
     family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
-    options, values = peft.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
+    options, values = peft_read.load(model.adapter, family, family.from_hf(model.hf_config), config.tune.dtype)
     return options._replace(dropout=config.tune.dropout), values
 
 
@@ -64,6 +111,17 @@ def check_length(config: ConfigDict, program: Program) -> None:
             f"data.max_length={max_length} is no multiple of {_TILE_TOKENS}, the tile of model.attention='splash': make it "
             f"{-(-max_length // _TILE_TOKENS) * _TILE_TOKENS}, or set model.attention='auto'"
         )
+
+
+def check_export(config: ConfigDict, program: Program) -> None:
+    """Refuses, before anything is trained, an adapter that could not be written.
+
+    Raises:
+      UserError: as `peft.check`.
+    """
+    if program.lora is not None and not config.export.merge:
+        linears = sorted({path.split(".adapter.")[0] for path in program.adapter})
+        peft.check(program.family, program.model_config, linears, program.lora)
 
 
 def load(
@@ -97,14 +155,26 @@ def write_result(
     with hf.new_folder(place, write) as folder:
         if adapter:
             base = str(model.path or model.uri)
-            peft.save(folder, program.family, program.model_config, params, adapter, base, write)
+            labels = (
+                source.labels(model) if program.model_config.head and program.model_config.head.scores_labels else ()
+            )
+            auto = reading.auto_class(model.hf_config)
+            peft.save(folder, program.family, program.model_config, params, adapter, base, write, labels, auto)
         else:
             dtype = np.dtype(config.export.dtype) if config.export.dtype else None
             named = hf.tensors(program.family, program.model_config, merged(program, params, frozen), dtype)
-            hf.save(folder, model.hf_config, named, write)
+            hf.save(folder, _exported(model, tokenizer), named, write)
         if write and tokenizer is not None:
             tokenizer.save(folder)
     return place
+
+
+def _exported(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The model's config; with a padding token for a decoder that classes texts: transformers finds their ends by it."""
+    config = model.hf_config
+    if tokenizer and config.get("pad_token_id") is None and reading.task(config) == "ForSequenceClassification":
+        return {**config, "pad_token_id": tokenizer.pad_id}
+    return config
 
 
 def merged(program: Program, params: Params, frozen: Params) -> Params:

@@ -24,6 +24,7 @@ from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers
 from jaxtune.models.layers import Runtime
+from jaxtune.train import routers
 from jaxtune.types import UserError
 
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
@@ -65,6 +66,7 @@ def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.train.remat,
         attention=config.model.attention,
+        router_loss=routers.wanted(config.train),
         mesh=mesh,
         spec=sharding.spec,
         constrain=sharding.constrain_on(mesh),
@@ -83,14 +85,16 @@ def abstract(
     """
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
     model_config, run = family.from_hf(hf_config), runtime(config, mesh)
+    routers.check(config.train, model_config)
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
     inference, _ = _shapes(
         family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
     )
-    head = model_config.head  # of labels, unless it is tied to the embeddings: then it predicts tokens
-    labels = partition.label(variables, config.tune.method, has_task=head is not None and not head.tied)
+    head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
+    has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
+    labels = partition.label(variables, config.tune.method, has_task=has_task)
     sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
@@ -187,14 +191,17 @@ def create(
       UserError: the adapter's shapes are not this model's.
     """
     if adapter:
-        values = {path: np.asarray(value, program.adapter[path].dtype) for path, value in adapter.items()}
+        shapes = {
+            path: {**program.base, **program.adapter}[path] for path in adapter
+        }  # a head is kept beside its adapter
+        values = {path: np.asarray(value, shapes[path].dtype) for path, value in adapter.items()}
         for path, value in values.items():
-            if value.shape != program.adapter[path].shape:
+            if value.shape != shapes[path].shape:
                 raise UserError(
-                    f"the adapter's {path} has shape {value.shape}; this model makes it {program.adapter[path].shape}: "
+                    f"the adapter's {path} has shape {value.shape}; this model makes it {shapes[path].shape}: "
                     f"was the adapter made for another model?"
                 )
-        started: Params = sharding.put(values, {path: program.adapter[path].sharding for path in values})
+        started: Params = sharding.put(values, {path: like.sharding for path, like in shapes.items()})
     else:
         started = _initial_adapter(program, base, seed)
     trainable, frozen = partition.split({**base, **started}, program.labels)

@@ -12,9 +12,10 @@ from flax import nnx
 
 from jaxtune import optim, registry, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.models import layers
+from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.ops import Head, LossFn, Objective, Policy
+from jaxtune.objectives.ops import Head, Objective, Policy
+from jaxtune.train import routers
 from jaxtune.train.state import Params, Program, State, shardings
 from jaxtune.types import BATCH_FIELDS
 
@@ -23,25 +24,33 @@ _MEAN_DECAY = 0.9  # of the running mean of the loss
 _MEAN_STEPS = 10  # updates before an explosion can be told from a start
 
 
-def policy(program: Program, params: Params, chunk_tokens: int) -> Policy:
-    """The model as objectives see it: hidden states of a batch, and the head over them."""
+def policy(program: Program, params: Params, chunk_tokens: int, reports: list[Arrays] | None = None) -> Policy:
+    """The model as objectives see it: hidden states of a batch, and the head over them.
+
+    Each pass adds what the model's routers report of it to `reports`.
+    """
     model = layers.bind(program.graphdef, params)
 
     def hidden(batch: Arrays, key: jax.Array | None) -> jax.Array:
-        return model(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)[0]
+        found, _, report = model.run_all(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)
+        if reports is not None:
+            reports.append(report)
+        return found
 
     graphdef, head_params = nnx.split(model.head)
     head, task = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens), program.model_config.head
     return Policy(hidden, head, task.pool if task else "")
 
 
-def objective(config: ConfigDict) -> Objective:
-    return registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
+def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
+    """What `train.objective` names, for what this model's scores mean."""
+    found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
+    return found.problems.get(reading.problem(hf_config), found)
 
 
-def fields(config: ConfigDict) -> tuple[str, ...]:
+def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
     """The batch fields that go to the devices; the others stay on the host."""
-    return objective(config).fields
+    return objective(config, program.hf_config).fields
 
 
 def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -52,7 +61,8 @@ def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeD
     def shape(name: str) -> tuple[int, ...]:
         return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])
 
-    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in fields(config)}
+    names = fields(config, program)
+    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in names}
 
 
 def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
@@ -61,27 +71,45 @@ def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
     return max(1, config.train.loss_chunk_tokens // rows_per_device)
 
 
+def _loss(
+    config: ConfigDict, program: Program, num_rows: int
+) -> Callable[[Params, Arrays, Any], tuple[jax.Array, Any]]:
+    """Returns `total(params, batch, key) -> (what to differentiate, (loss sum, weight, metric sums))`.
+
+    What is differentiated is the loss sum and, in a mixture of experts, the weighted losses of its routers. These are means
+    over the batch at hand, so they count as often as its loss weight, by which the step divides.
+    """
+    loss_fn, chunk_tokens = objective(config, program.hf_config).loss, _chunk_tokens(config, program, num_rows)
+
+    def total(params: Params, batch: Arrays, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        reports: list[Arrays] = []
+        value, weight, extra = loss_fn(policy(program, params, chunk_tokens, reports), {}, batch, key)
+        found, times = routers.means(reports), jax.lax.stop_gradient(weight)
+        told = {name: (mean * times, times) for name, mean in found.items()}
+        return value + routers.loss(config.train, found) * times, (value, weight, {**extra, **told})
+
+    return total
+
+
 def make(config: ConfigDict, program: Program) -> Any:
     """Returns the jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
     Gradients are summed over micro-batches and shards and divided once, by the whole batch's loss weight. A step whose
     loss or gradient is not finite, or whose loss exploded, changes nothing but its counter: `metrics["ok"]` is 0.
     """
-    loss_fn, accumulation = objective(config).loss, config.train.accumulation
-    micro_rows = config.train.batch_size // accumulation
-    chunk_tokens = _chunk_tokens(config, program, micro_rows)
+    accumulation = config.train.accumulation
+    total = _loss(config, program, config.train.batch_size // accumulation)
     rate = optim.schedule(config.optim, max(1, config.train.steps))
 
     def step(state: State, frozen: Params, batch: Arrays) -> tuple[State, Arrays]:
         key = jax.random.fold_in(state.key, state.step)
         # Steps that changed the weights, as the optimizer counts them: skipped ones move neither its rate nor the mean.
         updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
-        grads, (total, weight, extra) = _summed_gradients(
-            loss_fn, program, chunk_tokens, state.params, frozen, _micro_batches(batch, accumulation, program), key
-        )
+        micro = _micro_batches(batch, accumulation, program)
+        grads, (value, weight, extra) = _summed_gradients(total, state.params, frozen, micro, key)
         scale = 1.0 / jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        loss, norm = total * scale, optax.tree.norm(grads)
+        loss, norm = value * scale, optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         if config.train.explode_factor:
             ok &= (loss <= config.train.explode_factor * state.loss_mean) | (updated < _MEAN_STEPS)
@@ -105,7 +133,7 @@ def make(config: ConfigDict, program: Program) -> Any:
         }
         return State(state.step + 1, params, opt_state, state.key, mean), metrics
 
-    batch_shardings = dict.fromkeys(fields(config), sharding.batch_sharding(program.mesh))
+    batch_shardings = dict.fromkeys(fields(config, program), sharding.batch_sharding(program.mesh))
     where = shardings(program.state)
     return jax.jit(
         step,
@@ -126,16 +154,15 @@ def _micro_batches(batch: Arrays, accumulation: int, program: Program) -> Arrays
 
 
 def _summed_gradients(
-    loss_fn: LossFn, program: Program, chunk_tokens: int, params: Params, frozen: Params, batch: Arrays, key: jax.Array
+    total: Callable[..., Any], params: Params, frozen: Params, batch: Arrays, key: jax.Array
 ) -> tuple[Params, Any]:
-    """Gradients of the loss *sum* for trainable leaves only, and (sum, weight, metric sums); float32."""
+    """Gradients of `total` for trainable leaves only, and (loss sum, weight, metric sums); float32."""
     accumulation = batch["tokens_BT"].shape[0] if batch["tokens_BT"].ndim == 3 else 1
 
-    def total(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, Any]:
-        value, weight, extra = loss_fn(policy(program, {**frozen, **params}, chunk_tokens), {}, batch, key)
-        return value, (value, weight, extra)
+    def of_trained(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, Any]:
+        return total({**frozen, **params}, batch, key)
 
-    gradient: Callable[..., Any] = jax.grad(total, has_aux=True)
+    gradient: Callable[..., Any] = jax.grad(of_trained, has_aux=True)
     if accumulation == 1:
         grads, sums = gradient(params, batch, key)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
@@ -153,13 +180,12 @@ def _summed_gradients(
 
 def make_eval(config: ConfigDict, program: Program) -> Any:
     """Returns the jitted `evaluate(params, frozen, batch) -> (loss sum, weight, metric sums)`; no dropout, no gradient."""
-    loss_fn = objective(config).loss
-    chunk_tokens = _chunk_tokens(config, program, config.train.batch_size)
+    total = _loss(config, program, config.train.batch_size)
 
     def evaluate(params: Params, frozen: Params, batch: Arrays) -> Any:
-        return loss_fn(policy(program, {**frozen, **params}, chunk_tokens), {}, batch, None)
+        return total({**frozen, **params}, batch, None)[1]
 
-    batch_shardings = dict.fromkeys(fields(config), sharding.batch_sharding(program.mesh))
+    batch_shardings = dict.fromkeys(fields(config, program), sharding.batch_sharding(program.mesh))
     return jax.jit(
         evaluate,
         in_shardings=(shardings(program.state.params), shardings(program.frozen), batch_shardings),

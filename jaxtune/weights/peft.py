@@ -1,34 +1,38 @@
-"""PEFT adapter folders, read and written: the format that PyTorch users load unchanged."""
+"""PEFT adapter folders, written: the format that PyTorch users load unchanged."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import sharding
 from jaxtune.adapters.lora import Options
 from jaxtune.models import naming
+from jaxtune.models.spec import Head
 from jaxtune.types import UserError
+from jaxtune.weights import peft_experts
+from jaxtune.weights.peft_experts import Factors
+from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, Modules, modules_of
 
-_PREFIX = "base_model.model."
-_SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_KERNEL, _ADAPTER = ".kernel", ".adapter."
 
+def check(family: ModuleType, model_config: Any, linears: Iterable[str], options: Options) -> None:
+    """Refuses an adapter that PEFT has no form for.
 
-def _modules(family: ModuleType, model_config: Any) -> dict[str, list[str]]:
-    """Our linear path -> its Hugging Face module names, one per layer."""
-    found: dict[str, list[str]] = {}
-    for name, (weight, place) in naming.hf_names(family.weights(model_config)).items():
-        if weight.ours.endswith(_KERNEL) and len(place) < 2 and name.endswith(".weight"):
-            found.setdefault(weight.ours.removesuffix(_KERNEL), []).append(name.removesuffix(".weight"))
-    return found
+    Raises:
+      UserError: DoRA on what PEFT adapts as a parameter of a module, naming the first and what to do.
+    """
+    modules = modules_of(family, model_config)
+    found = [path for path in linears if path in modules.by_weight or path.rpartition(".")[0] in modules.experts]
+    if options.use_dora and found:
+        raise UserError(
+            f"tune.use_dora on {found[0]}: PEFT has no DoRA on experts, routers and the MLPs beside them, so there is no adapter "
+            f"folder to write: set export.merge=True, or tune.use_dora=False, or narrow tune.targets (attention: '.*attn.*')"
+        )
 
 
 def save(
@@ -39,71 +43,127 @@ def save(
     options: Options,
     base: str,
     write: bool = True,
+    labels: Sequence[str] = (),
+    auto_class: str = "AutoModelForCausalLM",
 ) -> None:
     """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; in `hf.new_folder`, whole or not at all.
 
-    `adapter` maps our paths ("….adapter.lora_a") to arrays; `base` is what the reader should load the adapter onto.
+    `adapter` maps our paths ("….adapter.lora_a", and a trained head's) to arrays; `base` is what the reader should load the
+    adapter onto, by `auto_class`; `labels` are the head's.
+
+    Raises:
+      UserError: as `check`.
     """
     from safetensors.numpy import save_file
 
-    modules, targets = _modules(family, model_config), set()
-    tensors: dict[str, np.ndarray] = {}
-    head = {path: array for path, array in adapter.items() if _ADAPTER not in path}
+    modules, tensors = modules_of(family, model_config), dict[str, np.ndarray]()
+    head = {path: array for path, array in adapter.items() if ADAPTER not in path}
     saved = {}  # of a task head, which PEFT keeps whole beside the adapter
     for name, (weight, _) in naming.hf_names(family.weights(model_config)).items():
         if weight.ours in head:
             value = sharding.to_host(head[weight.ours])
             saved[name] = np.ascontiguousarray(value.T if weight.transpose else value)
-    tensors |= {f"{_PREFIX}{name}": value for name, value in saved.items()}
-    for path, array in adapter.items():
-        if path in head:
-            continue
-        linear, kind = path.split(_ADAPTER)
-        host, stacked = sharding.to_host(array), linear.startswith("layers.")
-        targets.add(linear)
-        for layer, module in enumerate(modules[linear]):
-            value = host[layer] if stacked else host
-            tensors[f"{_PREFIX}{module}.{_SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
+    tensors |= {f"{PREFIX}{name}": value for name, value in saved.items()}
+    hosts = {path: sharding.to_host(array) for path, array in adapter.items() if path not in head}
+    chosen = {path.split(ADAPTER)[0] for path in hosts}
+    check(family, model_config, sorted(chosen), options)
+    for path, host in hosts.items():
+        linear, kind = path.split(ADAPTER)
+        for layer, module in enumerate(modules.linears.get(linear, ())):
+            value = host[layer] if linear.startswith("layers.") else host
+            tensors[f"{PREFIX}{module}.{SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
+    names, parameters = _targets(modules, chosen), _weights_of(modules, chosen)
+    fused = _fused(modules, hosts, options)
+    for (stack, parameter), (factors, depth) in fused.items():
+        for layer, module in enumerate(modules.experts[stack]):
+            parameters.append(f"{module}.{parameter}")
+            for suffix, value in peft_experts.stored(factors.a[layer], factors.b[layer]).items():
+                tensors[f"{PREFIX}{module}{INNER * depth}.{suffix}"] = value
     if not write:
         return
-    has_experts = any(weight.experts for weight in family.weights(model_config))
-    names = _targets(modules, targets, has_experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    task = "CAUSAL_LM"
-    if model_config.head is not None:
-        task = "SEQ_CLS" if model_config.head.pool else "FEATURE_EXTRACTION" if model_config.head.tied else "TOKEN_CLS"
-    whole = {"task_type": task, "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in saved}) or None}
-    config = json.dumps(_config(options, names, modules, base) | whole, indent=2)
+    whole = {"task_type": _task(model_config.head), "modules_to_save": _saved_modules(saved)}
+    config = json.dumps(_config(options, names, parameters, modules, fused, base) | whole, indent=2)
     (folder / "adapter_config.json").write_text(config + "\n")
-    (folder / "README.md").write_text(_card(base, options, names))
+    (folder / "README.md").write_text(_card(base, options, names + parameters, labels, auto_class))
 
 
-def _targets(modules: dict[str, list[str]], chosen: set[str], experts: bool) -> list[str]:
+def _task(head: Head | None) -> str | None:
+    """PEFT's name for what the model does; it has none for guessing masked words."""
+    if head is None:
+        return "CAUSAL_LM"
+    if head.tied:
+        return None
+    return "FEATURE_EXTRACTION" if head.bare else "SEQ_CLS" if head.pool else "TOKEN_CLS"
+
+
+def _saved_modules(saved: Iterable[str]) -> list[str] | None:
+    """The modules of a head's tensors. PEFT itself saves "classifier" whole, and cannot save a part of it once more."""
+    modules = {name.rsplit(".", 1)[0] for name in saved}
+    return sorted({"classifier" if name.startswith("classifier.") else name for name in modules}) or None
+
+
+def _targets(modules: Modules, chosen: set[str]) -> list[str]:
     """The short names ("q_proj") where they say exactly what was chosen; else the full module names.
 
     With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well.
     """
+    linears = modules.linears
     short = {linear.rsplit(".", 1)[-1] for linear in chosen}
-    if not experts and {linear for linear in modules if linear.rsplit(".", 1)[-1] in short} == chosen:
-        return sorted({module.rsplit(".", 1)[-1] for linear in chosen for module in modules[linear]})
-    return sorted(module for linear in chosen for module in modules[linear])
+    if not modules.experts and {linear for linear in linears if linear.rsplit(".", 1)[-1] in short} == chosen:
+        return sorted({module.rsplit(".", 1)[-1] for linear in chosen for module in linears[linear]})
+    return sorted(module for linear in chosen - modules.by_weight for module in linears.get(linear, ()))
 
 
-def _config(options: Options, targets: list[str], modules: dict[str, list[str]], base: str) -> dict[str, Any]:
+def _weights_of(modules: Modules, chosen: set[str]) -> list[str]:
+    """What PEFT reaches only by its weight's name."""
+    return sorted(f"{module}.weight" for linear in chosen & modules.by_weight for module in modules.linears[linear])
+
+
+_Fused = dict[tuple[str, str], tuple[Factors, int]]
+
+
+def _fused(modules: Modules, hosts: Mapping[str, np.ndarray], options: Options) -> _Fused:
+    """(our path of experts, PEFT's parameter) -> (its factors, the wrappers around its own)."""
+    found: _Fused = {}
+    for stack in modules.experts:
+        parts = {}
+        for name in ("gate_proj", "up_proj", *peft_experts.PARAMETERS):
+            a, b = (hosts.get(f"{stack}.{name}{ADAPTER}{kind}") for kind in ("lora_a", "lora_b"))
+            if a is not None and b is not None:
+                parts[name] = Factors(a, b, options.scale(f"{stack}.{name}"))
+        wrapped = peft_experts.fused(parts)
+        for depth, (parameter, factors) in enumerate(reversed(wrapped.items())):
+            found[stack, parameter] = (factors, depth)
+    return found
+
+
+def _config(
+    options: Options, targets: list[str], parameters: list[str], modules: Modules, fused: _Fused, base: str
+) -> dict[str, Any]:
     def per_module(pattern: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-        return {module: value for path, value in pattern for module in modules[path]}
+        return {module: value for path, value in pattern for module in modules.linears.get(path, ())}
 
+    ranks, alphas = per_module(options.rank_pattern), per_module(options.alpha_pattern)
+    for (stack, parameter), (factors, _) in fused.items():
+        names = [f"{module}.{parameter}" for module in modules.experts[stack]]
+        alpha = options.alpha_of(factors.scale, factors.rank)
+        ranks |= dict.fromkeys(names, factors.rank) if factors.rank != options.rank else {}
+        alphas |= dict.fromkeys(names, alpha) if alpha != options.alpha else {}
     return {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": options.rank,
-        "lora_alpha": options.alpha, "lora_dropout": options.dropout, "bias": "none", "use_rslora": options.use_rslora,
-        "use_dora": options.use_dora, "target_modules": targets, "rank_pattern": per_module(options.rank_pattern),
-        "alpha_pattern": per_module(options.alpha_pattern), "fan_in_fan_out": False,
-        "init_lora_weights": True, "inference_mode": True,
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": options.rank, "lora_alpha": options.alpha,
+        "lora_dropout": 0.0 if parameters else options.dropout,  # PEFT refuses any beside target_parameters
+        "bias": "none", "use_rslora": options.use_rslora, "use_dora": options.use_dora, "target_modules": targets,
+        **({"target_parameters": parameters} if parameters else {}), "rank_pattern": ranks, "alpha_pattern": alphas,
+        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
 
 
-def _card(base: str, options: Options, targets: list[str]) -> str:
+def _card(base: str, options: Options, targets: list[str], labels: Sequence[str], auto_class: str) -> str:
+    numbered = ", ".join(f"{i} = {name}" for i, name in enumerate(labels))
+    scores = f"\nThe head is saved beside it; its scores are, in order: {numbered}.\n" if labels else ""
+    count = f", num_labels={len(labels)}" if labels else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -112,156 +172,12 @@ tags: [lora, jaxtune]
 # LoRA adapter
 
 Trained by jaxtune on `{base}`: rank {options.rank}, alpha {options.alpha:g}, on {", ".join(targets[:12])}.
-
+{scores}
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-base = AutoModelForCausalLM.from_pretrained(BASE_MODEL_FOLDER)
+base = {auto_class}.from_pretrained(BASE_MODEL_FOLDER{count})
 model = PeftModel.from_pretrained(base, THIS_FOLDER)
 ```
 """
-
-
-# PEFT settings that change the adapter's maths and are not read here, with the value at which they do nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": (None, "none"), "modules_to_save": (None, []), "layers_to_transform": (None, []), "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False), "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
-    "layer_replication": (None, []), "use_qalora": (None, False), "alora_invocation_tokens": (None, []), "use_bdlora": (None, False),
-    "arrow_config": (None,), "exclude_modules": (None, []), "kasa_config": (None,), "monteclora_config": (None,),
-    # the others (PiSSA, OLoRA, CorDA, LoftQ …) take part of the base weight away, and the adapter stands on what is left
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
-
-
-def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, Any], Options]:
-    """Reads `adapter_config.json`: (as it stands, our options with the targets still unresolved).
-
-    Raises:
-      UserError: it is no LoRA adapter folder, or uses a PEFT setting that jaxtune does not read.
-    """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a PEFT adapter folder: expected adapter_config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds a {type(config).__name__}; expected an object")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file} has peft_type={config.get('peft_type')!r}; jaxtune reads 'LORA'")
-    for name, neutral in _NEUTRAL.items():
-        if config.get(name) not in neutral:
-            raise UserError(
-                f"{file} has {name}={config[name]!r}, which jaxtune does not read; merge that adapter with PEFT first"
-            )
-    for name in ("r", "target_modules"):
-        if not config.get(name):
-            raise UserError(f"{file} lacks {name!r}")
-    _check_numbers(file, config)
-    alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout")
-    options = Options(
-        targets="", rank=config["r"], alpha=float(8 if alpha is None else alpha), dropout=float(dropout or 0),
-        use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")), dtype=jnp.dtype(tune_dtype),
-    )  # fmt: skip
-    return config, options
-
-
-def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
-    patterns = {name: {} if config.get(name) is None else config[name] for name in ("rank_pattern", "alpha_pattern")}
-    for name, pattern in patterns.items():
-        if not isinstance(pattern, dict):
-            raise UserError(f"{file} has {name}={pattern!r:.60}; expected an object, module name to number")
-        for key in pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise UserError(f"{file} has {name} for {key!r}, which is not a regular expression: {error}") from None
-    numbers = {name: config[name] for name in ("r", "lora_alpha", "lora_dropout") if config.get(name) is not None}
-    numbers |= {f"{name} for {key!r}": value for name, pattern in patterns.items() for key, value in pattern.items()}
-    for name, value in numbers.items():
-        kind, least = (int, 1) if name.startswith("r") else (int | float, 0)
-        zero = value == 0 and not name.startswith("lora_dropout")
-        if isinstance(value, bool) or not isinstance(value, kind) or value < least or zero:
-            raise UserError(f"{file} has {name}={value!r}; expected a {'whole ' * (kind is int)}number above 0")
-
-
-def load(
-    folder: Path, family: ModuleType, model_config: Any, tune_dtype: str = "float32"
-) -> tuple[Options, dict[str, np.ndarray]]:
-    """Returns (options whose `targets` names exactly the adapted linears, our path -> host array, layers stacked).
-
-    Raises:
-      UserError: a tensor of a layer is missing, belongs to no linear of this model, or layers differ in rank or alpha.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    config, options = read_config(folder, tune_dtype)
-    try:
-        have = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
-    arrays: dict[str, np.ndarray] = {}
-    ranks, alphas = {}, {}
-    for linear, modules in _modules(family, model_config).items():
-        for kind, suffix in _SUFFIX.items():
-            names = [f"{_PREFIX}{module}.{suffix}" for module in modules]
-            if not any(name in have for name in names):
-                continue
-            missing = [name for name in names if name not in have]
-            if missing:
-                raise UserError(
-                    f"{folder} adapts {linear} in some layers only: {missing[0]} is missing; jaxtune adapts all layers alike"
-                )
-            parts = [have.pop(name).T for name in names]
-            if len({part.shape for part in parts}) > 1:
-                raise UserError(
-                    f"{folder} gives {linear} different ranks in different layers: {sorted({p.shape for p in parts})}"
-                )
-            stacked = np.stack(parts) if linear.startswith("layers.") else parts[0]
-            arrays[f"{linear}{_ADAPTER}{kind}"] = np.ascontiguousarray(stacked)
-            if kind == "lora_a":
-                for module in modules:  # under an adapted output head PEFT stores the frozen weight along: a copy
-                    have.pop(f"{_PREFIX}{module}.base_layer.weight", None)
-                ranks[linear] = stacked.shape[-1]
-                alphas[linear] = float(_pattern(config.get("alpha_pattern"), modules[0], options.alpha))
-                found = {_pattern(config.get("alpha_pattern"), module, options.alpha) for module in modules}
-                if len(found) > 1:
-                    raise UserError(
-                        f"{folder} gives {linear} different alphas in different layers: {sorted(found)}; merge it with PEFT first"
-                    )
-    if have:
-        raise UserError(
-            f"{folder} has the tensor {sorted(have)[0]!r}, which fits no linear layer of this model ({len(have)} in all)"
-        )
-    if not ranks:
-        raise UserError(f"{folder}/adapter_model.safetensors holds no LoRA tensors")
-    _check_whole(folder, set(arrays), options)
-    targets = "|".join(sorted(ranks)).replace(".", r"\.")
-    return options._replace(
-        targets=targets,
-        rank_pattern=tuple((p, r) for p, r in ranks.items() if r != options.rank),
-        alpha_pattern=tuple((p, a) for p, a in alphas.items() if a != options.alpha),
-    ), arrays
-
-
-def _check_whole(folder: Path, paths: set[str], options: Options) -> None:
-    """Refuses a linear with a factor too few or too many."""
-    expected = [kind for kind in _SUFFIX if kind != "magnitude" or options.use_dora]
-    for linear in sorted({path.split(_ADAPTER)[0] for path in paths if _ADAPTER in path}):
-        found = [kind for kind in _SUFFIX if f"{linear}{_ADAPTER}{kind}" in paths]
-        if found != expected:
-            has, wants = (" and ".join(_SUFFIX[kind] for kind in kinds) for kinds in (found, expected))
-            raise UserError(
-                f"{folder} has {has} for {linear}; expected {wants}, as use_dora={options.use_dora}: save the adapter again"
-            )
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key of the pattern is a regex that matches the end of the module's name."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default

@@ -60,14 +60,35 @@ def find(config: ConfigDict) -> Model:
 
 
 def with_head(hf_config: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
-    """The model's config with the head that `model.head` asks for: other `architectures`, and the labels' names.
+    """The model's config with the head that `model.head` asks for: other `architectures`, the labels' names, what scores mean.
 
     Raises:
-      UserError: labels without a head for them, or a config that does not say what architecture it is.
+      UserError: labels or a problem type without a head for them, or a config that does not say what architecture it is.
     """
+    changed = _with_architecture(hf_config, config)
+    if reading.task(changed) != "ForSequenceClassification":
+        if config.model.problem_type:
+            raise UserError(f"model.problem_type={config.model.problem_type!r} goes with model.head='sequence'")
+        return changed
+    if config.model.problem_type:
+        changed = {**changed, "problem_type": config.model.problem_type}
+        if config.model.problem_type == "regression" and not config.model.labels and config.model.head:
+            changed |= _label_names(("LABEL_0",))
+    # Said out loud, for transformers would guess it from the type of the labels.
+    return {**changed, "problem_type": reading.problem(changed)}
+
+
+def _label_names(labels: tuple[str, ...]) -> dict[str, Any]:
+    named = {"id2label": {str(i): name for i, name in enumerate(labels)}}
+    return {**named, "label2id": {name: i for i, name in enumerate(labels)}, "num_labels": len(labels)}
+
+
+def _with_architecture(hf_config: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
     kind, labels = config.model.head, tuple(config.model.labels)
     if labels and kind not in ("sequence", "token"):
         raise UserError(f"model.labels goes with model.head='sequence' or 'token', not {kind!r}")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"model.labels names {next(name for name in labels if labels.count(name) > 1)!r} twice")
     if not kind:
         return hf_config
     own = reading.task(hf_config)
@@ -78,16 +99,24 @@ def with_head(hf_config: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
     task = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification", "none": "Model"}.get(kind)
     task = task or ("ForCausalLM" if causal else "ForMaskedLM")
     changed = {**hf_config, "architectures": [str(hf_config["architectures"][0]).removesuffix(own) + task]}
-    if labels:
-        changed["id2label"] = {str(i): name for i, name in enumerate(labels)}
-        changed["label2id"] = {name: i for i, name in enumerate(labels)}
-    return changed
+    return changed | (_label_names(labels) if labels else {})
 
 
 def labels(model: Model) -> tuple[str, ...]:
-    """The names of a classifier's labels, in their order."""
-    named = model.hf_config.get("id2label") or {}
+    """The names of a classifier's labels, in their order; LABEL_0, LABEL_1, … where it has none, as in transformers."""
+    named = model.hf_config.get("id2label") or {
+        str(i): f"LABEL_{i}" for i in range(reading.num_labels(model.hf_config))
+    }
     return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+def check_writes(model: Model) -> None:
+    """Raises `UserError` where the model scores labels, or guesses masked words, and so writes no text."""
+    if reading.auto_class(model.hf_config) != "AutoModelForCausalLM":
+        raise UserError(
+            f"a model with architectures={model.hf_config.get('architectures')} writes no text: `generate` and `chat` need a "
+            f"language model; `evaluate` measures this one"
+        )
 
 
 def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from jaxtune.data.formats import read_examples
 from jaxtune.data.sources import folder_files, read_rows
 from jaxtune.types import UserError
 
@@ -118,3 +120,58 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match=r"pip install jaxtune\[parquet\]"):
         list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_a_folder_holds_rows_in_many_files(tmp_path: Path, data: ConfigDict) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b" / "c.json").write_text('{"text": "three"}')  # one object: one row
+    (tmp_path / "b" / "notes.md").write_text("not rows")
+    data.chat = False
+    examples, dropped = read_examples(tmp_path, data)
+    assert [(e.row_id, e.text) for e in examples] == [
+        ("a.jsonl:1", "one"),
+        ("a.jsonl:2", "two"),
+        ("b/c.json:1", "three"),
+    ]
+    assert not dropped
+    data.files = "b/*.json"
+    assert [e.text for e in read_examples(tmp_path, data)[0]] == ["three"]
+    data.files = "*.csv"
+    with pytest.raises(UserError, match=r"has no file that matches data.files='\*.csv'; it holds 'a.jsonl', 'b'"):
+        read_examples(tmp_path, data)
+    with pytest.raises(UserError, match="rename it to .jsonl"):  # a file named by itself is a table, not one row
+        list(read_rows(tmp_path / "b" / "c.json"))
+
+
+PREPARE = """\
+def shout(row):
+    return {"text": row["text"].upper()} if row["text"] != "two" else None
+def broken(row):
+    return row["missing"]
+def number(row):
+    return 3
+"""
+
+
+def test_rows_pass_through_a_function_of_the_users_own(tmp_path: Path, data: ConfigDict) -> None:
+    (tmp_path / "own.py").write_text(PREPARE)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    data.chat = False
+    data.prepare = f"{tmp_path / 'own.py'}:shout"
+    examples, dropped = read_examples(tmp_path / "a.jsonl", data)
+    assert [e.text for e in examples] == ["ONE"]
+    assert dropped == {"by_data_prepare": 1}
+    for name, message in {
+        "own.py:broken": r"a.jsonl:1: data.prepare='.*' failed: KeyError: 'missing'",
+        "own.py:number": r"a.jsonl:1: data.prepare='.*' returned 3; expected a row",
+        "own.py:shuot": r"has no function 'shuot'; did you mean 'shout'",
+        "owm.py:shout": "there is no file",
+        "own.py": "expected 'package.module:function'",
+    }.items():
+        data.prepare = f"{tmp_path / name}"
+        with pytest.raises(UserError, match=message):
+            read_examples(tmp_path / "a.jsonl", data)
+    data.prepare = "no_such_module:f"
+    with pytest.raises(UserError, match="importing 'no_such_module' failed: ModuleNotFoundError"):
+        read_examples(tmp_path / "a.jsonl", data)

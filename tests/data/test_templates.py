@@ -30,7 +30,7 @@ TWO_TURNS = (user("the cat"), assistant("sat"), user("and"), assistant("a good f
 
 def trained(example: Example, tokenizer: Tokenizer, data: ConfigDict) -> list[str]:
     """Returns the trained stretches of text."""
-    tokens, weights, _ = templates.encode(example, tokenizer, data)
+    tokens, weights, *_ = templates.encode(example, tokenizer, data)
     assert tokens.dtype == np.int32
     assert weights.dtype == np.float32
     assert tokens.shape == weights.shape
@@ -147,7 +147,7 @@ def test_bos_is_never_doubled(tokenizers: Any, data: ConfigDict) -> None:
         tokens, *_ = templates.encode(example, headers, data)
         assert (tokens == headers.bos_id).sum() == 1
         assert tokens[0] == headers.bos_id
-    tokens, weights, _ = templates.encode(Example("f:1", text="the cat"), plain, data)
+    tokens, weights, *_ = templates.encode(Example("f:1", text="the cat"), plain, data)
     assert plain.decode(tokens, skip_special=False) == "<s>the cat</s>"
     assert weights.tolist() == [0] + [1] * (len(tokens) - 1)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, permutation_test
+from scipy.stats import binomtest, pearsonr, permutation_test, spearmanr
 
 from jaxtune.evals import statistics
 from jaxtune.types import UserError
@@ -96,3 +96,38 @@ def test_paired_difference_is_narrower_than_the_gap_of_unpaired_intervals():
     assert high < 0.13
     alone = statistics.bootstrap(statistics.mean, before_M)
     assert alone.high - alone.low > 5 * (high - low)
+
+
+def test_correlations_are_the_textbooks_ties_and_all():
+    rng = np.random.default_rng(0)
+    for predicted_M, answers_M in ((rng.normal(size=40), rng.normal(size=40)), rng.integers(4, size=(2, 40))):
+        assert statistics.pearson(predicted_M, answers_M) == pytest.approx(pearsonr(predicted_M, answers_M).statistic)
+        assert statistics.spearman(predicted_M, answers_M) == pytest.approx(spearmanr(predicted_M, answers_M).statistic)
+    assert statistics.pearson(np.ones(5), np.arange(5)) == statistics.spearman(np.ones(5), np.arange(5)) == 0
+    assert statistics.rmse(np.array([1.0, 2.0]), np.array([1.0, 5.0])) == pytest.approx(np.sqrt(4.5))
+    predicted_SM, answers_SM = rng.integers(5, size=(2, 3, 20))
+    for statistic in (statistics.pearson, statistics.spearman, statistics.rmse):
+        rows = [statistic(p, a) for p, a in zip(predicted_SM, answers_SM, strict=True)]
+        np.testing.assert_allclose(statistic(predicted_SM, answers_SM), rows)
+
+
+def test_f1_of_kinds_by_hand():
+    # two rows, two kinds: (right, predicted) and wanted
+    counts_MK2, wanted_MK = np.array([[[1, 2], [0, 0]], [[1, 1], [0, 1]]]), np.array([[1, 1], [2, 0]])
+    assert statistics.kinds_macro_f1(counts_MK2, wanted_MK) == pytest.approx((2 * 2 / (3 + 3) + 0) / 2)
+    assert statistics.micro_f1(counts_MK2, wanted_MK) == pytest.approx(2 * 2 / (4 + 4))
+    twice = statistics.micro_f1(np.stack([counts_MK2] * 2), np.stack([wanted_MK] * 2))
+    np.testing.assert_allclose(twice, [0.5, 0.5])
+
+
+def test_rows_of_counts_are_resampled_and_swapped_whole():
+    rng = np.random.default_rng(0)
+    wanted_MK = rng.integers(0, 3, size=(60, 2))
+    perfect = np.stack([wanted_MK, wanted_MK], -1)
+    poor = np.stack([wanted_MK // 2, wanted_MK], -1)
+    gap = statistics.difference(statistics.micro_f1, poor, perfect, wanted_MK, num_samples=200)
+    assert 0 < gap.low <= gap.value <= gap.high < 1
+    assert (
+        statistics.paired_permutation(poor, perfect, wanted_MK, statistic=statistics.micro_f1, num_samples=999) == 0.001
+    )
+    assert statistics.paired_permutation(poor, poor, wanted_MK, statistic=statistics.micro_f1, num_samples=99) == 1

@@ -76,7 +76,7 @@ def test_a_trained_classifier_is_the_same_in_torch(classified: ConfigDict, metho
 
 def test_a_head_and_its_objective_go_together(classified: ConfigDict) -> None:
     classified.train.objective = "sft"
-    with pytest.raises(UserError, match="'classify' goes with model.head"):
+    with pytest.raises(UserError, match="'classify' with model.head='sequence'"):
         run.train(classified, Path(classified.workdir))
     classified.train.objective, classified.model.labels = "classify", ("bad", "good")
     with pytest.raises(UserError, match=r"rows.jsonl:\d+: answer 'fine' is no label"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtune.models import layers
+from jaxtune.train import start
 from jaxtune.weights import hf
 from tests.families import TASKS, VOCAB
 
@@ -40,14 +41,14 @@ def test_scores_and_gradients_agree(name: str, tmp_path: Path, ours: Any, config
     torch.manual_seed(0)
     torch.set_num_threads(1)
     settings = {k: v for k, v in TASKS[name].items() if k not in ("model_type", "architectures")}
-    model_class = getattr(transformers, name)
+    model_class = getattr(transformers, name.split(" ")[0])
     model = model_class(model_class.config_class(**settings)).eval()
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point():
-                value.normal_(1.0 if "norm" in key.lower() or ".ln" in key else 0.0, 0.15)
+                value.normal_(1.0 if "norm" in key.lower() or ".ln" in key or "scal" in key else 0.0, 0.15)
     model.save_pretrained(tmp_path / "model")
-    objective = "classify" if name.endswith("Classification") else "sft"
+    objective = next((o for o, (task, _) in start.HEADS.items() if name.split(" ")[0].endswith(task)), "sft")
     mine = ours(config_of(tmp_path / "model", {"tune.method": "full", "train.objective": objective}))
     program, pad_id = mine.program, settings["pad_token_id"]
     head = program.model_config.head

@@ -57,7 +57,7 @@ def losses(config: ConfigDict, num_devices: int) -> list[float]:
     run, data = step.make(config, program), batches(config)[0]
     found = []
     for number in range(NUM_STEPS):
-        batch = {name: data[number][name] for name in step.fields(config)}
+        batch = {name: data[number][name] for name in step.fields(config, program)}
         current, metrics = run(current, frozen, sharding.to_global(batch, mesh, config.train.batch_size))
         found.append(float(metrics["loss"]))
     return found
@@ -135,7 +135,7 @@ def test_packed_is_unpacked_per_row(tiny_config: ConfigDict) -> None:
         sums = np.zeros(len(rows))
         for number in range(-(-data.num_bins // tiny_config.train.batch_size)):
             batch = data[number]
-            values = np.asarray(nll({name: batch[name] for name in step.fields(tiny_config)}))
+            values = np.asarray(nll({name: batch[name] for name in step.fields(tiny_config, program)}))
             seen = batch["row_ids_BT"] >= 0
             first = number * tiny_config.train.batch_size
             real = np.arange(first, first + len(values)) < data.num_bins  # the last batch wraps into the next epoch
@@ -156,7 +156,9 @@ def test_a_skipped_step_moves_neither_rate_nor_mean(tiny_config: ConfigDict) -> 
     program = state.abstract(config, model.hf_config, mesh, config.train.steps)
     current, frozen = start.load(config, model, program, None, silent)
     run, batch = step.make(config, program), batches(config)[0][0]
-    arrays = sharding.to_global({name: batch[name] for name in step.fields(config)}, mesh, config.train.batch_size)
+    arrays = sharding.to_global(
+        {name: batch[name] for name in step.fields(config, program)}, mesh, config.train.batch_size
+    )
     found = []
     for base in (
         {name: value * np.nan if name == "norm.scale" else value for name, value in frozen.items()},
