@@ -227,21 +227,28 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _AT_LEAST: dict[str, float] = {
-    "tune.rank": 1, "data.max_length": 2, "train.batch_size": 1, "train.accumulation": 1, "train.steps": 0,
-    "train.epochs": 0, "train.loss_chunk_tokens": 1, "optim.learning_rate": 0, "optim.warmup_steps": 0,
+    "tune.rank": 1, "data.max_length": 2, "train.batch_size": 1, "train.accumulation": 1,
+    "train.loss_chunk_tokens": 1,
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
-    "generate.temperature": 0, "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
-    "tune.lora_plus_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0, "train.seed": 0, "train.eval_every_steps": 0,
+    "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
+    "train.eval_every_steps": 0,
     "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
     "train.router_z_weight": 0, "train.log_every_steps": 1,
-    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.seed": 0, "generate.batch_size": 1,
+    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
     "tune.dropout": (0, 0.999), "data.validation_fraction": (0, 0.95), "data.test_fraction": (0, 0.95),
     "generate.top_p": (1e-6, 1), "generate.min_p": (0, 1), "eval.confidence": (0.01, 0.999), "optim.final_ratio": (0, 1),
-    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1),
-    "data.mask_random_share": (0, 1),
+    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "optim.learning_rate": (0, 1e6), "optim.warmup_steps": (0, 2**31 - 1),
+    "train.steps": (0, 2**31 - 1), "train.epochs": (0, 1e9), "train.seed": (0, 2**32 - 1), "generate.seed": (0, 2**32 - 1),
+    "tune.alpha": (0, 1e6), "tune.lora_plus_ratio": (0, 1e6), "optim.weight_decay": (0, 1e6), "generate.temperature": (0, 1e6),
+    "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
+}  # fmt: skip
+
+_ABOVE_ZERO = {
+    "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
+    "optim.eps": "a gradient of 0 is divided by 0",
 }  # fmt: skip
 
 
@@ -282,9 +289,12 @@ def validate(config: ConfigDict) -> None:
     for key, (low, high) in _BETWEEN.items():
         if not low <= lookup(config, key) <= high:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected {low} to {high}")
+    for key, otherwise in _ABOVE_ZERO.items():
+        if not lookup(config, key) > 0:
+            raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
-    if not config.tune.alpha > 0:
-        raise UserError(f"config.tune.alpha is {config.tune.alpha}; expected above 0, or the adapter changes nothing")
+    if not config.train.steps and not config.train.epochs:
+        raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
     if config.train.patience and not config.train.eval_every_steps:
         raise UserError(
             f"train.patience={config.train.patience} counts evaluations, and train.eval_every_steps=0 makes none on the way: "
@@ -321,6 +331,13 @@ def _check_forms(config: ConfigDict) -> None:
     for one in bins:
         if isinstance(one, str) or len(one) != 3 or not all(isinstance(bound, int | float) for bound in one[:2]):
             raise UserError(f"config.data.label_bins has {one!r}; expected (low, high, name) with two numbers")
+    for key in ("eval.labels", "model.labels", "generate.stop"):
+        words = lookup(config, key)
+        twice = next((word for word in words if words.count(word) > 1), None)
+        if twice is not None or "" in words:
+            raise UserError(
+                f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
+            )
     for key, pattern in [("data.split_regex", config.data.split_regex), *(("mesh.rules", rule[0]) for rule in rules)]:
         try:
             re.compile(pattern)

@@ -7,8 +7,10 @@ mistake ends in one line on stderr and exit code 2; code 75 says "saved, run me 
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -44,10 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(a in ("-h", "--help", "-help") for a in arguments) or not arguments:
         print(USAGE)
         return 0
+    _forgive_terminals()
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _refuse(str(error))
+    except BrokenPipeError:  # who reads the output, `head` say, has seen enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # nor does Python's own flush at the end complain
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -76,6 +86,13 @@ def _refuse(message: str) -> int:
     return 2
 
 
+def _forgive_terminals() -> None:
+    """A terminal that lacks a character, or sends bytes that are none, shows or means another; it ends no run."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def _dispatch(arguments: list[str]) -> int:
     from jaxtune.tracking import quiet_libraries
 
@@ -86,11 +103,9 @@ def _dispatch(arguments: list[str]) -> int:
     from jaxtune import run
 
     config_lib.validate(options)
-    if values.workdir:
-        with options.unlocked():
-            options.workdir = values.workdir
-    if not options.workdir:
-        options.workdir = str(Path("runs") / options.name)
+    options.workdir = values.workdir or options.workdir or str(Path("runs") / options.name)
+    for section, key in ((options, "workdir"), (options.export, "output"), (options.generate, "output")):
+        section[key] = os.path.expanduser(section[key])  # shells leave the ~ of --workdir=~/runs alone
     _check_outputs(options, verb)
     if values.dry_run and verb != "train":
         raise UserError(f"--dry_run goes with train, not with {verb}")
@@ -118,7 +133,7 @@ def _check_outputs(options: config_lib.ConfigDict, verb: str) -> None:
     if Path(output or "none").is_dir():
         raise UserError(f"generate.output={output!r} is a folder; expected the path of a file")
     place = Path(output or Path(options.workdir) / "generations.jsonl")
-    if verb == "generate" and given and place.resolve() == Path(given).resolve():
+    if verb == "generate" and given and place.resolve() == Path(given).expanduser().resolve():
         raise UserError(f"generate.input={given!r} is where the answers go, and would be replaced; set generate.output")
     if verb in ("train", "export"):
         _check_result(options, verb)
@@ -192,7 +207,7 @@ def _config_file(arguments: list[str]) -> config_lib.ConfigDict:
     named = [a.split("=", 1)[1] for a in arguments if a.startswith(("--config=", "-config="))]
     if not named:
         raise UserError("no config: give --config=configs/quickstart.py, or a file of your own with get_config()")
-    path = fetch.local(named[-1]) if "://" in named[-1] else Path(named[-1])
+    path = fetch.local(named[-1]) if "://" in named[-1] else Path(os.path.expanduser(named[-1]))
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise UserError(f"config file {path} {'is a folder' if path.is_dir() else f'does not exist{near}'}")

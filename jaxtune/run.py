@@ -55,6 +55,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     program, values = start.program(config, model)
     start.check_length(config, program)
     start.check_export(config, program)
+    if held:
+        measure.check(config, held, tokenizer, program)
     _say(config, start.summary(model, program))
     _say(config, rows_lib.summary(config, rows))
     if held is None:
@@ -141,6 +143,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
         )
     program, params, what = _ready(config, model)
+    measure.check(config, held, tokenizer, program)
     result = measure.measure(config, held, tokenizer, program, params, show, what)
     tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}

@@ -32,6 +32,11 @@ def check(name: str, uri: str) -> None:
       UserError: another kind of URI, no path in the bucket, the extra `gcs` is missing, or the bucket cannot be reached.
     """
     if "://" not in uri:
+        if unreadable := [character for character in "[]\\" if character in str(Path(uri).resolve())]:
+            raise UserError(
+                f"{name}={uri!r}: its full path has {unreadable[0]!r}, under which checkpoints cannot be read back (orbax looks for "
+                "their parts by pattern); choose another folder"
+            )
         return
     if not re.fullmatch(r"gs://[a-z0-9._-]+/.+", uri):
         raise UserError(f"{name}={uri!r}; expected a path of this machine or gs://bucket/path")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from jaxtune import launch
+from jaxtune.evals import measure
 
 REPOSITORY = Path(__file__).parents[1]
 HALF_WRITTEN = ("adapter", "model", "report.html", "report.json", "*.partial", "*.tmp", "*.part-*", "**/*.partial")
@@ -203,6 +204,18 @@ def _generate(run: Run, *lines: str) -> None:
     run.set(f"generate.input={run.folder / 'prompts.txt'}", "generate.max_new_tokens=4")
 
 
+def _parquet(run: Run, damaged_from: int = 0, **columns: list[Any]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = run.folder / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    if damaged_from:
+        data = path.read_bytes()
+        path.write_bytes(data[:damaged_from] + bytes(16) + data[damaged_from + 16 :])
+    run.set(f"data.train={path}", "data.prompt={text}", "data.label_column=mood")
+
+
 _COMMAND = [
     row("unknown verb", _arguments("trian", "--config={config}"), r"unknown verb 'trian'", r"did you mean 'train'", "evaluate"),
     row("two verbs", _arguments("train", "export", "--config={config}"), "'export'"),
@@ -247,6 +260,14 @@ _COMMAND = [
     row("rule that matches nothing", lambda r: r.get_config("c.mesh.rules = ((r'layers\\.attn\\.q_porj\\.kernel', ('', 'fsdp', '')),)"), r"mesh\.rules .* matches no parameter; did you mean .*layers\.attn\.q_proj\.kernel"),
     row("splash with rows of an odd length", "--config.model.attention=splash --config.data.max_length=100", r"data\.max_length=100 is no multiple of 128", "make it 128"),
     row("label bins of another form", lambda r: r.get_config("c.data.label_bins = ((1, 2),)"), r"data\.label_bins", "expected"),
+    row("learning rate without end", "--config.optim.learning_rate=inf", r"optim\.learning_rate is inf"),
+    row("epochs without end", "--config.train.steps=0 --config.train.epochs=inf", r"train\.epochs is inf"),
+    row("no steps and no epochs", "--config.train.steps=0 --config.train.epochs=0", r"train\.steps=0 and train\.epochs=0\.0 train nothing"),
+    row("seed that no generator takes", "--config.train.seed=99999999999999999999", r"train\.seed is 9+; expected 0 to 4294967295"),
+    row("gradients divided by nothing", "--config.optim.eps=0", r"optim\.eps is 0\.0; expected above 0"),
+    row("a B that never moves", "--config.tune.lora_plus_ratio=0", r"tune\.lora_plus_ratio is 0\.0; expected above 0"),
+    row("label twice", "--config.eval.labels=good,bad,good", r"eval\.labels has 'good' twice"),
+    row("stop string of nothing", "--config.generate.stop=('',)", r"generate\.stop has ''"),
 ]  # fmt: skip
 
 _CONFIG_FILES = [
@@ -328,6 +349,12 @@ _MODELS = [
     row("adapter of another kind", lambda r: r.adapter(peft_type="IA3"), "peft_type='IA3'", "LORA"),
     row("adapter without weights", lambda r: r.adapter(peft_type="LORA", r=2, target_modules=["q_proj"]), "adapter_model.safetensors cannot be read"),
     row("adapter with full tuning", lambda r: (r.adapter(peft_type="LORA"), r.set("tune.method=full")), r"tune\.adapter goes with"),
+    row("adapter with an alpha of words", lambda r: r.adapter(peft_type="LORA", r=2, target_modules=["q_proj"], alpha_pattern={"q_proj": "x"}), r"alpha_pattern for 'q_proj'='x'; expected a number"),
+    row("adapter with a pattern that is a list", lambda r: r.adapter(peft_type="LORA", r=2, target_modules=["q_proj"], rank_pattern=[2]), r"rank_pattern=\[2\]; expected an object"),
+    row("adapter with a broken pattern", lambda r: r.adapter(peft_type="LORA", r=2, target_modules=["q_proj"], alpha_pattern={"(": 2}), r"alpha_pattern for '\(', which is not a regular expression"),
+    row("adapter of a negative rank", lambda r: r.adapter(peft_type="LORA", r=-2, target_modules=["q_proj"]), "r=-2; expected a whole number above 0"),
+    row("adapter on what PiSSA left of the base", lambda r: r.adapter(peft_type="LORA", r=2, target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights='pissa', which jaxtune does not read"),
+    row("adapter config that is not UTF-8", lambda r: (r.adapter(), r.file(r.folder / "given-adapter/adapter_config.json", b'{"a": "\xe9"}')), r"adapter_config\.json is not JSON"),
     row("mesh that does not divide the devices", "--config.mesh.fsdp=3", "fsdp=3", "8 devices"),
     row("mesh of two unknowns", "--config.mesh.data=-1", "at most one may be -1"),
     row("mesh that does not divide the heads", "--config.mesh.tensor=8", r"mesh\.tensor=8 does not divide the model's 4 kv_heads"),
@@ -340,7 +367,7 @@ _DATA = [
     row("no data", "--config.data.train=", r"data\.train is empty"),
     row("data file missing", "--config.data.train={folder}/rwos.jsonl", "does not exist", r"rows\.jsonl"),
     row("data file in a missing folder", "--config.data.train={folder}/none/rows.jsonl", "nor does its folder"),
-    row("data is a folder", "--config.data.train={folder}", "folder"),
+    row("data is a folder without such rows", "--config.data.train={folder} --config.data.files=*.csv", r"has no file that matches data\.files='\*\.csv'", r"rows\.jsonl"),
     row("data of an unknown kind", lambda r: r.rows("{}", name="rows.xlsx"), r"rows\.xlsx: unknown kind of data file '\.xlsx'", r"\.jsonl"),
     row("empty data set", lambda r: r.rows(), r"rows\.jsonl: holds no rows"),
     row("blank lines alone", lambda r: r.rows("", "  ", ""), r"rows\.jsonl: holds no rows"),
@@ -391,6 +418,14 @@ _DATA = [
     row("label empty", lambda r: (r.rows("text,mood", "a,", name="rows.csv"), r.set("data.prompt={text}", "data.label_column=mood")), r"rows\.csv:2: label column 'mood' is empty"),
     row("prompt names no column", lambda r: (r.rows("text,mood", "a,b", name="rows.csv"), r.set("data.prompt={txt}", "data.label_column=mood")), r"rows\.csv:2: data\.prompt names column 'txt'", "did you mean 'text'"),
     row("prompt with an open brace", lambda r: (r.rows("text,mood", "a,b", name="rows.csv"), r.set("data.prompt={text", "data.label_column=mood")), r"data\.prompt is not a template"),
+    row("prompt with a format", lambda r: (r.rows("text,mood", "a,b", name="rows.csv"), r.set("data.prompt={text!r}", "data.label_column=mood")), r"data\.prompt has a format in \{text"),
+    row("label that is no number", lambda r: (r.rows('{"text": "a", "mood": NaN}'), r.set("data.prompt={text}", "data.label_column=mood")), r"rows\.jsonl:1: label column 'mood' is empty"),
+    row("label that is a list", lambda r: (r.rows('{"text": "a", "mood": ["b"]}'), r.set("data.prompt={text}", "data.label_column=mood")), r"rows\.jsonl:1: column 'mood' is \['b'\], a list"),
+    row("Parquet of bytes", lambda r: _parquet(r, text=[b"a"], mood=["b"]), r"rows\.parquet:1: column 'text' is b'a', bytes"),
+    row("Parquet damaged inside", lambda r: _parquet(r, 4, text=["a"], mood=["b"]), r"rows\.parquet: not a Parquet file"),
+    row("test rows that train nothing", lambda r: r.set(f"data.test={r.file(r.folder / 'masked.jsonl', json.dumps({'messages': [_user('a'), _assistant('b', weight=0)]}))}"), r"eval\.split='test' cannot be measured", r"1 rows of masked\.jsonl"),
+    row("test row longer than the model, whatever its metric", lambda r: (r.rows("text,mood", *["a,b", "b,c"] * 9, name="rows.csv"), r.rows("text,mood", f"{'cat ' * 300},b", name="long.csv"), r.set(f"data.train={r.folder}/rows.csv", f"data.test={r.folder}/long.csv", "data.prompt={text}", "data.label_column=mood", "eval.labels=b,c")), r"long\.csv:2: \d+ tokens with the answer exceed the model's 256 positions"),
+    row("test prompt without room for its answer", lambda r: (r.rows("text,mood", f"{'cat ' * 300},b", name="long.csv"), r.set(f"data.train={r.folder}/rows.jsonl", f"data.test={r.folder}/long.csv", "data.prompt={text}", "data.label_column=mood", "eval.metric=exact_match"), r.rows(*['{"text": "a", "mood": "b"}'] * 9)), r"long\.csv:2: a prompt of \d+ tokens"),
     row("split key missing", "--config.data.split_key=patient", r"rows\.jsonl:1: data\.split_key names column 'patient'"),
     row("split regex that matches nothing", r"--config.data.split_regex=^\d+", r"rows\.jsonl:1: data\.split_regex .* matches nothing"),
     row("validation file broken", lambda r: r.set(f"data.eval={r.file(r.folder / 'val.jsonl', '{')}"), r"val\.jsonl:1: not JSON"),
@@ -411,9 +446,11 @@ _VERBS = [
     row("prompt that is empty", lambda r: (_generate(r), r.rows('{"prompt": "a"}', '{"prompt": ""}', name="asked.jsonl"), r.set(f"generate.input={r.folder}/asked.jsonl", "data.chat=False")), r"asked\.jsonl:2: the prompt is empty"),
     row("plan for an unknown chip", _verb("plan", "plan.topology=v9:4x4"), r"plan\.topology='v9:4x4'", "v5e"),
     row("plan for no slice", _verb("plan", "plan.topology=v5e"), "expected GENERATION:SHAPE"),
+    row("plan for a slice of no chips", _verb("plan", "plan.topology=v5e:0x0"), "expected GENERATION:SHAPE"),
     row("plan without a model", _verb("plan", "model.source="), r"model\.source is empty"),
     row("workdir is a file", lambda r: r.file(r.workdir, "mine"), "run", "is a file"),
     row("workdir inside a file", lambda r: setattr(r, "workdir", r.folder / "rows.jsonl" / "run"), r"rows\.jsonl"),
+    row("workdir whose checkpoints could not be read back", lambda r: setattr(r, "workdir", r.folder / "lr[1]" / "run"), r"workdir=.* has '\['", "choose another folder"),
     row("export into a file", lambda r: r.set(f"export.output={r.folder / 'rows.jsonl'}"), r"export\.output", "is a file"),
     row("export over a folder of other things", lambda r: (_apart(r), r.set(f"export.output={r.folder}")), r"export\.output=.* is a folder of other things \(config\.py, rows\.jsonl\)"),
     row("export over the base", lambda r: r.set(f"export.output={r.copy_model()}"), r"export\.output=.* is what the run starts from"),
@@ -516,6 +553,37 @@ def test_a_mistake_after_a_finished_run_leaves_it_as_it_was(
     for pattern in mistake.says:
         assert re.search(pattern, line), line
     assert _contents(run.workdir) == before
+
+
+def _without_b(tensors: dict[str, np.ndarray]) -> None:
+    for name in [name for name in tensors if "q_proj.lora_B" in name]:
+        del tensors[name]
+
+
+_ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, np.ndarray]], None], str]] = {
+    "alpha of one layer": ({"alpha_pattern": {"layers.1.self_attn.q_proj": 9}}, lambda t: None, "different alphas in different layers: .9, 32"),
+    "without a factor": ({}, _without_b, r"has lora_A\.weight for layers\.attn\.q_proj; expected lora_A\.weight and lora_B\.weight"),
+    "DoRA without magnitudes": ({"use_dora": True}, lambda t: None, "expected .* lora_magnitude_vector .use_dora=True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _ADAPTERS)
+def test_an_adapter_is_taken_whole_or_not_at_all(
+    case: str, finished: Run, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    changes, change, says = _ADAPTERS[case]
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished.workdir / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    run = Run(tmp_path, tiny_model)
+    run.set(f"tune.adapter={folder}")
+    assert re.search(says, _refused(run, capsys))
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -651,3 +719,29 @@ def test_a_value_may_stand_apart_or_be_a_list_with_commas(tmp_path: Path, tiny_m
     for given, read in (("a,b", ("a", "b")), ("a", ("a",)), ("('a,b', 'c')", ("a,b", "c")), ("1,2", ("1", "2"))):
         _, options, _ = launch._parse([f"--config={config}", f"--config.generate.stop={given}"])
         assert options.generate.stop == read
+
+
+def test_a_tilde_is_the_home_folder_and_a_reader_may_leave(tmp_path: Path, tiny_model: Path) -> None:
+    run = Run(tmp_path, tiny_model)
+    (tmp_path / "kept").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "jaxtune.launch", "--config=~/config.py", "--workdir=~/run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path / "kept", check=False)
+    assert done.returncode == 0, done.stderr
+    assert (run.workdir / "adapter" / "adapter_config.json").is_file()
+    assert not list((tmp_path / "kept").iterdir())
+    command = [*command[:-1], "--workdir=~/other", "--dry_run"]
+    environment["PYTHONIOENCODING"] = "ascii"  # a terminal that lacks characters
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as shown:
+        assert shown.stdout
+        assert shown.stderr
+        shown.stdout.close()
+        assert (shown.stderr.read(), shown.wait()) == ("", 141)
+
+
+def test_what_was_measured_of_another_model_is_measured_again(finished: Run, tmp_path: Path) -> None:
+    config = launch.config_lib.from_json((finished.workdir / "config.json").read_text())
+    held = measure.HeldOut("perplexity", [], (), [])
+    before = measure.asked(config, held)
+    config.model.source = str(tmp_path)
+    assert measure.asked(config, held) != before

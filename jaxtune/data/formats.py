@@ -217,7 +217,7 @@ def _words(row: Row, names: str) -> tuple[str, ...]:
 
 def _label(row: Row, data: ConfigDict) -> str | None:
     column = data.label_column
-    value = _field(row, column, object)
+    value = _cell(_field(row, column, object), column)
     if not data.label_bins:
         label = json.dumps(value) if isinstance(value, bool) else str(value).strip()
         if value is None or not label:
@@ -230,6 +230,16 @@ def _label(row: Row, data: ConfigDict) -> str | None:
     if math.isnan(number):
         raise UserError(f"label column {column!r} is {value!r}; expected a number, because data.label_bins is set")
     return next((str(name) for low, high, name in data.label_bins if low <= number < high), None)
+
+
+def _cell(value: Any, column: str) -> Any:
+    """A table's value that reads as text; None where there is none, which pandas writes as NaN."""
+    if isinstance(value, bytes | list | dict):
+        kind = {bytes: "bytes (a binary column of Parquet)", list: "a list", dict: "an object"}[type(value)]
+        raise UserError(
+            f"column {column!r} is {value!r:.60}, {kind}; expected text or a number: make it one in data.prepare"
+        )
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _turns(system: str, user: str, answer: str | None) -> Example:
@@ -245,12 +255,15 @@ def fill(template: str, row: Row, option: str) -> str:
     except ValueError as error:
         raise UserError(f"{option} is not a template ({error}); write {{column}}, and {{{{ for a brace") from None
     filled = ""
-    for literal, name, *_ in parts:
+    for literal, name, form, conversion in parts:
         filled += literal
+        if form or conversion:
+            raise UserError(f"{option} has a format in {{{name}…}}; expected the column's name alone: {{{name}}}")
         if name is not None:
             if name not in row:
                 raise UserError(f"{option} names column {name!r}{nearest(name, list(row))}; the row has {_names(row)}")
-            filled += "" if row[name] is None else str(row[name])
+            value = _cell(row[name], name)
+            filled += "" if value is None else str(value)
     return filled
 
 

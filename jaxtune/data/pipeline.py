@@ -155,7 +155,7 @@ def tokenize(
         kept.append(encoded)
         row_ids.append(example.row_id)
     if not kept:
-        raise UserError(_why_empty(len(examples), counts, data))
+        raise UserError(_why_empty(examples, counts, data))
     return _rows(kept, row_ids, counts)
 
 
@@ -171,12 +171,12 @@ def _rows(kept: list[templates.Encoded], row_ids: list[str], counts: Counter[str
     return Rows(tokens, weights, offsets, row_ids, totals | dict(counts), targets, scores_MC)
 
 
-def _why_empty(num_examples: int, counts: Counter[str], data: ConfigDict) -> str:
+def _why_empty(examples: list[Example], counts: Counter[str], data: ConfigDict) -> str:
     advice = "raise data.max_length" if counts["too_long"] or counts["truncated"] else (
         "check the messages' weight, data.roles and data.end_of_turn"
     )  # fmt: skip
     return (
-        f"nothing is left to train on: of {num_examples} rows, {_listed(counts)} "
+        f"nothing is left to train on: of {len(examples)} rows of {examples[0].row_id.rpartition(':')[0]}, {_listed(counts)} "
         f"(data.max_length={data.max_length}, data.roles={tuple(data.roles)}); {advice}"
     )
 

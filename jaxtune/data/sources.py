@@ -20,13 +20,17 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
 def folder_files(folder: Path, pattern: str = "") -> list[Path]:
-    """Returns the data files of a folder and the folders in it that match `pattern` ("" = all), in the order of their names.
+    """Returns the data files of a folder and the folders in it that match `pattern` ("" = all but hidden ones), in the order of their names.
 
     Raises:
       UserError: there is none, or the pattern is none.
     """
+
+    def hidden(path: Path) -> bool:  # .ipynb_checkpoints holds copies, "._rows.jsonl" a Mac's notes on rows.jsonl
+        return not pattern and any(part.startswith(".") for part in path.relative_to(folder).parts)
+
     try:
-        found = sorted(path for path in folder.glob(pattern or "**/*") if path.is_file())
+        found = sorted(path for path in folder.glob(pattern or "**/*") if path.is_file() and not hidden(path))
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"data.files={pattern!r} is no pattern ({error}); expected one such as '*.jsonl'") from None
     found = found if pattern else [path for path in found if _kind_of_file(path) in SUFFIXES]
@@ -209,5 +213,5 @@ def _parquet(path: Path, file: BinaryIO) -> Iterator[tuple[int, Row]]:
             for row in block.to_pylist():
                 number += 1
                 yield number, row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path.name}: not a Parquet file ({str(error).splitlines()[0]})") from None

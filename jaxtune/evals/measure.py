@@ -94,8 +94,9 @@ def nothing_held(config: ConfigDict) -> str:
 
 
 def asked(config: ConfigDict, held: HeldOut) -> str:
-    """A hash of all that a measurement depends on, the model apart: rows, answers, labels, metric, intervals, tokens."""
+    """A hash of all that measuring the untuned model depends on: its source, rows, answers, labels, metric, intervals, tokens."""
     settings = {**config.data.to_dict(), **intervals(config)}
+    settings |= {"model": config.model.to_dict(), "adapter": config.tune.adapter}
     if held.metric == "exact_match":
         settings |= {key: config.generate[key] for key in config.generate if key not in ("input", "output")}
     text = json.dumps([held, settings], ensure_ascii=False, default=str)
@@ -123,7 +124,6 @@ def measure(
         model = (held.reader, tokenizer, program, params, progress, what)
         return heads.measure(config, held.examples, held.rows, *model, options)
     if held.metric == "exact_match":
-        check_prompts(config, program, [r["row_id"] for r in held.rows], [r["prompt_ids"] for r in held.rows])
         return tasks.exact_match(
             held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options
         )
@@ -160,6 +160,32 @@ def sampler(tokenizer: Tokenizer, program: Program, params: Params) -> Sampler:
         tokenizer.vocab_size,
         program.model_config.max_positions,
     )
+
+
+def check(config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Program) -> None:
+    """Refuses held-out rows that cannot be measured: before anything is trained, for afterwards it would cost the result.
+
+    Raises:
+      UserError: naming the first row that is too long for the model, or why none is left.
+    """
+    ids = [row["row_id"] for row in held.rows]
+    if held.metric == "exact_match":
+        return check_prompts(config, program, ids, [row["prompt_ids"] for row in held.rows])
+    if held.metric == "perplexity":
+        try:
+            rows = pipeline.tokenize(held.examples, tokenizer, config.data)
+        except UserError as error:
+            raise UserError(f"the rows of eval.split={config.eval.split!r} cannot be measured: {error}") from None
+        ids, lengths = rows.row_ids, rows.lengths.tolist()
+    else:
+        answers = [max(map(len, row.get("candidate_ids", ())), default=0) for row in held.rows]
+        lengths = [len(row.get("prompt_ids", ())) + answer for row, answer in zip(held.rows, answers, strict=True)]
+    most = program.model_config.max_positions
+    for row_id, length in zip(ids, lengths, strict=True):
+        if length > most:
+            raise UserError(
+                f"{row_id}: {length} tokens with the answer exceed the model's {most} positions: shorten it"
+            )
 
 
 def check_prompts(config: ConfigDict, program: Program, row_ids: list[str], prompts: list[list[int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from jaxtune.types import UserError, nearest
@@ -31,7 +32,8 @@ def chip_of(topology: str) -> Chip:
       UserError: an unknown generation, or no slice shape.
     """
     generation, _, shape = topology.partition(":")
-    if generation not in CHIPS or not shape:
+    # libtpu ends the whole process where a side is 0.
+    if generation not in CHIPS or not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape):
         raise UserError(
             f"plan.topology={topology!r}{nearest(generation, list(CHIPS))}; expected GENERATION:SHAPE, e.g. v5e:4x4 or v5p:2x2x4; "
             f"generations: {', '.join(CHIPS)}"

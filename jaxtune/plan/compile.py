@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import time
 from typing import Any, NamedTuple
@@ -52,11 +53,20 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         if importlib.util.find_spec("libtpu") is None:
             raise UserError("plan needs libtpu, which compiles for TPUs anywhere: pip install 'jaxtune[tpu]'") from None
         raise UserError(f"plan.topology={name!r} is not one that libtpu knows: {str(error).splitlines()[0]}") from None
+    num_chips = math.prod(int(side) for side in name.partition(":")[2].split("x"))
+    if (
+        len(devices) != num_chips * chip_of(name).devices
+    ):  # v4's two cores, which JAX on a real v4 joins into one device
+        raise UserError(
+            f"plan.topology={name!r}: this libtpu describes its {num_chips} chips as {len(devices)} devices, which JAX makes no "
+            "mesh of; choose a newer generation, such as v5p"
+        )
+    return devices
 
 
 def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Options | None = None) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ _OVERFIT_EVALS = 2  # evaluations in a row with training loss down and validatio
 
 
 class Preempted(Exception):
-    """SIGTERM came; the state is saved. Running the same command again with `checkpoint.resume` goes on."""
+    """SIGTERM or Ctrl-C came; the state is saved. Running the same command again with `checkpoint.resume` goes on."""
 
 
 class Data(NamedTuple):
@@ -95,7 +96,7 @@ def train(
     Raises:
       UserError: a step's loss or gradient was not finite, or its loss exploded (with `on_nonfinite="stop"`; with "skip",
         too many of them in a row).
-      Preempted: SIGTERM came and the state was saved.
+      Preempted: SIGTERM or Ctrl-C came and the state was saved.
     """
     first, last = int(state.step), config.train.steps
     for part in ("compile", "first_step", "training", "validation"):
@@ -170,7 +171,7 @@ def train(
             if interrupted and done < last:
                 settle()
                 checkpoints.wait()
-                raise Preempted(f"stopped by SIGTERM after step {done} of {last}; saved")
+                raise Preempted(f"stopped by {stop_asked.by} after step {done} of {last}; saved")
             if stopped_early:
                 break
     settle()
@@ -311,22 +312,29 @@ class _Saver:
 
 
 class _Signals:
-    """Notices SIGTERM, which clouds send before they take a machine; all processes of a run agree on the step."""
+    """Notices SIGTERM, which clouds send before they take a machine, and a first Ctrl-C; all processes agree on the step."""
 
     def __init__(self) -> None:
-        self._asked = False
-        self._previous: Any = None
+        self._asked, self.by = False, "SIGTERM"
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup, nor in the background
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, _: object) -> None:
         self._asked = True
+        if number == signal.SIGINT:
+            self.by = "Ctrl-C"
+            signal.signal(number, self._previous[number])
+            # Not by print: this may have interrupted one.
+            os.write(2, b"\nsaving after this step; Ctrl-C once more stops at once, and loses what is not saved\n")
 
     def now(self, step: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._asked

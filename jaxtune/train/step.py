@@ -116,8 +116,9 @@ def make(config: ConfigDict, program: Program) -> Any:
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         mean = jnp.where(updated == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
+        # In the dtype that it had: optax makes AdamW's first moment float32, as the gradients are, where weights are bfloat16.
         params, opt_state, mean = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old),
+            lambda new, old: jnp.where(ok, new, old).astype(old.dtype),
             (params, opt_state, mean),
             (state.params, state.opt_state, state.loss_mean),
         )

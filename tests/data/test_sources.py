@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune.data.formats import read_examples
-from jaxtune.data.sources import read_rows
+from jaxtune.data.sources import folder_files, read_rows
 from jaxtune.types import UserError
 
 ROWS = [{"id": "1", "text": 'say "hi",\u2028now'}, {"id": "2", "text": "café"}]
@@ -98,6 +98,14 @@ def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"trian\.jsonl' does not exist; did you mean 'train\.jsonl'"):
         list(read_rows(tmp_path / "trian.jsonl"))
+
+
+def test_a_folder_is_its_files_less_the_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "deep/a.csv", ".ipynb_checkpoints/b-checkpoint.jsonl", "deep/._a.csv", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert folder_files(tmp_path) == [tmp_path / "b.jsonl", tmp_path / "deep" / "a.csv"]
+    assert folder_files(tmp_path, ".ipynb*/*") == [tmp_path / ".ipynb_checkpoints" / "b-checkpoint.jsonl"]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,16 @@ def test_layout_changes_nothing(
     np.testing.assert_allclose(found, reference[method], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_trained_weights_may_be_stored_in_bfloat16(tiny_config: ConfigDict, method: str) -> None:
+    config = laid_out(tiny_config, fsdp=1)
+    config.tune.dtype, config.tune.method = "bfloat16", method
+    program = state.abstract(config, source.find(config).hf_config, sharding.make_mesh(config, jax.devices()[:1]), 2)
+    batch = step.abstract_batch(config, program)
+    after, _ = jax.eval_shape(step.make(config, program), program.state, program.frozen, batch)
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, program.state)
+
+
 def test_dropout_does_not_depend_on_the_mesh(tiny_config: ConfigDict) -> None:
     tiny_config.tune.dropout = 0.3
     one = losses(laid_out(tiny_config.copy_and_resolve_references(), fsdp=1), 1)
@@ -276,13 +286,16 @@ def test_killed_and_resumed_is_never_killed(long_run: Callable[[str], tuple[Path
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_sigterm_saves_and_asks_to_be_resumed(long_run: Callable[[str], tuple[Path, Path]]) -> None:
-    path, workdir = long_run("terminated")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_and_ask_to_be_resumed(
+    long_run: Callable[[str], tuple[Path, Path]], number: signal.Signals
+) -> None:
+    path, workdir = long_run(number.name)
     process = launched(path, workdir, "--config.checkpoint.every_steps=0", "--config.train.eval_every_steps=0")
     while not (workdir / "metrics.jsonl").exists() or '"loss"' not in (workdir / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "resume" in output
