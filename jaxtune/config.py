@@ -23,6 +23,7 @@ def _model() -> ConfigDict:
     c.chat_template = ""  # path of a Jinja file that replaces the tokenizer's own template; "" = the tokenizer's own
     c.head = ""  # what stands on the last hidden state: "" = as the model has it | lm | sequence | token | none; a new one starts random and trains
     c.labels = ()  # classes of a sequence or token head, in their order; () = those of the model's id2label
+    c.pooling = ""  # which state stands for a whole text in an embedding: first (CLS) | mean | last; "" = as the model's folder says, else mean (encoders), last (decoders)
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
     c.attention = "auto"  # auto (by platform) | xla | splash
@@ -53,18 +54,21 @@ def _data() -> ConfigDict:
     c.test_fraction = 0.0  # share of `train` held out for the test when `test` is ""
     c.split_key = ""  # column whose value decides the split; "" = the whole row (equal rows stay together)
     c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": group 1 counts where there is one; rows of one group stay on one side
-    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled
+    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled | pair
     c.columns = ()  # names of the columns of a table without a header row; () = the first row names them
     c.prompt = ""  # labelled: the user's turn, a template over columns, e.g. "Review: {text}\nSentiment:"
+    c.passage = ""  # pair: the text that answers, a template likewise, e.g. "passage: {context}"; data.prompt is then the query's; "" = both by column names
+    c.negative = ""  # pair: a text that does not answer (a hard negative), a template likewise; "" = none
     c.system = ""  # labelled: the system turn, a template likewise; "" = none
     c.label_column = ""  # labelled: the column that holds the answer
     c.label_bins = ()  # labelled, numeric column: ((low, high, name), …), low <= x < high; rows in no bin are dropped and counted
     c.chat = True  # render alpaca, prompt_completion and labelled rows by the chat template; False = plain text
     c.roles = ("assistant",)  # roles whose tokens are trained
     c.end_of_turn = "turn"  # which end-of-turn tokens train: all | turn (of trained turns) | last | none
-    c.max_length = 1024  # tokens of a batch row
-    c.too_long = "truncate"  # a row longer than max_length: truncate | drop | error (always counted)
-    c.packing = True  # put several rows in one batch row, kept apart by segment ids (best fit); False = pad
+    c.max_length = 1024  # tokens of a batch row; pair: of a query
+    c.max_passage_length = 256  # pair: tokens of a passage
+    c.too_long = "truncate"  # a row longer than max_length (a passage than max_passage_length): truncate | drop | error (always counted)
+    c.packing = True  # put several rows in one batch row, kept apart by segment ids (best fit); False = pad; pairs are always padded
     c.shuffle = True  # a new order each epoch, from train.seed
     c.limit = 0  # use at most this many training rows (a stable choice); 0 = all
     c.prefetch_batches = 8  # batches made ahead of the step by reader threads
@@ -93,6 +97,8 @@ def _train() -> ConfigDict:
     c.epochs = 1.0  # passes over the training rows when steps is 0
     c.batch_size = 8  # batch rows per optimizer step, over all devices and accumulation
     c.accumulation = 1  # micro-batches per optimizer step
+    c.temperature = 0.05  # contrastive: cosines are divided by this
+    c.symmetric = False  # contrastive: also ask which query a passage answers; the loss is the mean of both
     c.seed = 0
     c.remat = "block"  # none | dots (save matmul outputs) | block (save only each block's input)
     c.loss_chunk_tokens = 1024  # tokens per chunk of the output projection; the full logits never exist
@@ -129,9 +135,10 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity
+    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity | retrieval (contrastive)
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
+    c.corpus = "split"  # retrieval: search among the distinct passages of eval.split (split) or of all rows (all)
     c.limit = 500  # rows at most; 0 = all
     c.batch_size = 16  # rows per forward pass
     c.bootstrap_samples = 1000  # resamples behind each interval
@@ -194,26 +201,28 @@ def base() -> ConfigDict:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.head": ("", "lm", "sequence", "token", "none"),
+    "model.pooling": ("", "first", "mean", "last"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash"),
     "tune.method": ("lora", "full", "head"),
     "tune.dtype": ("float32", "bfloat16"),
-    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled"),
+    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled", "pair"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
     "data.too_long": ("truncate", "drop", "error"),
     "optim.name": ("adamw", "sgd"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "train.remat": ("none", "dots", "block"),
     "train.on_nonfinite": ("stop", "skip"),
-    "eval.metric": ("auto", "labels", "exact_match", "perplexity"),
+    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval"),
+    "eval.corpus": ("split", "all"),
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
 }
 
 _AT_LEAST: dict[str, float] = {
-    "tune.rank": 1, "data.max_length": 2, "train.batch_size": 1, "train.accumulation": 1, "train.steps": 0,
+    "tune.rank": 1, "data.max_length": 2, "data.max_passage_length": 2, "train.batch_size": 1, "train.accumulation": 1, "train.steps": 0,
     "train.epochs": 0, "train.loss_chunk_tokens": 1, "optim.learning_rate": 0, "optim.warmup_steps": 0,
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
     "generate.temperature": 0, "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
@@ -225,7 +234,7 @@ _AT_LEAST: dict[str, float] = {
 _BETWEEN: dict[str, tuple[float, float]] = {
     "tune.dropout": (0, 0.999), "data.validation_fraction": (0, 0.95), "data.test_fraction": (0, 0.95),
     "generate.top_p": (1e-6, 1), "generate.min_p": (0, 1), "eval.confidence": (0.01, 0.999), "optim.final_ratio": (0, 1),
-    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999),
+    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "train.temperature": (1e-3, 100),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from jaxtune.weights.source import hf_preset, with_head
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 SHAPES = {
+    "minilm_retrieval": "minilm_l6",
     "minilm_sentiment": "minilm_l6",
     "quickstart": "smollm2_135m",
     "smollm2_full": "smollm2_135m",

@@ -12,7 +12,7 @@ from jaxtune import report, tracking
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import measure, tasks
+from jaxtune.evals import measure, retrieval, tasks
 from jaxtune.models import reading
 from jaxtune.train import loop
 from jaxtune.train import state as state_lib
@@ -32,7 +32,10 @@ def table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
 
 
 class Run(NamedTuple):
-    """All that an account is made from. `data_counts` are rows and tokens by kind; `folder` holds the result."""
+    """All that an account is made from.
+
+    `data_counts` are rows and tokens by kind; `folder` holds the result; `beside` is what others make of the same rows.
+    """
 
     model: source.Model
     tokenizer: Tokenizer
@@ -45,22 +48,27 @@ class Run(NamedTuple):
     after: tasks.Result | None
     seconds: dict[str, float]
     folder: Path
+    beside: dict[str, tasks.Result]
 
 
 def write(config: ConfigDict, workdir: Path, run: Run) -> None:
     """Writes report.html and report.json into `workdir`, and prints the before/after table."""
     before, after, place = run.before, run.after, shown(config.workdir, workdir, run.folder)
     difference = tasks.compare(before, after, **measure.intervals(config)) if before and after else {}
+    against = {
+        name: tasks.compare(other, after, **measure.intervals(config)) for name, other in run.beside.items() if after
+    }
     unmeasured = [] if run.held else [f"There are {measure.nothing_held(config)}."]
     if config.tracking.report:
         facts = {
             "name": config.name,
             "about": _about(config, run),
-            "notices": run.outcome.progress.notices + _data_notices(run.data_counts) + unmeasured,
+            "notices": run.outcome.progress.notices + _data_notices(run.data_counts) + _searched(run.held) + unmeasured,
             "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,
             "before": before.metrics if before else {},
             "after": after.metrics if after else {},
             "difference": difference,
+            "beside": {name: {"metrics": run.beside[name].metrics, "difference": gap} for name, gap in against.items()},
             "confusion": _confusion(before, after),
             "train": _training(run),
             "data": _data(run),
@@ -72,11 +80,14 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
         with tracking.writing(workdir / "report.html"):
             report.write(workdir, {name: fact for name, fact in facts.items() if fact is not None})
     if after:
-        print(table(config, {"before": before, "after": after} if before else {"after": after}))
-    for name, gap in difference.items():
-        print(
-            f"{name}: {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
-        )
+        print(table(config, ({"before": before} if before else {}) | {"after": after} | run.beside))
+    for against_what, gaps in {
+        "": difference,
+        **{f", after against {other}": gaps for other, gaps in against.items()},
+    }.items():
+        for name, gap in gaps.items():
+            change = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
+            print(f"{name}{against_what}: {change}")
     where = f", report in {shown(config.workdir, workdir, workdir / 'report.html')}" if config.tracking.report else ""
     print(f"result in {place}{where}")
 
@@ -136,6 +147,21 @@ def _data_notices(counts: dict[str, int]) -> list[str]:
     return notices
 
 
+def _searched(held: measure.HeldOut | None) -> list[str]:
+    """What there is to say about a search."""
+    if held is None or held.corpus is None:
+        return []
+    corpus = held.corpus
+    notices = [f"{len(held.rows):,} queries over a corpus of {len(corpus.ids):,} passages."]
+    if corpus.num_cut:
+        notices.append(
+            f"{corpus.num_cut:,} of its passages were longer than data.max_passage_length and cut for the model."
+        )
+    if not retrieval.has_bm25():
+        notices.append("BM25 was not measured beside: pip install 'jaxtune[retrieval]' adds it.")
+    return notices
+
+
 def _confusion(before: tasks.Result | None, after: tasks.Result | None) -> dict[str, Any] | None:
     if after is None or after.confusion is None:
         return None
@@ -157,14 +183,15 @@ def _examples(
     """A few held-out rows with both answers, changed ones first."""
     if not held or not held.rows or not before or not after:
         return []
+    told = dict(zip(held.corpus.ids, held.corpus.texts, strict=True)) if held.corpus else {}
     trios = list(zip(held.rows, before.rows, after.rows, strict=True))
     trios.sort(key=lambda trio: trio[1]["prediction"] == trio[2]["prediction"])
     return [
         {
             "prompt": tokenizer.decode(row["prompt_ids"]),
-            "answer": row["answer"],
-            "before": b["prediction"],
-            "after": a["prediction"],
+            "answer": told.get(row["answer"], row["answer"]),
+            "before": told.get(b["prediction"], b["prediction"]),
+            "after": told.get(a["prediction"], a["prediction"]),
         }
         for row, b, a in trios[:6]
     ]
@@ -178,6 +205,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
     )
     kind = reading.task(model.hf_config)
     auto = f"AutoModel{kind}" if kind.startswith("For") else "AutoModelForCausalLM"
+    auto = "AutoModel" if config.train.objective == "contrastive" else auto
     fetched, load = [], f"from transformers import {auto}\n"
     if "://" in folder:
         fetched = [("To this machine", f"gcloud storage cp -r {folder} .")]

@@ -13,7 +13,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import classes, pipeline, templates
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import likelihood, tasks
+from jaxtune.evals import likelihood, retrieval, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.sampler import Sampler
 from jaxtune.train.state import Params, Program
@@ -26,7 +26,8 @@ _MANY_LABELS = 50
 class HeldOut(NamedTuple):
     """The rows to measure on, as the metric wants them; `labels` and `rows` for labels and exact_match.
 
-    `pool`: which token a classification head reads; "" where labels are texts whose likelihood is compared.
+    `pool`: which token a classification head reads; "" where labels are texts whose likelihood is compared. `corpus`: what
+    is searched, for retrieval.
     """
 
     metric: str
@@ -34,6 +35,7 @@ class HeldOut(NamedTuple):
     labels: tuple[str, ...]
     rows: list[dict[str, Any]]
     pool: str = ""
+    corpus: retrieval.Corpus | None = None
 
 
 def held_out(
@@ -49,8 +51,16 @@ def held_out(
     examples: list[Example] = getattr(splits, config.eval.split)
     if not examples:
         return None
-    examples = pipeline.limited(examples, config.eval.limit)
+    of_split, examples = examples, pipeline.limited(examples, config.eval.limit)
     metric = config.eval.metric
+    if config.train.objective == "contrastive" and metric in ("auto", "retrieval"):
+        searched = of_split if config.eval.corpus == "split" else [e for split in splits[:3] for e in split]
+        found, corpus = retrieval.collect(examples, searched, tokenizer, config.data)
+        return HeldOut("retrieval", examples, (), found, corpus=corpus)
+    if config.train.objective == "contrastive" or metric == "retrieval":
+        raise UserError(
+            f"eval.metric={metric!r} with train.objective={config.train.objective!r}: 'retrieval' goes with 'contrastive'"
+        )
     if classifier:
         rows: list[dict[str, Any]] = [{"row_id": e.row_id, "answer": e.answer, "candidate_ids": []} for e in examples]
         for row, example in zip(rows, examples, strict=True):
@@ -94,6 +104,8 @@ def nothing_held(config: ConfigDict) -> str:
 def asked(config: ConfigDict, held: HeldOut) -> str:
     """A hash of all that a measurement depends on, the model apart: rows, answers, labels, metric, intervals, tokens."""
     settings = {**config.data.to_dict(), **intervals(config)}
+    if held.corpus:
+        settings["pooling"] = config.model.pooling
     if held.metric == "exact_match":
         settings |= {key: config.generate[key] for key in config.generate if key not in ("input", "output")}
     text = json.dumps([held, settings], ensure_ascii=False, default=str)
@@ -117,6 +129,13 @@ def measure(
 ) -> tasks.Result:
     """Measures one model on the held-out rows; every figure with a bootstrap interval."""
     options = intervals(config)
+    if held.corpus:
+
+        def embed(texts: list[list[int]]) -> np.ndarray:
+            where = (texts, tokenizer.pad_id, config.eval.batch_size, progress, f"embedding, {what}")
+            return retrieval.embed(program.inference, params, program.pool, *where)
+
+        return retrieval.by_embeddings(held.rows, held.corpus, embed, **options)
     if held.metric == "exact_match":
         check_prompts(config, program, [r["row_id"] for r in held.rows], [r["prompt_ids"] for r in held.rows])
         return tasks.exact_match(
@@ -138,6 +157,13 @@ def measure(
         program.inference, params, rows, special, tokenizer.pad_id, size, progress, f"reading, {what}"
     )
     return tasks.perplexity(nll_M, tokens_M, text_nll_M, _trained_bytes(rows, tokenizer), rows.row_ids, **options)
+
+
+def beside(config: ConfigDict, held: HeldOut) -> dict[str, tasks.Result]:
+    """What others make of the same rows, by name: BM25 of a search, where it is installed."""
+    if not held.corpus or not retrieval.has_bm25():
+        return {}
+    return {"BM25": retrieval.by_bm25(held.rows, held.corpus, **intervals(config))}
 
 
 def _trained_bytes(rows: pipeline.Rows, tokenizer: Tokenizer) -> np.ndarray:

@@ -170,6 +170,11 @@ class Head(NamedTuple):
     norm: str = ""
     pool: str = ""
 
+    @property
+    def classes(self) -> bool:
+        """Whether the scores are those of labels, neither of the vocabulary nor a pooler's features."""
+        return bool(self.out) and not self.tied
+
 
 class Config(NamedTuple):
     """A whole model. `windows` and `rope_of` say for each layer its window (0 = none) and which of `ropes` turns it."""

@@ -2,5 +2,6 @@
 
 OBJECTIVES: dict[str, str] = {
     "classify": "jaxtune.objectives.classify",
+    "contrastive": "jaxtune.objectives.contrastive",
     "sft": "jaxtune.objectives.sft",
 }

@@ -26,7 +26,7 @@ class Head(NamedTuple):
 class Policy(NamedTuple):
     """A model as an objective sees it: `hidden(batch, key) -> (B, T, D)`, and the head over it.
 
-    `pool` says which hidden state stands for a whole text: first | last | mean; "" where the model has no such head.
+    `pool` says which hidden state stands for a whole text: first | last | mean.
     """
 
     hidden: Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
@@ -41,12 +41,19 @@ CollectFn = Callable[..., dict[str, jax.Array]]
 
 
 class Objective(NamedTuple):
-    """What is optimised. `loss` is pure and returns an unreduced (sum, weight, metrics); the step divides, once."""
+    """What is optimised. `loss` is pure and returns an unreduced (sum, weight, metrics); the step divides, once.
+
+    `options` names the numbers of the config's `train` section that `loss` takes as keywords. `whole_batch`: rows are
+    compared with each other, so a batch cannot be accumulated from parts. `reads_head` False: hidden states are all it reads.
+    """
 
     fields: tuple[str, ...]
-    loss: LossFn
+    loss: Callable[..., tuple[jax.Array, jax.Array, Metrics]]  # a `LossFn`, once it has its options
     frozen: tuple[str, ...] = ()
     collect: CollectFn | None = None
+    options: tuple[str, ...] = ()
+    whole_batch: bool = False
+    reads_head: bool = True
 
 
 def cross_entropy(
@@ -182,3 +189,19 @@ def segment_mean(hidden_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     same_BTS = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & (segment_ids_BT != 0)[:, None, :]
     share_BTS = same_BTS / jnp.maximum(jnp.sum(same_BTS, axis=-1, keepdims=True), 1)
     return jnp.einsum("bts,bsd->btd", share_BTS.astype(hidden_BTD.dtype), hidden_BTD)
+
+
+def embedding(hidden_BTD: jax.Array, segment_ids_BT: jax.Array, pool: str) -> jax.Array:
+    """One vector of length 1 for the one text of each row, float32 (B, D); 0 for a row of padding.
+
+    `pool`: the state of the first token (CLS), of the last, or the mean over all.
+    """
+    hidden_BTD, real_BT = hidden_BTD.astype(jnp.float32), (segment_ids_BT != 0).astype(jnp.float32)
+    length_B1 = jnp.sum(real_BT, axis=1, keepdims=True)
+    index_BT = jax.lax.broadcasted_iota(jnp.float32, real_BT.shape, 1)
+    if pool == "mean":
+        share_BT = real_BT / jnp.maximum(length_B1, 1)
+    else:
+        share_BT = real_BT * (index_BT == (0 if pool == "first" else length_B1 - 1))
+    pooled_BD = jnp.einsum("bt,btd->bd", share_BT, hidden_BTD, precision=jax.lax.Precision.HIGHEST)
+    return pooled_BD * jax.lax.rsqrt(jnp.maximum(jnp.sum(pooled_BD**2, axis=1, keepdims=True), 1e-24))

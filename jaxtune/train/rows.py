@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import classes, pipeline
+from jaxtune.data import classes, pairs, pipeline
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.train import loop
 from jaxtune.train.state import Program
@@ -50,7 +50,7 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: classe
     data, training = config.data, config.train
     splits = pipeline.load(data, paths(config), tokenizer, show)
     encode = partial(classes.encode, classifier=classifier, tokenizer=tokenizer) if classifier else None
-    rows = pipeline.tokenize(splits.train, tokenizer, data, show, encode=encode)
+    rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", encode)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
             raise UserError(
@@ -58,7 +58,7 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: classe
                 f"data.validation_fraction, or set train.{name}=0"
             )
     validation = (
-        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", encode)
+        _tokenized(config, splits.validation, tokenizer, show, "tokenising validation", encode)
         if splits.validation
         else None
     )
@@ -70,6 +70,14 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, classifier: classe
     return Rows(splits, rows, validation, batches)
 
 
+def _tokenized(
+    config: ConfigDict, examples: list[Any], tokenizer: Tokenizer, show: Any, label: str, encode: Any
+) -> pipeline.Rows:
+    if config.train.objective == "contrastive":
+        return pairs.tokenize(examples, tokenizer, config.data, show, label)
+    return pipeline.tokenize(examples, tokenizer, config.data, show, label, encode)
+
+
 def summary(config: ConfigDict, rows: Rows) -> str:
     """One line on the data, for the terminal."""
     c = rows.train.counts
@@ -79,8 +87,10 @@ def summary(config: ConfigDict, rows: Rows) -> str:
         if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template")
     }
     note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
+    what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
+    what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
     return (
-        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens ({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows{note}; "
+        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}; "
         f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
     )
 

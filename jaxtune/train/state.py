@@ -24,6 +24,7 @@ from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers
 from jaxtune.models.layers import Runtime
+from jaxtune.objectives import OBJECTIVES
 from jaxtune.types import UserError
 
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
@@ -55,6 +56,7 @@ class Program(NamedTuple):
     adapter: Params  # every parameter of the adapter
     state: State
     frozen: Params
+    pool: str  # which state stands for a whole text: first | last | mean
     optimizer: optax.GradientTransformation
 
 
@@ -72,11 +74,17 @@ def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
 
 
 def abstract(
-    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: lora.Options | None = None
+    config: ConfigDict,
+    hf_config: dict[str, Any],
+    mesh: Mesh,
+    num_steps: int,
+    adapter: lora.Options | None = None,
+    pooling: str = "",
 ) -> Program:
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
-    `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's).
+    `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's); `pooling` is
+    what the model's folder says of embeddings.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -90,7 +98,8 @@ def abstract(
         family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
     )
     head = model_config.head  # of labels, unless it is tied to the embeddings: then it predicts tokens
-    labels = partition.label(variables, config.tune.method, has_task=head is not None and not head.tied)
+    headless = not registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.reads_head
+    labels = partition.label(variables, config.tune.method, head is not None and head.classes, headless)
     sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
@@ -128,8 +137,18 @@ def abstract(
         adapter={path: value for path, value in params.items() if ".adapter." in path},
         state=state,
         frozen=frozen,
+        pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
     )
+
+
+def _pool(config: ConfigDict, model_config: Any, of_folder: str) -> str:
+    """The pooling of a classification head, which is a part of it; of an embedding that of the config, else the folder's."""
+    head = model_config.head
+    if head is not None and head.classes and head.pool:
+        return str(head.pool)
+    causal = getattr(model_config.blocks[0][0].attention, "causal", True)
+    return config.model.pooling or of_folder or ("last" if causal else "mean")
 
 
 def _shapes(

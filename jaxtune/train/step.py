@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxtune.models import layers
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import Head, LossFn, Objective, Policy
 from jaxtune.train.state import Params, Program, State, shardings
-from jaxtune.types import BATCH_FIELDS
+from jaxtune.types import BATCH_FIELDS, UserError
 
 Arrays = dict[str, jax.Array]
 _MEAN_DECAY = 0.9  # of the running mean of the loss
@@ -31,12 +32,27 @@ def policy(program: Program, params: Params, chunk_tokens: int) -> Policy:
         return model(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)[0]
 
     graphdef, head_params = nnx.split(model.head)
-    head, task = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens), program.model_config.head
-    return Policy(hidden, head, task.pool if task else "")
+    head = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens)
+    return Policy(hidden, head, program.pool)
 
 
 def objective(config: ConfigDict) -> Objective:
-    return registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
+    """The objective that `train.objective` names, its loss with the options it takes.
+
+    Raises:
+      UserError: an unknown name, or accumulation for an objective that compares the rows of a whole batch.
+    """
+    found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
+    if found.whole_batch and config.train.accumulation > 1:
+        raise UserError(
+            f"train.objective={config.train.objective!r} compares all rows of a batch, and train.accumulation="
+            f"{config.train.accumulation} would compare those of each part: set train.accumulation=1 (train.remat='block' saves memory)"
+        )
+    if found.whole_batch and config.train.batch_size < 2:
+        raise UserError(
+            f"train.objective={config.train.objective!r} compares rows of a batch; expected train.batch_size of 2 or more"
+        )
+    return found._replace(loss=partial(found.loss, **{name: config.train[name] for name in found.options}))
 
 
 def fields(config: ConfigDict) -> tuple[str, ...]:
@@ -47,12 +63,20 @@ def fields(config: ConfigDict) -> tuple[str, ...]:
 def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch as shapes, of each field the objective reads: a field's name ends in its dims."""
     head, where = program.model_config.head, sharding.batch_sharding(program.mesh)
-    sizes = {"B": config.train.batch_size, "T": config.data.max_length, "C": head.out_dim if head else 0}
+    data = config.data
+    sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
+    sizes |= {"U": data.max_passage_length, "Q": 2 if data.negative else 1}
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])
 
     return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in fields(config)}
+
+
+def capacity_tokens(config: ConfigDict, program: Program) -> int:
+    """How many tokens a batch has room for."""
+    batch = abstract_batch(config, program)
+    return sum(ids.size for name, ids in batch.items() if "segment_ids_" in name)
 
 
 def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
@@ -98,7 +122,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate(updated), jnp.float32),
             "trained_tokens": jnp.sum(batch["weights_BT"] != 0),
-            "tokens": jnp.sum(batch["segment_ids_BT"] != 0),
+            "tokens": sum(jnp.sum(ids != 0) for name, ids in batch.items() if "segment_ids_" in name),
             "ok": ok,
             **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
         }

@@ -30,6 +30,12 @@ def _modules(family: ModuleType, model_config: Any) -> dict[str, list[str]]:
     return found
 
 
+def _bare(module: str, family: ModuleType, model_config: Any) -> str:
+    """A module's name in the model without a head: "layers.0.mlp" of "model.layers.0.mlp"."""
+    table = next(weight.hf for weight in family.weights(model_config) if weight.ours == "embed.table")
+    return module.removeprefix(table.split(".")[0] + ".")
+
+
 def save(
     folder: Path,
     family: ModuleType,
@@ -38,14 +44,18 @@ def save(
     options: Options,
     base: str,
     write: bool = True,
+    embeds: bool = False,
 ) -> None:
     """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; in `hf.new_folder`, whole or not at all.
 
-    `adapter` maps our paths ("….adapter.lora_a") to arrays; `base` is what the reader should load the adapter onto.
+    `adapter` maps our paths ("….adapter.lora_a") to arrays; `base` is what the reader should load the adapter onto. With
+    `embeds` that is the model without a head (AutoModel), whose names lack the first part of those under a head.
     """
     from safetensors.numpy import save_file
 
     modules, targets = _modules(family, model_config), set()
+    if embeds:
+        modules = {linear: [_bare(name, family, model_config) for name in names] for linear, names in modules.items()}
     tensors: dict[str, np.ndarray] = {}
     head = {path: array for path, array in adapter.items() if _ADAPTER not in path}
     saved = {}  # of a task head, which PEFT keeps whole beside the adapter
@@ -69,13 +79,13 @@ def save(
     names = _targets(modules, targets, has_experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    task = "CAUSAL_LM"
-    if model_config.head is not None:
+    task = "FEATURE_EXTRACTION" if embeds else "CAUSAL_LM"
+    if model_config.head is not None and not embeds:
         task = "SEQ_CLS" if model_config.head.pool else "FEATURE_EXTRACTION" if model_config.head.tied else "TOKEN_CLS"
     whole = {"task_type": task, "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in saved}) or None}
     config = json.dumps(_config(options, names, modules, base) | whole, indent=2)
     (folder / "adapter_config.json").write_text(config + "\n")
-    (folder / "README.md").write_text(_card(base, options, names))
+    (folder / "README.md").write_text(_card(base, options, names, "AutoModel" if embeds else "AutoModelForCausalLM"))
 
 
 def _targets(modules: dict[str, list[str]], chosen: set[str], experts: bool) -> list[str]:
@@ -102,7 +112,7 @@ def _config(options: Options, targets: list[str], modules: dict[str, list[str]],
     }  # fmt: skip
 
 
-def _card(base: str, options: Options, targets: list[str]) -> str:
+def _card(base: str, options: Options, targets: list[str], auto: str) -> str:
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -114,9 +124,9 @@ Trained by jaxtune on `{base}`: rank {options.rank}, alpha {options.alpha:g}, on
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-base = AutoModelForCausalLM.from_pretrained(BASE_MODEL_FOLDER)
+base = {auto}.from_pretrained(BASE_MODEL_FOLDER)
 model = PeftModel.from_pretrained(base, THIS_FOLDER)
 ```
 """
@@ -185,6 +195,8 @@ def load(
     arrays: dict[str, np.ndarray] = {}
     ranks, alphas = {}, {}
     for linear, modules in _modules(family, model_config).items():
+        bare = [_bare(module, family, model_config) for module in modules]
+        modules = bare if any(name.startswith(f"{_PREFIX}{bare[0]}.") for name in have) else modules
         for kind, suffix in _SUFFIX.items():
             names = [f"{_PREFIX}{module}.{suffix}" for module in modules]
             if not any(name in have for name in names):
