@@ -22,12 +22,13 @@ def get_config():
     config.data.split_regex = r"^(.*?)(?: -- |$)"  # "Coke Studio Pakistan (season 10) -- Coke Studio is …"
     config.data.validation_fraction = 0.05
     config.data.test_fraction = 0.25
+    config.data.mined_negatives = 1
     config.data.max_length = 24
     config.data.max_passage_length = 96
 
     config.train.objective = "contrastive"
     config.train.steps = 300
-    config.train.batch_size = 24
+    config.train.batch_size = 12
     config.train.eval_every_steps = 100
     config.train.remat = "none"
     config.optim.learning_rate = 2e-5

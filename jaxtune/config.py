@@ -59,6 +59,7 @@ def _data() -> ConfigDict:
     c.prompt = ""  # labelled: the user's turn, a template over columns, e.g. "Review: {text}\nSentiment:"
     c.passage = ""  # pair: the text that answers, a template likewise, e.g. "passage: {context}"; data.prompt is then the query's; "" = both by column names
     c.negative = ""  # pair: a text that does not answer (a hard negative), a template likewise; "" = none
+    c.mined_negatives = 0  # pair: hard negatives per query, the passages that BM25 ranks first and that do not answer it (extra: retrieval)
     c.system = ""  # labelled: the system turn, a template likewise; "" = none
     c.label_column = ""  # labelled: the column that holds the answer
     c.label_bins = ()  # labelled, numeric column: ((low, high, name), …), low <= x < high; rows in no bin are dropped and counted
@@ -222,7 +223,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _AT_LEAST: dict[str, float] = {
-    "tune.rank": 1, "data.max_length": 2, "data.max_passage_length": 2, "train.batch_size": 1, "train.accumulation": 1, "train.steps": 0,
+    "tune.rank": 1, "data.max_length": 2, "data.max_passage_length": 2, "data.mined_negatives": 0, "train.batch_size": 1, "train.accumulation": 1, "train.steps": 0,
     "train.epochs": 0, "train.loss_chunk_tokens": 1, "optim.learning_rate": 0, "optim.warmup_steps": 0,
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
     "generate.temperature": 0, "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,

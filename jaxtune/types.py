@@ -28,7 +28,7 @@ import numpy as np
 # Pairs of texts hold the query in the fields above (its loss weight stands on its first token) and beside it
 #
 #   query_ids_B              int32  number of the query's text; equal texts have equal numbers; -1 is filling
-#   passage_tokens_BQU       int32  the passage that answers, then a hard negative where there is one
+#   passage_tokens_BQU       int32  the passage that answers, then hard negatives
 #   passage_segment_ids_BQU  int32  1 where there is a token; 0 is padding
 #   passage_ids_BQ           int32  number of the passage's text, likewise; -1 where there is none
 Batch = dict[str, np.ndarray]

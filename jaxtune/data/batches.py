@@ -20,7 +20,7 @@ class Passages:
 
     tokens: np.ndarray  # int32
     offsets: np.ndarray  # int64, one more than texts
-    of_row_MQ: np.ndarray  # int32, numbers of a row's texts: the one that answers, then a hard negative; -1 = none
+    of_row_MQ: np.ndarray  # int32, numbers of a row's texts: the one that answers, then hard negatives; -1 = none
     query_ids_M: np.ndarray  # int32, number of the row's own text
     max_length: int  # tokens
 

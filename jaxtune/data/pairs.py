@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import ConfigDict
+from jaxtune.data import bm25
 from jaxtune.data.batches import Passages, Rows
 from jaxtune.data.formats import PASSAGES, QUERIES, Example
 from jaxtune.data.tokenizer import Tokenizer
@@ -64,7 +65,6 @@ def tokenize(
     passages: list[TextIds] = []
     rows: list[TextIds] = []
     row_ids, of_row, query_ids, num_tokens = [], [], [], 0
-    num_passages = 2 if data.negative else 1
     for example in progress(examples, len(examples), label):
         beside = [text for text in (example.answer, example.negative) if text]
         encoded = [encode(example.prompt, tokenizer, data.max_length)]
@@ -84,7 +84,7 @@ def tokenize(
                 passages.append(ids)
         rows.append(encoded[0][0])
         row_ids.append(example.row_id)
-        of_row.append([texts[text] for text in beside] + [-1] * (num_passages - len(beside)))
+        of_row.append([texts[text] for text in beside] + [-1] * (1 + bool(data.negative) - len(beside)))
         query_ids.append(queries.setdefault(example.prompt, len(queries)))
         num_tokens += sum(len(ids) for ids, _ in encoded)
     if not rows:
@@ -92,15 +92,41 @@ def tokenize(
             f"nothing is left to train on: all {len(examples)} rows are longer than data.max_length={data.max_length} or "
             f"data.max_passage_length={data.max_passage_length} tokens; raise them"
         )
+    of_row_MQ = np.asarray(of_row, np.int32)
+    if data.mined_negatives:
+        mined = _mined(list(queries), query_ids, list(texts), of_row_MQ[:, 0], data.mined_negatives, progress)
+        of_row_MQ = np.concatenate([of_row_MQ, mined], axis=1)
     tokens, offsets = _joined(rows)
     weights = np.zeros(len(tokens), np.float32)
     weights[offsets[:-1]] = 1
-    beside_rows = Passages(
-        *_joined(passages), np.asarray(of_row, np.int32), np.asarray(query_ids, np.int32), data.max_passage_length
-    )
+    beside_rows = Passages(*_joined(passages), of_row_MQ, np.asarray(query_ids, np.int32), data.max_passage_length)
     totals = {"rows": len(rows), "tokens": num_tokens, "trained_tokens": len(rows), "passages": len(passages)}
     totals |= dict.fromkeys(("without_trained_stop", "tools_not_in_template"), 0) | dict(counts)
     return Rows(tokens, weights, offsets, row_ids, totals, np.zeros_like(tokens), beside_rows)
+
+
+def num_passages(data: ConfigDict) -> int:
+    """Passages beside each query: the one that answers, and hard negatives."""
+    return 1 + bool(data.negative) + int(data.mined_negatives)
+
+
+def _mined(
+    queries: list[str], query_ids: list[int], passages: list[str], own_M: np.ndarray, count: int, progress: Progress
+) -> np.ndarray:
+    """For each row the `count` passages that BM25 ranks first of those that do not answer its query (arXiv:2004.04906).
+
+    Returns (M, count) int32, -1 where there are no more.
+    """
+    score, answers = bm25.scorer(passages), [set[int]() for _ in queries]
+    for query, own in zip(query_ids, own_M.tolist(), strict=True):
+        answers[query].add(own)
+    best_of = np.full((len(queries), count), -1, np.int32)
+    for number, query in progress(list(enumerate(queries)), len(queries), "mining negatives"):
+        scores_W = score(query).astype(np.float64)
+        scores_W[sorted(answers[number])] = -1
+        best = np.argsort(-scores_W, kind="stable")[:count]
+        best_of[number, : len(best)] = np.where(scores_W[best] >= 0, best, -1)
+    return best_of[query_ids]
 
 
 def _joined(texts: list[TextIds]) -> tuple[np.ndarray, np.ndarray]:

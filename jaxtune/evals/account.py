@@ -10,9 +10,9 @@ import jax
 
 from jaxtune import report, tracking
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline
+from jaxtune.data import bm25, pipeline
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import measure, retrieval, tasks
+from jaxtune.evals import measure, tasks
 from jaxtune.models import reading
 from jaxtune.train import loop
 from jaxtune.train import state as state_lib
@@ -157,7 +157,7 @@ def _searched(held: measure.HeldOut | None) -> list[str]:
         notices.append(
             f"{corpus.num_cut:,} of its passages were longer than data.max_passage_length and cut for the model."
         )
-    if not retrieval.has_bm25():
+    if not bm25.is_installed():
         notices.append("BM25 was not measured beside: pip install 'jaxtune[retrieval]' adds it.")
     return notices
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import classes, pipeline, templates
+from jaxtune.data import bm25, classes, pipeline, templates
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import likelihood, retrieval, tasks
@@ -161,7 +161,7 @@ def measure(
 
 def beside(config: ConfigDict, held: HeldOut) -> dict[str, tasks.Result]:
     """What others make of the same rows, by name: BM25 of a search, where it is installed."""
-    if not held.corpus or not retrieval.has_bm25():
+    if not held.corpus or not bm25.is_installed():
         return {}
     return {"BM25": retrieval.by_bm25(held.rows, held.corpus, **intervals(config))}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import pairs
+from jaxtune.data import bm25, pairs
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import tasks
@@ -166,30 +164,7 @@ def by_embeddings(
     )
 
 
-def has_bm25() -> bool:
-    """Whether bm25s is installed, the extra `retrieval`."""
-    return importlib.util.find_spec("bm25s") is not None
-
-
 def by_bm25(rows: Sequence[tasks.Row], corpus: Corpus, **intervals: Any) -> tasks.Result:
-    """`search` by BM25 (Robertson & Zaragoza 2009, doi:10.1561/1500000019; Lucene's form, k1 = 1.5, b = 0.75).
-
-    Words are lower-cased, without English stop words, not stemmed. It reads whole texts, where a model may read them cut.
-    """
-    import bm25s
-
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of its every step
-
-    def words(texts: list[str]) -> list[list[str]]:
-        return list(bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False))
-
-    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    index.index(words(corpus.texts), show_progress=False)
-
-    def score(block: Sequence[tasks.Row]) -> np.ndarray:
-        nothing = np.zeros(len(corpus.ids), np.float32)
-        asked = words([row["query"] for row in block])
-        known = [[word for word in query if word in index.vocab_dict] for query in asked]
-        return np.stack([index.get_scores(query) if query else nothing for query in known])
-
-    return search(rows, corpus, score, **intervals)
+    """`search` by BM25, which reads whole texts where a model may read them cut."""
+    score = bm25.scorer(corpus.texts)
+    return search(rows, corpus, lambda block: np.stack([score(row["query"]) for row in block]), **intervals)

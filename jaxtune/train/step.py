@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxtune import optim, registry, sharding
 from jaxtune.config import ConfigDict
+from jaxtune.data import pairs
 from jaxtune.models import layers
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import Head, LossFn, Objective, Policy
@@ -65,7 +66,7 @@ def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeD
     head, where = program.model_config.head, sharding.batch_sharding(program.mesh)
     data = config.data
     sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
-    sizes |= {"U": data.max_passage_length, "Q": 2 if data.negative else 1}
+    sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])

@@ -76,7 +76,7 @@ def save(
     if not write:
         return
     has_experts = any(weight.experts for weight in family.weights(model_config))
-    names = _targets(modules, targets, has_experts)
+    names = _targets(modules, targets, exact=has_experts or embeds)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     task = "FEATURE_EXTRACTION" if embeds else "CAUSAL_LM"
@@ -88,13 +88,14 @@ def save(
     (folder / "README.md").write_text(_card(base, options, names, "AutoModel" if embeds else "AutoModelForCausalLM"))
 
 
-def _targets(modules: dict[str, list[str]], chosen: set[str], experts: bool) -> list[str]:
+def _targets(modules: dict[str, list[str]], chosen: set[str], exact: bool) -> list[str]:
     """The short names ("q_proj") where they say exactly what was chosen; else the full module names.
 
-    With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well.
+    With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well. So it does of an
+    encoder without a head, whose pooler is a "dense" too.
     """
     short = {linear.rsplit(".", 1)[-1] for linear in chosen}
-    if not experts and {linear for linear in modules if linear.rsplit(".", 1)[-1] in short} == chosen:
+    if not exact and {linear for linear in modules if linear.rsplit(".", 1)[-1] in short} == chosen:
         return sorted({module.rsplit(".", 1)[-1] for linear in chosen for module in modules[linear]})
     return sorted(module for linear in chosen for module in modules[linear])
 
