@@ -116,12 +116,11 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
         if segment:
             name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
             print(f"  {position:5d}  segment {segment:3d}  {name:<24}  weight {weights_T[position]:g}  {text}")
-    for passage_U, is_token_U in zip(
-        *(batch.get(f"passage_{name}_BQU", [[]])[0] for name in ("tokens", "segment_ids")), strict=True
+    for tokens_U, ids_U in zip(
+        batch.get("passage_tokens_BQU", [[]])[0], batch.get("passage_segment_ids_BQU", [[]])[0], strict=True
     ):
-        print(
-            f"  passage of {int(is_token_U.sum())} tokens: {tokenizer.decode(passage_U[is_token_U != 0], skip_special=False)}"
-        )
+        text = tokenizer.decode(tokens_U[ids_U != 0], skip_special=False)
+        print(f"  passage of {int((ids_U != 0).sum())} tokens: {text}")
     print(
         f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding\n\n{start.summary(model, program)}; they are"
     )

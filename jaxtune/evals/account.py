@@ -219,4 +219,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         f"python -m jaxtune.launch chat --config={config.workdir.rstrip('/')}/config.json --workdir={config.workdir}"
     )
     merge = again.replace(" chat ", " export ") + " --config.export.merge=True"
+    if config.train.objective == "contrastive":
+        search = f'from sentence_transformers import SentenceTransformer\nmodel = SentenceTransformer("{folder}")'
+        again, fetched = again.replace(" chat ", " evaluate "), [*fetched, ("As an embedding model", search)]
     return [*fetched, ("In PyTorch", load), ("In the terminal", again), ("As one merged model folder", merge)]
