@@ -74,13 +74,9 @@ def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
 
 
 def abstract(
-    config: ConfigDict,
-    hf_config: dict[str, Any],
-    mesh: Mesh,
-    num_steps: int,
-    adapter: lora.Options | None = None,
+    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: lora.Options | None = None,
     pooling: str = "",
-) -> Program:
+) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
     `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's); `pooling` is
@@ -97,9 +93,7 @@ def abstract(
     inference, _ = _shapes(
         family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
     )
-    head = model_config.head  # of labels, unless it is tied to the embeddings: then it predicts tokens
-    headless = not registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.reads_head
-    labels = partition.label(variables, config.tune.method, head is not None and head.classes, headless)
+    labels = _labels(config, model_config, variables)
     sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
@@ -140,6 +134,13 @@ def abstract(
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
     )
+
+
+def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any]) -> dict[str, str]:
+    """What trains; no head where the objective reads none."""
+    reads_head = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.reads_head
+    has_task = model_config.head is not None and model_config.head.classes
+    return partition.label(variables, config.tune.method, has_task, headless=not reads_head)
 
 
 def _pool(config: ConfigDict, model_config: Any, of_folder: str) -> str:
