@@ -8,7 +8,6 @@ the nearest keys.
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
@@ -24,6 +23,7 @@ def _model() -> ConfigDict:
     c.head = ""  # what stands on the last hidden state: "" = as the model has it | lm | sequence | token | none; a new one starts random and trains
     c.labels = ()  # classes of a sequence or token head, in their order; () = those of the model's id2label
     c.problem_type = ""  # what a sequence head's scores mean: single_label_classification | multi_label_classification | regression; "" = as the model's config says, else single (one label: regression)
+    c.pooling = ""  # which state stands for a whole text in an embedding: first (CLS) | mean | last; "" = as the model's folder says, else mean (encoders), last (decoders)
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
     c.attention = "auto"  # auto (by platform) | xla | splash
@@ -54,11 +54,14 @@ def _data() -> ConfigDict:
     c.test_fraction = 0.0  # share of `train` held out for the test when `test` is ""
     c.split_key = ""  # column whose value decides the split; "" = the whole row (equal rows stay together)
     c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": group 1 counts where there is one; rows of one group stay on one side
-    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled | tagged (words and a tag for each)
+    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled | tagged (words and a tag for each) | pair (a query and its passage)
     c.files = ""  # where a URI names a folder: which of its files hold rows, a pattern such as "*/*.json"; "" = all data files
     c.prepare = ""  # a function of yours, "module:function" or "file.py:function": row -> row, or None to drop it
     c.columns = ()  # names of the columns of a table without a header row; () = the first row names them
     c.prompt = ""  # labelled: the user's turn, a template over columns, e.g. "Review: {text}\nSentiment:"
+    c.passage = ""  # pair: the text that answers, a template likewise, e.g. "passage: {context}"; data.prompt is then the query's; "" = both by column names
+    c.negative = ""  # pair: a text that does not answer (a hard negative), a template likewise; "" = none
+    c.mined_negatives = 0  # pair: hard negatives per query, the passages that BM25 ranks first and that do not answer it (extra: retrieval)
     c.system = ""  # labelled: the system turn, a template likewise; "" = none
     c.label_column = ""  # labelled: the column that holds the answer; tagged: the tags, "" = tags, ner_tags or labels
     c.label_separator = ""  # labelled: what stands between a text's labels, e.g. ";"; "" = one label (a JSON list holds several all the same)
@@ -70,9 +73,10 @@ def _data() -> ConfigDict:
     c.mask_fraction = 0.15  # mlm: share of a text's tokens to be predicted, special ones apart (arXiv:1810.04805, 3.1)
     c.mask_token_share = 0.8  # mlm: share of those that the mask token replaces
     c.mask_random_share = 0.1  # mlm: share of those that a random token replaces; the rest stay as they are
-    c.max_length = 1024  # tokens of a batch row
-    c.too_long = "truncate"  # a row longer than max_length: truncate | drop | error (always counted)
-    c.packing = True  # put several rows in one batch row, kept apart by segment ids (best fit); False = pad
+    c.max_length = 1024  # tokens of a batch row; pair: of a query
+    c.max_passage_length = 256  # pair: tokens of a passage
+    c.too_long = "truncate"  # a row longer than max_length (a passage than max_passage_length): truncate | drop | error (always counted)
+    c.packing = True  # put several rows in one batch row, kept apart by segment ids (best fit); False = pad; pairs are always padded
     c.shuffle = True  # a new order each epoch, from train.seed
     c.limit = 0  # use at most this many training rows (a stable choice); 0 = all
     c.prefetch_batches = 8  # batches made ahead of the step by reader threads
@@ -101,6 +105,8 @@ def _train() -> ConfigDict:
     c.epochs = 1.0  # passes over the training rows when steps is 0
     c.batch_size = 8  # batch rows per optimizer step, over all devices and accumulation
     c.accumulation = 1  # micro-batches per optimizer step
+    c.temperature = 0.05  # contrastive: cosines are divided by this
+    c.symmetric = False  # contrastive: also ask which query a passage answers; the loss is the mean of both
     c.seed = 0
     c.remat = "block"  # none | dots (save matmul outputs) | block (save only each block's input)
     c.loss_chunk_tokens = 1024  # tokens per chunk of the output projection; the full logits never exist
@@ -141,9 +147,10 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity; heads for labels, tags or masked words have metrics of their own
+    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity | retrieval (contrastive); heads for labels, tags or masked words have metrics of their own
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
+    c.corpus = "split"  # retrieval: search among the distinct passages of eval.split (split) or of all rows (all)
     c.limit = 500  # rows at most; 0 = all
     c.batch_size = 16  # rows per forward pass
     c.bootstrap_samples = 1000  # resamples behind each interval
@@ -204,54 +211,6 @@ def base() -> ConfigDict:
     return config
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.head": ("", "lm", "sequence", "token", "none"),
-    "model.problem_type": ("", "single_label_classification", "multi_label_classification", "regression"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.compute_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "splash"),
-    "tune.method": ("lora", "full", "head"),
-    "tune.dtype": ("float32", "bfloat16"),
-    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "labelled", "tagged"),
-    "data.tag_subwords": ("first", "all"),
-    "data.end_of_turn": ("all", "turn", "last", "none"),
-    "data.too_long": ("truncate", "drop", "error"),
-    "optim.name": ("adamw", "sgd"),
-    "optim.schedule": ("cosine", "linear", "constant"),
-    "train.remat": ("none", "dots", "block"),
-    "train.on_nonfinite": ("stop", "skip"),
-    "eval.metric": ("auto", "labels", "exact_match", "perplexity"),
-    "eval.split": ("train", "validation", "test"),
-    "export.dtype": ("", "float32", "bfloat16", "float16"),
-    "tracking.progress": ("auto", "bar", "lines", "off"),
-}
-
-_AT_LEAST: dict[str, float] = {
-    "tune.rank": 1, "data.max_length": 2, "train.batch_size": 1, "train.accumulation": 1,
-    "train.loss_chunk_tokens": 1,
-    "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
-    "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
-    "train.eval_every_steps": 0,
-    "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
-    "train.router_z_weight": 0, "train.log_every_steps": 1,
-    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
-}  # fmt: skip
-
-_BETWEEN: dict[str, tuple[float, float]] = {
-    "tune.dropout": (0, 0.999), "data.validation_fraction": (0, 0.95), "data.test_fraction": (0, 0.95),
-    "generate.top_p": (1e-6, 1), "generate.min_p": (0, 1), "eval.confidence": (0.01, 0.999), "optim.final_ratio": (0, 1),
-    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "optim.learning_rate": (0, 1e6), "optim.warmup_steps": (0, 2**31 - 1),
-    "train.steps": (0, 2**31 - 1), "train.epochs": (0, 1e9), "train.seed": (0, 2**32 - 1), "generate.seed": (0, 2**32 - 1),
-    "tune.alpha": (0, 1e6), "tune.lora_plus_ratio": (0, 1e6), "optim.weight_decay": (0, 1e6), "generate.temperature": (0, 1e6),
-    "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
-}  # fmt: skip
-
-_ABOVE_ZERO = {
-    "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
-    "optim.eps": "a gradient of 0 is divided by 0",
-}  # fmt: skip
-
-
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:
     """Returns the dotted path of every field, e.g. "train.batch_size"."""
     found: list[str] = []
@@ -266,83 +225,6 @@ def lookup(config: ConfigDict, path: str) -> Any:
     for part in path.split("."):
         node = node[part]
     return node
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises `UserError` naming the first field whose value is outside what it may be."""
-    known = keys(base())
-    for key in keys(config):
-        if key not in known:
-            raise UserError(f"config key {key!r} does not exist{nearest(key, known)}")
-    missing = [key for key in known if key not in keys(config)]
-    if missing:
-        raise UserError(f"config lacks {missing[0]!r}: start get_config() from jaxtune.config.base()")
-    for key, allowed in CHOICES.items():
-        value = lookup(config, key)
-        if value not in allowed:
-            raise UserError(
-                f"config.{key} is {value!r}; expected one of {', '.join(map(repr, allowed))}{nearest(str(value), allowed)}"
-            )
-    for key, low in _AT_LEAST.items():
-        if not lookup(config, key) >= low:  # said so that NaN is refused too
-            raise UserError(f"config.{key} is {lookup(config, key)}; expected at least {low}")
-    for key, (low, high) in _BETWEEN.items():
-        if not low <= lookup(config, key) <= high:
-            raise UserError(f"config.{key} is {lookup(config, key)}; expected {low} to {high}")
-    for key, otherwise in _ABOVE_ZERO.items():
-        if not lookup(config, key) > 0:
-            raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
-    _check_forms(config)
-    if not config.train.steps and not config.train.epochs:
-        raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
-    if config.train.patience and not config.train.eval_every_steps:
-        raise UserError(
-            f"train.patience={config.train.patience} counts evaluations, and train.eval_every_steps=0 makes none on the way: "
-            "set train.eval_every_steps"
-        )
-    if config.train.batch_size % config.train.accumulation:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size} does not divide by train.accumulation="
-            f"{config.train.accumulation}: choose a multiple"
-        )
-    if config.export.checkpoint not in ("best", "latest") and not str(config.export.checkpoint).isdecimal():
-        raise UserError(
-            f"config.export.checkpoint is {config.export.checkpoint!r}; expected 'best', 'latest' or a step number"
-        )
-    if config.data.validation_fraction + config.data.test_fraction >= 1:
-        raise UserError(
-            "data.validation_fraction + data.test_fraction leave no training rows: their sum must be below 1"
-        )
-    if config.data.mask_token_share + config.data.mask_random_share > 1:
-        raise UserError(
-            "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
-        )
-
-
-def _check_forms(config: ConfigDict) -> None:
-    """The fields that are patterns or nested tuples."""
-    rules, bins = config.mesh.rules, config.data.label_bins
-    for rule in rules:
-        if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], tuple | list):
-            raise UserError(f"config.mesh.rules has {rule!r}; expected (regex, (mesh axis or '' per dim, …))")
-        axes = [axis for axis in rule[1] if axis]
-        if len(set(axes)) < len(axes):
-            raise UserError(f"config.mesh.rules has {rule!r}; expected each mesh axis once at most")
-    for one in bins:
-        if isinstance(one, str) or len(one) != 3 or not all(isinstance(bound, int | float) for bound in one[:2]):
-            raise UserError(f"config.data.label_bins has {one!r}; expected (low, high, name) with two numbers")
-    for key in ("eval.labels", "model.labels", "generate.stop"):
-        words = lookup(config, key)
-        twice = next((word for word in words if words.count(word) > 1), None)
-        if twice is not None or "" in words:
-            raise UserError(
-                f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
-            )
-    for key, pattern in [("data.split_regex", config.data.split_regex), *(("mesh.rules", rule[0]) for rule in rules)]:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
 
 
 def to_json(config: ConfigDict) -> str:

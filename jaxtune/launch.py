@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxtune import config as config_lib
-from jaxtune import fetch, workdir
+from jaxtune import fetch, validation, workdir
 from jaxtune.types import RESUME_EXIT_CODE, UserError, nearest
 
 VERBS = {
@@ -102,7 +102,7 @@ def _dispatch(arguments: list[str]) -> int:
     _distribute(values)
     from jaxtune import run
 
-    config_lib.validate(options)
+    validation.validate(options)
     options.workdir = values.workdir or options.workdir or str(Path("runs") / options.name)
     for section, key in ((options, "workdir"), (options.export, "output"), (options.generate, "output")):
         section[key] = os.path.expanduser(section[key])  # shells leave the ~ of --workdir=~/runs alone

@@ -22,13 +22,11 @@ _SHARES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "exact_match": "Exact match", "label_macro_f1": "Macro-F1 of labels",
     "label_micro_f1": "Micro-F1 of labels", "subset_accuracy": "All labels right", "entity_micro_f1": "Micro-F1 of entities",
     "entity_macro_f1": "Macro-F1 of entities", "tag_accuracy": "Words tagged right", "masked_accuracy": "Masked words guessed",
+    "recall_at_1": "Recall@1", "recall_at_5": "Recall@5",
 }  # fmt: skip
 _NAMES = _SHARES | {
-    "label_nll": "Label NLL (nats)",
-    "perplexity": "Perplexity",
-    "bits_per_byte": "Bits per byte",
-    "rmse": "RMSE",
-}
+    "label_nll": "Label NLL (nats)", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte", "rmse": "RMSE", "mrr_at_10": "MRR@10",
+}  # fmt: skip
 
 # Plots are drawn in colours that stand for these CSS variables, so that one SVG follows light and dark.
 _INK, _MUTED, _LINE, _BEFORE, _AFTER = (f"#0a0b0{i}" for i in range(1, 6))
@@ -53,6 +51,7 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         `name` of the run; `headline`, one sentence (made from `difference` if missing); `about`: {what: text};
         `notices`: texts; `metric`, the one that the headline names (the first if missing);
         `before`, `after`: {metric: estimate}; `difference`: {metric: estimate with p, test, higher_is_better};
+        `beside`: {whose: {metrics, difference of after}}, of others on the same rows;
         `confusion`: {labels, before, after}, counts with answers down; `examples`: rows with `prompt, answer, before,
         after`; `train`: {steps, trained_tokens, tokens_per_second, seconds, peak_memory_bytes}; `data`: {count: number,
         dropped: {reason: rows}}, where names that end in `_share` are shown as percent; `seconds`: {part: seconds};
@@ -83,6 +82,10 @@ def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
         "confidence": _confidence(facts),
         "notices": facts.get("notices", []),
         "results": _results(facts),
+        "beside": [
+            (name, _results({"before": other["metrics"], "after": sides["after"], "difference": other["difference"]}))
+            for name, other in facts.get("beside", {}).items()
+        ],
         "has_plots": has_plots,
         "result_plots": _result_plots(facts) if has_plots else [],
         "training_plots": _training_plots(_read(metrics_path)) if has_plots else [],

@@ -64,6 +64,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with clock("load"):
         state, frozen = start.load(config, model, program, values, show)
     before = after = None
+    beside: dict[str, tasks.Result] = {}
     if held and config.eval.before_after:
         with clock("evaluation"):
             before = _before(
@@ -89,6 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if held:
         with clock("evaluation"):
             after = measure.measure(config, held, tokenizer, program, {**frozen, **params}, show, "after")
+            beside = measure.beside(config, held)
     with clock("export"):
         folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
     if is_main:
@@ -96,7 +98,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
         seconds = clock.seconds | outcome.seconds
         found = (rows.splits, rows.train.counts, held, outcome, before, after)
-        account.write(config, workdir, account.Run(model, tokenizer, program, *found, seconds, folder))
+        account.write(config, workdir, account.Run(model, tokenizer, program, *found, seconds, folder, beside))
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> None:
@@ -121,6 +123,11 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
         if segment:
             name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
             print(f"  {position:5d}  segment {segment:3d}  {name:<24}  weight {weights_T[position]:g}  {text}")
+    for tokens_U, ids_U in zip(
+        batch.get("passage_tokens_BQU", [[]])[0], batch.get("passage_segment_ids_BQU", [[]])[0], strict=True
+    ):
+        text = tokenizer.decode(tokens_U[ids_U != 0], skip_special=False)
+        print(f"  passage of {int((ids_U != 0).sum())} tokens: {text}")
     print(
         f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding\n\n{start.summary(model, program)}; they are"
     )
@@ -152,7 +159,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
         json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics}, indent=2) + "\n",
     )
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
-    print(account.table(config, {what: result}))
+    print(account.table(config, {what: result} | measure.beside(config, held)))
 
 
 def generate(config: ConfigDict, workdir: Path) -> None:

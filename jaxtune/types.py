@@ -7,6 +7,7 @@ Shape legend. An array's name ends in one letter per dim, outermost first:
     G  query heads per K       H  head dim                    F  feed-forward dim
     V  vocabulary              L  layers (stacked, scanned)   R  LoRA rank
     A  accumulation steps      C  candidates (labels)         M  rows of a data set
+    Q  passages of a query     U  tokens of a passage         W  passages of a batch or corpus
 
 "axis" is the mesh's, "dim" an array's. Counts are `num_…`; scalars carry units: `_tokens _steps _bytes _seconds`.
 """
@@ -24,6 +25,13 @@ import numpy as np
 #   segment_ids_BT  int32    1, 2, … numbers the rows packed into one; 0 is padding
 #   positions_BT    int32    position inside the segment, restarting at 0
 #   row_ids_BT      int32    index of the data row a token came from; -1 is padding (host-side bookkeeping)
+#
+# Pairs of texts hold the query in the fields above (its loss weight stands on its first token) and beside it
+#
+#   query_ids_B              int32  number of the query's text; equal texts have equal numbers; -1 is filling
+#   passage_tokens_BQU       int32  the passage that answers, then hard negatives
+#   passage_segment_ids_BQU  int32  1 where there is a token; 0 is padding
+#   passage_ids_BQ           int32  number of the passage's text, likewise; -1 where there is none
 Batch = dict[str, np.ndarray]
 
 BATCH_FIELDS: dict[str, np.dtype] = {
@@ -34,6 +42,10 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "segment_ids_BT": np.dtype(np.int32),
     "positions_BT": np.dtype(np.int32),
     "row_ids_BT": np.dtype(np.int32),
+    "query_ids_B": np.dtype(np.int32),
+    "passage_tokens_BQU": np.dtype(np.int32),
+    "passage_segment_ids_BQU": np.dtype(np.int32),
+    "passage_ids_BQ": np.dtype(np.int32),
 }
 
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "the work was saved; run the same command again"

@@ -23,6 +23,7 @@ from jaxtune.evals import measure
 REPOSITORY = Path(__file__).parents[1]
 HALF_WRITTEN = ("adapter", "model", "report.html", "report.json", "*.partial", "*.tmp", "*.part-*", "**/*.partial")
 CHAT = {"messages": [{"role": "user", "content": "who is the cat"}, {"role": "assistant", "content": "a good cat"}]}
+PAIR = json.dumps({"question": "who is the cat", "passage": "the cat is a good cat"})
 CONFIG = """\
 from jaxtune.config import base
 def get_config():
@@ -214,6 +215,22 @@ def _parquet(run: Run, damaged_from: int = 0, **columns: list[Any]) -> None:
         data = path.read_bytes()
         path.write_bytes(data[:damaged_from] + bytes(16) + data[damaged_from + 16 :])
     run.set(f"data.train={path}", "data.prompt={text}", "data.label_column=mood")
+
+
+def _pairs(*lines: str, settings: tuple[str, ...] = ()) -> Callable[[Run], object]:
+    """These rows, for an embedding model."""
+
+    def broken_by(run: Run) -> None:
+        run.rows(*lines)
+        run.set("train.objective=contrastive", *settings)
+
+    return broken_by
+
+
+def _pooling(run: Run, text: str) -> None:
+    folder = run.copy_model() / "1_Pooling"
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
 
 
 _COMMAND = [
@@ -433,6 +450,28 @@ _DATA = [
     row("one label alone", lambda r: (r.rows("text,mood", *["a,b", "b,b"] * 9, name="rows.csv"), r.set("data.prompt={text}", "data.label_column=mood", "eval.split=train")), "found 1 different answers", r"eval\.labels"),
 ]  # fmt: skip
 
+_PAIRS = [
+    row("pairs of another objective", lambda r: r.rows(PAIR), r"rows\.jsonl:1: the row is a query and a passage", "'contrastive'"),
+    row("no pairs for contrastive", "--config.train.objective=contrastive", r"rows\.jsonl:1: .*'contrastive' needs a query and a passage", r"data\.prompt and data\.passage"),
+    row("half a pair", _pairs('{"question": "who"}'), r"rows\.jsonl:1: fields 'question' fit no known format", r"passage\|context"),
+    row("pair with an empty text", _pairs(PAIR, '{"question": "who", "passage": " "}'), r"rows\.jsonl:2: the passage is empty"),
+    row("pair with a number", _pairs(PAIR, '{"question": "who", "passage": 3}'), r"rows\.jsonl:2: field 'passage' is 3; expected a string"),
+    row("negative that nothing uses", _pairs('{"anchor": "a", "positive": "b", "negative": "c"}'), r"rows\.jsonl:1: .*set data\.negative='\{negative\}'"),
+    row("passage template of another column", _pairs(PAIR, settings=("data.passage={pasage}",)), r"rows\.jsonl:1: data\.passage names column 'pasage'", "did you mean 'passage'"),
+    row("passage too long", _pairs(PAIR, settings=("data.max_passage_length=2", "data.too_long=error")), r"rows\.jsonl:1: a text is longer", r"data\.max_passage_length=2"),
+    row("every passage too long", _pairs(PAIR, settings=("data.max_passage_length=2", "data.too_long=drop")), "all 1 rows are longer", r"data\.max_passage_length=2"),
+    row("passages beyond the model's positions", _pairs(PAIR, settings=("data.max_passage_length=1000",)), r"data\.max_passage_length=1000 exceeds the model's 256 positions"),
+    row("contrastive accumulation", _pairs(PAIR, settings=("train.accumulation=2",)), "compares all rows of a batch", r"set train\.accumulation=1"),
+    row("contrastive batch of one", _pairs(PAIR, settings=("train.batch_size=1",)), r"expected train\.batch_size of 2 or more"),
+    row("contrastive head", _pairs(PAIR, settings=("tune.method=head",)), r"tune\.method='head'", "reads no head"),
+    row("pooling of no kind", "--config.model.pooling=max", r"config\.model\.pooling is 'max'; expected one of .*'mean'"),
+    row("temperature of nothing", "--config.train.temperature=0", r"train\.temperature is 0"),
+    row("folder that pools otherwise", _both(_pairs(PAIR), lambda r: _pooling(r, '{"pooling_mode": "max"}')), r"1_Pooling/config\.json pools by \['max'\]", r"set model\.pooling"),
+    row("folder with a broken pooling", _both(_pairs(PAIR), lambda r: _pooling(r, "[]")), r"1_Pooling/config\.json", r"set model\.pooling"),
+    row("search without an embedding model", _verb("evaluate", "eval.metric=retrieval", "data.test={folder}/rows.jsonl"), r"eval\.metric='retrieval' with train\.objective='sft'"),
+    row("labels of an embedding model", _both(_pairs(*[PAIR.replace("who", str(n)) for n in range(16)]), _verb("evaluate", "eval.metric=labels", "data.test_fraction=0.5")), "'retrieval' goes with 'contrastive'"),
+]  # fmt: skip
+
 _VERBS = [
     row("generate without input", _verb("generate"), r"--config\.generate\.input="),
     row("generate from nothing", _verb("generate", "generate.input={folder}/none.txt"), r"none\.txt' does not exist"),
@@ -478,7 +517,7 @@ _LABELS = [  # (rows, what else is set) of heads for labels
     row("words from a classifier", lambda r: (_texts(r, "regression", "stars", 1), _generate(r, "the cat"), r.set("data.split_key=", "data.format=auto")), "writes no text", "language model"),
 ]  # fmt: skip
 
-TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _VERBS + _LABELS
+TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _PAIRS + _VERBS + _LABELS
 
 
 def _break(run: Run, mistake: Mistake) -> None:

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxtune import config as config_lib
-from jaxtune import launch, sharding
+from jaxtune import launch, sharding, validation
 from jaxtune.train import state, step
 from jaxtune.weights.source import hf_preset, with_head
 
@@ -26,7 +26,7 @@ def shapes(source: str) -> str:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_file(path: Path) -> None:
     config = launch._config_file([f"--config={path}"])
-    config_lib.validate(config)
+    validation.validate(config)
     assert config.is_locked
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     program = state.abstract(config, with_head(hf_preset(shapes(config.model.source)), config), mesh, 10)

@@ -10,7 +10,7 @@ from jaxtune.models import FAMILIES
 
 ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
-    {"config", "registry", "types", "fetch", "archives", "indexes", "workdir"},
+    {"config", "registry", "types", "fetch", "archives", "indexes", "validation", "workdir"},
     {"sharding", "models", "data"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},
@@ -24,6 +24,7 @@ TOGETHER = {
     "fetch": {"archives", "indexes", "types"},
     "indexes": {"archives", "types"},
     "config": {"types"},
+    "validation": {"config", "types"},
     "registry": {"types"},
     "archives": {"types"},
     "workdir": {"types"},

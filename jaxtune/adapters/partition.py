@@ -15,11 +15,13 @@ HEAD_PATHS = ("lm_head.kernel", "lm_head.bias")
 Leaf = TypeVar("Leaf")
 
 
-def label(params: Mapping[str, Any], method: str, has_task: bool = False) -> dict[str, str]:
-    """Labels every parameter for `method`: lora | full | head. `has_task`: the task head trains beside an adapter.
+def label(params: Mapping[str, Any], method: str, has_task: bool = False, headless: bool = False) -> dict[str, str]:
+    """Labels every parameter for `method`: lora | full | head. `has_task`: the task head trains beside an adapter;
+    `headless`: the objective reads no head, so none trains.
 
     Raises:
-      UserError: "head" on a model whose head is its embedding table (training it would train the input side too).
+      UserError: "head" on a model whose head is its embedding table (training it would train the input side too), or
+        with an objective that reads none.
     """
 
     def in_head(path: str) -> bool:
@@ -28,10 +30,17 @@ def label(params: Mapping[str, Any], method: str, has_task: bool = False) -> dic
     if method == "head" and not any(in_head(path) for path in params):
         raise UserError("tune.method='head': this model's head is tied to its embedding table; use 'lora' or 'full'")
 
+    if method == "head" and headless:
+        raise UserError(
+            "tune.method='head': train.objective reads no head, so nothing would train; use 'lora' or 'full'"
+        )
+
     def one(path: str) -> str:
         kind = path.rsplit(".", 1)[-1]
         if ".adapter." in path:
             return kind
+        if headless and in_head(path):
+            return "frozen"
         # The bias over the vocabulary stays: PEFT keeps whole modules, and its module holds the embedding table too.
         with_adapter = has_task and path.startswith("task_head.") and path != "task_head.bias"
         return "full" if method == "full" or (method == "head" and in_head(path)) or with_adapter else "frozen"

@@ -16,6 +16,34 @@ from jaxtune.types import Batch
 
 
 @dataclass(frozen=True)
+class Passages:
+    """Of rows that are queries: the distinct texts that go with them, end to end, and which belong to which row."""
+
+    tokens: np.ndarray  # int32
+    offsets: np.ndarray  # int64, one more than texts
+    of_row_MQ: np.ndarray  # int32, numbers of a row's texts: the one that answers, then hard negatives; -1 = none
+    query_ids_M: np.ndarray  # int32, number of the row's own text
+    max_length: int  # tokens
+
+    def of(self, bins: packing.Bins, pad_id: int) -> Batch:
+        """Returns the fields of these rows' passages; each bin holds one row, or none."""
+        Q, U = self.of_row_MQ.shape[1], self.max_length
+        rows = [b[0] if b else -1 for b in bins]
+        found_BQ = np.stack([self.of_row_MQ[r] if r >= 0 else np.full(Q, -1, np.int32) for r in rows])
+        tokens_BQU = np.full((len(bins), Q, U), pad_id, np.int32)
+        segment_ids_BQU = np.zeros((len(bins), Q, U), np.int32)
+        for at in zip(*np.nonzero(found_BQ >= 0), strict=True):
+            start, end = self.offsets[found_BQ[at] : found_BQ[at] + 2]
+            tokens_BQU[at][: end - start], segment_ids_BQU[at][: end - start] = self.tokens[start:end], 1
+        return {
+            "query_ids_B": np.asarray([self.query_ids_M[r] if r >= 0 else -1 for r in rows], np.int32),
+            "passage_tokens_BQU": tokens_BQU,
+            "passage_segment_ids_BQU": segment_ids_BQU,
+            "passage_ids_BQ": found_BQ,
+        }
+
+
+@dataclass(frozen=True)
 class Rows:
     """Tokenised rows end to end: row r is `tokens[offsets[r]:offsets[r + 1]]`, `weights` likewise."""
 
@@ -26,6 +54,7 @@ class Rows:
     counts: dict[str, int] = field(default_factory=dict)
     targets: np.ndarray | None = None  # int32, what each token itself is to be classed as; None = its next token
     scores_MC: np.ndarray | None = None  # float32, what each row's scores should be, in place of a class
+    passages: Passages | None = None  # of rows that are queries
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -37,9 +66,10 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """A hash of what is trained on: tokens, loss weights, where each row begins, classes and scores."""
-        hashed = hashlib.sha256()
-        for array in (self.tokens, self.weights, self.offsets, self.targets, self.scores_MC):
+        """A hash of what is trained on: tokens, loss weights, where each row begins, classes, scores and passages."""
+        hashed, theirs = hashlib.sha256(), self.passages
+        more = (theirs.tokens, theirs.offsets, theirs.of_row_MQ) if theirs else ()
+        for array in (self.tokens, self.weights, self.offsets, self.targets, self.scores_MC, *more):
             if array is not None:
                 hashed.update(np.ascontiguousarray(array).data)
         return hashed.hexdigest()
@@ -91,7 +121,7 @@ class BatchSource:
         return np.argsort(bits, kind="stable")
 
     def __getitem__(self, step: int) -> Batch:
-        """Returns the global batch of a step, every field (B, T, …)."""
+        """Returns the global batch of a step, every field (B, …)."""
         return self.local(step, np.arange(self.batch_size))
 
     def local(self, step: int, batch_rows: np.ndarray) -> Batch:
@@ -108,15 +138,17 @@ class BatchSource:
 
 
 def make_bins(rows: Rows, max_length: int, packed: bool) -> packing.Bins:
-    """Returns the rows of each batch row: best fit when `packed`, else one each; ordered by their first row."""
+    """Returns the rows of each batch row: best fit when `packed`, else (and with passages) one each; ordered by their first row."""
+    packed = packed and rows.passages is None
     return packing.pack(rows.lengths, max_length) if packed else packing.one_per_bin(len(rows))
 
 
 def stack(rows: Rows, bins: packing.Bins, max_length: int, pad_id: int) -> Batch:
-    """Returns the batch that holds `bins`, every field (B, T, …)."""
+    """Returns the batch that holds `bins`: fields (B, T, …), and those of the rows' passages."""
     arrays = (rows.tokens, rows.weights, rows.offsets)
     made = [packing.assemble(*arrays, b, max_length, pad_id, rows.targets, rows.scores_MC) for b in bins]
-    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+    batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    return batch if rows.passages is None else batch | rows.passages.of(bins, pad_id)
 
 
 class _Failure(NamedTuple):

@@ -18,17 +18,22 @@ from jaxtune.types import UserError, nearest
 
 
 class Example(NamedTuple):
-    """One row, ready to be tokenised: a chat (`messages`), plain text (`text`), or a plain prompt and its `answer`."""
+    """One row, ready to be tokenised: a chat (`messages`), plain text (`text`), or a plain prompt and its `answer`.
+
+    A pair of texts to be embedded has the query as its prompt, and the passage that answers it as its answer.
+    """
 
     row_id: str  # "file.jsonl:17"
     messages: tuple[Message, ...] | None = None
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     prompt: str = ""  # plain text before the answer; "" for a chat
-    answer: str | None = None  # last assistant content, completion or label
+    answer: str | None = None  # last assistant content, completion, label or passage
     split_key: str = ""  # text whose hash decides the split
     words: tuple[str, ...] | None = None  # of a text to be tagged
     labels: tuple[str, ...] | None = None  # the tag of each word; or the labels of a text that may have several
+    is_pair: bool = False
+    negative: str = ""  # of a pair: a passage that does not answer; "" = none
 
 
 def read_examples(path: Path, data: ConfigDict, answers: bool = True) -> tuple[list[Example], Counter[str]]:
@@ -100,15 +105,20 @@ def detect(row: Row, data: ConfigDict, answers: bool = True) -> str:
     """Returns the format whose fields `row` has (without `answers`, those of its prompt). A file's first row decides for all."""
     if data.prompt and data.label_column:
         return "labelled"
+    if data.passage:
+        return "pair"
     formats = _FIELDS if answers else {name: fields[:1] for name, fields in _FIELDS.items()}
     for name, fields in formats.items():
         if all(any(one in row for one in field.split("|")) for field in fields):
             return name
+    if _named(row, QUERIES) and _named(row, PASSAGES):
+        return "pair"
     shapes = "; ".join(f"{name}: {' + '.join(fields)}" for name, fields in formats.items())
     known = sorted({one for fields in formats.values() for field in fields for one in field.split("|")} - set(row))
     near = next((hint for hint in (nearest(field, known) for field in row) if hint), "")
     raise UserError(
-        f"fields {_names(row)} fit no known format{near}; known: {shapes}; or set data.prompt and data.label_column"
+        f"fields {_names(row)} fit no known format{near}; known: {shapes}; pair: {'|'.join(QUERIES)} + {'|'.join(PASSAGES)}; "
+        "or set data.prompt and data.label_column or data.passage"
     )
 
 
@@ -242,6 +252,29 @@ def _cell(value: Any, column: str) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _pair(row: Row, data: ConfigDict, answers: bool) -> Example:
+    by_name = not data.prompt and not data.passage and not data.negative
+    query = fill(data.prompt, row, "data.prompt") if data.prompt else _field(row, _named(row, QUERIES) or QUERIES[0])
+    passage = (
+        fill(data.passage, row, "data.passage") if data.passage else _field(row, _named(row, PASSAGES) or PASSAGES[0])
+    )
+    if by_name and row.get("negative"):
+        raise UserError(
+            "the row has a 'negative', which nothing uses: set data.negative='{negative}' to learn from it, or data.passage "
+            "and data.prompt to say what is used"
+        )
+    negative = fill(data.negative, row, "data.negative") if data.negative else ""
+    for what, text in (("query", query), ("passage", passage)):
+        if not text.strip():
+            raise UserError(f"the {what} is empty; expected a text")
+    return Example("", prompt=query.strip(), answer=passage.strip(), is_pair=True, negative=negative.strip())
+
+
+def _named(row: Row, names: tuple[str, ...]) -> str:
+    """The first of `names` that the row has, or ""."""
+    return next((name for name in names if name in row), "")
+
+
 def _turns(system: str, user: str, answer: str | None) -> Example:
     turns = [("system", system)] * bool(system) + [("user", user)]
     turns += [("assistant", answer)] if answer is not None else []
@@ -277,6 +310,7 @@ def _split_text(row: Row, data: ConfigDict) -> str:
 
 
 _TAGS = "tags|ner_tags|labels"
+QUERIES, PASSAGES = ("query", "anchor", "question", "sentence1"), ("positive", "passage", "context", "sentence2")
 _FIELDS: dict[str, tuple[str, ...]] = {  # of each format, the prompt's first
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -294,4 +328,5 @@ _CONVERTERS: dict[str, Callable[[Row, ConfigDict, bool], Example | str]] = {
     "tagged": _tagged,
     "text": _text,
     "labelled": _labelled,
+    "pair": _pair,
 }

@@ -58,6 +58,8 @@ def encode(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> Encod
       UserError: the template refuses the chat, or changes a trained content so that it cannot be found.
     """
     try:
+        if example.is_pair:
+            raise UserError("the row is a query and a passage: these go with train.objective='contrastive'")
         if example.messages is not None:
             text, spans = _chat_spans(example, tokenizer, options)
             ids, offsets = tokenizer.encode_with_offsets(text)

@@ -10,7 +10,7 @@ import jax
 
 from jaxtune import report, tracking
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline
+from jaxtune.data import bm25, pipeline
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, tasks
 from jaxtune.models import reading
@@ -35,7 +35,10 @@ def table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
 
 
 class Run(NamedTuple):
-    """All that an account is made from. `data_counts` are rows and tokens by kind; `folder` holds the result."""
+    """All that an account is made from.
+
+    `data_counts` are rows and tokens by kind; `folder` holds the result; `beside` is what others make of the same rows.
+    """
 
     model: source.Model
     tokenizer: Tokenizer
@@ -48,22 +51,27 @@ class Run(NamedTuple):
     after: tasks.Result | None
     seconds: dict[str, float]
     folder: Path
+    beside: dict[str, tasks.Result]
 
 
 def write(config: ConfigDict, workdir: Path, run: Run) -> None:
     """Writes report.html and report.json into `workdir`, and prints the before/after table."""
     before, after, place = run.before, run.after, shown(config.workdir, workdir, run.folder)
     difference = tasks.compare(before, after, **measure.intervals(config)) if before and after else {}
+    against = {
+        name: tasks.compare(other, after, **measure.intervals(config)) for name, other in run.beside.items() if after
+    }
     unmeasured = [] if run.held else [f"There are {measure.nothing_held(config)}."]
     if config.tracking.report:
         facts = {
             "name": config.name,
             "about": _about(config, run),
-            "notices": run.outcome.progress.notices + _data_notices(run.data_counts) + unmeasured,
+            "notices": run.outcome.progress.notices + _data_notices(run.data_counts) + _searched(run.held) + unmeasured,
             "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,  # else the first
             "before": before.metrics if before else {},
             "after": after.metrics if after else {},
             "difference": difference,
+            "beside": {name: {"metrics": run.beside[name].metrics, "difference": gap} for name, gap in against.items()},
             "confusion": _confusion(before, after),
             "train": _training(run),
             "data": _data(run),
@@ -75,11 +83,14 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
         with tracking.writing(workdir / "report.html"):
             report.write(workdir, {name: fact for name, fact in facts.items() if fact is not None})
     if after:
-        print(table(config, {"before": before, "after": after} if before else {"after": after}))
-    for name, gap in difference.items():
-        print(
-            f"{name}: {gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
-        )
+        print(table(config, ({"before": before} if before else {}) | {"after": after} | run.beside))
+    for against_what, gaps in {
+        "": difference,
+        **{f", after against {other}": gaps for other, gaps in against.items()},
+    }.items():
+        for name, gap in gaps.items():
+            change = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
+            print(f"{name}{against_what}: {change}")
     where = f", report in {shown(config.workdir, workdir, workdir / 'report.html')}" if config.tracking.report else ""
     print(f"result in {place}{where}")
 
@@ -139,6 +150,21 @@ def _data_notices(counts: dict[str, int]) -> list[str]:
     return notices
 
 
+def _searched(held: measure.HeldOut | None) -> list[str]:
+    """What there is to say about a search."""
+    if held is None or held.corpus is None:
+        return []
+    corpus = held.corpus
+    notices = [f"{len(held.rows):,} queries over a corpus of {len(corpus.ids):,} passages."]
+    if corpus.num_cut:
+        notices.append(
+            f"{corpus.num_cut:,} of its passages were longer than data.max_passage_length and cut for the model."
+        )
+    if not bm25.is_installed():
+        notices.append("BM25 was not measured beside: pip install 'jaxtune[retrieval]' adds it.")
+    return notices
+
+
 def _confusion(before: tasks.Result | None, after: tasks.Result | None) -> dict[str, Any] | None:
     if after is None or after.confusion is None:
         return None
@@ -160,14 +186,15 @@ def _examples(
     """A few held-out rows with both answers, changed ones first."""
     if not held or not held.rows or not before or not after:
         return []
+    told = dict(zip(held.corpus.ids, held.corpus.texts, strict=True)) if held.corpus else {}
     trios = list(zip(held.rows, before.rows, after.rows, strict=True))
     trios.sort(key=lambda trio: trio[1]["prediction"] == trio[2]["prediction"])
     return [
         {
             "prompt": tokenizer.decode(row["prompt_ids"]),
-            "answer": _words(row["answer"]),
-            "before": _words(b["prediction"]),
-            "after": _words(a["prediction"]),
+            "answer": _words(told.get(row["answer"]) if told else row["answer"]),
+            "before": _words(told.get(b["prediction"]) if told else b["prediction"]),
+            "after": _words(told.get(a["prediction"]) if told else a["prediction"]),
         }
         for row, b, a in trios[:6]
     ]
@@ -186,7 +213,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         if model.path and model.path.is_file()
         else f'"{model.path or model.uri}"'
     )
-    auto, is_causal = reading.auto_class(model.hf_config), config.train.objective == "sft"
+    auto, is_causal = reading.auto_class(model.hf_config, config.train.objective), config.train.objective == "sft"
     labels = f", num_labels={len(source.labels(model))}" if auto.endswith("Classification") else ""
     fetched, load = [], f"from transformers import {auto}\n"
     if "://" in folder:
@@ -202,4 +229,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         f"python -m jaxtune.launch {verb} --config={config.workdir.rstrip('/')}/config.json --workdir={config.workdir}"
     )
     merge = again.replace(f" {verb} ", " export ") + " --config.export.merge=True"
+    if config.train.objective == "contrastive":
+        search = f'from sentence_transformers import SentenceTransformer\nmodel = SentenceTransformer("{folder}")'
+        fetched = [*fetched, ("As an embedding model", search)]
     return [*fetched, ("In PyTorch", load), ("In the terminal", again), ("As one merged model folder", merge)]

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import bm25, pipeline, templates
 from jaxtune.data.formats import Example
 from jaxtune.data.readers import NEXT, Reader
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import heads, likelihood, tasks
+from jaxtune.evals import heads, likelihood, retrieval, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.sampler import Sampler
 from jaxtune.train.state import Params, Program
@@ -27,7 +27,7 @@ _MANY_LABELS = 50
 class HeldOut(NamedTuple):
     """The rows to measure on, as the metric wants them; `labels` and `rows` for labels and exact_match.
 
-    With a `reader` of other than next tokens the metrics are those of its head.
+    With a `reader` of other than next tokens the metrics are those of its head. `corpus`: what is searched, for retrieval.
     """
 
     metric: str
@@ -35,6 +35,7 @@ class HeldOut(NamedTuple):
     labels: tuple[str, ...]
     rows: list[dict[str, Any]]
     reader: Reader = NEXT
+    corpus: retrieval.Corpus | None = None
 
 
 def held_out(
@@ -50,8 +51,16 @@ def held_out(
     examples: list[Example] = getattr(splits, config.eval.split)
     if not examples:
         return None
-    examples = pipeline.limited(examples, config.eval.limit)
+    of_split, examples = examples, pipeline.limited(examples, config.eval.limit)
     metric = config.eval.metric
+    if config.train.objective == "contrastive" and metric in ("auto", "retrieval"):
+        searched = of_split if config.eval.corpus == "split" else [e for split in splits[:3] for e in split]
+        found, corpus = retrieval.collect(examples, searched, tokenizer, config.data)
+        return HeldOut("retrieval", examples, (), found, corpus=corpus)
+    if config.train.objective == "contrastive" or metric == "retrieval":
+        raise UserError(
+            f"eval.metric={metric!r} with train.objective={config.train.objective!r}: 'retrieval' goes with 'contrastive'"
+        )
     if reader.kind != "next":
         if metric != "auto":
             raise UserError(
@@ -120,6 +129,13 @@ def measure(
 ) -> tasks.Result:
     """Measures one model on the held-out rows; every figure with a bootstrap interval."""
     options = intervals(config)
+    if held.corpus:
+
+        def embed(texts: list[list[int]]) -> np.ndarray:
+            where = (texts, tokenizer.pad_id, config.eval.batch_size, progress, f"embedding, {what}")
+            return retrieval.embed(program.inference, params, program.pool, *where)
+
+        return retrieval.by_embeddings(held.rows, held.corpus, embed, **options)
     if held.reader.kind != "next":
         model = (held.reader, tokenizer, program, params, progress, what)
         return heads.measure(config, held.examples, held.rows, *model, options)
@@ -137,6 +153,13 @@ def measure(
         program.inference, params, rows, special, tokenizer.pad_id, size, progress, f"reading, {what}"
     )
     return tasks.perplexity(nll_M, tokens_M, text_nll_M, _trained_bytes(rows, tokenizer), rows.row_ids, **options)
+
+
+def beside(config: ConfigDict, held: HeldOut) -> dict[str, tasks.Result]:
+    """What others make of the same rows, by name: BM25 of a search, where it is installed."""
+    if not held.corpus or not bm25.is_installed():
+        return {}
+    return {"BM25": retrieval.by_bm25(held.rows, held.corpus, **intervals(config))}
 
 
 def _trained_bytes(rows: pipeline.Rows, tokenizer: Tokenizer) -> np.ndarray:

@@ -58,6 +58,9 @@ def _metrics(labels: Sequence[str]) -> dict[str, _Metric]:
         "macro_f1": _Metric(f1, "prediction", ("answer",)),
         "label_nll": _Metric(statistics.mean, "label_nll", higher_is_better=False),
         "exact_match": _Metric(statistics.mean, "correct"),
+        "recall_at_1": _Metric(statistics.mean, "correct"),
+        "recall_at_5": _Metric(statistics.mean, "in_top_5"),
+        "mrr_at_10": _Metric(statistics.mean, "reciprocal_rank"),
         "perplexity": _Metric(_token_perplexity, "nll_sum", ("num_tokens",), higher_is_better=False),
         "bits_per_byte": _Metric(_bits_per_byte, "text_nll_sum", ("num_bytes",), higher_is_better=False),
         "masked_perplexity": _Metric(_token_perplexity, "nll_sum", ("num_tokens",), higher_is_better=False),
@@ -218,7 +221,7 @@ def masked_words(
 def measured(
     names: Sequence[str],
     rows: list[dict[str, Any]],
-    labels: Sequence[str],
+    labels: Sequence[str] = (),
     *,
     num_samples: int = 1000,
     confidence: float = 0.95,
@@ -253,7 +256,7 @@ def compare(
         gap = statistics.difference(
             metric.statistic, before_M, after_M, *shared, num_samples=num_samples, confidence=confidence, seed=seed
         )
-        if metric.column == "correct":
+        if before_M.dtype == bool:
             p, test = statistics.mcnemar(before_M, after_M), "exact McNemar"
         else:
             p = statistics.paired_permutation(before_M, after_M, *shared, statistic=metric.statistic, seed=seed)

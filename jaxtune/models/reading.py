@@ -125,9 +125,9 @@ def task(hf: dict[str, Any]) -> str:
     return max(found, key=len)
 
 
-def auto_class(hf: dict[str, Any]) -> str:
-    """The class by which transformers loads such a model."""
-    kind = task(hf)
+def auto_class(hf: dict[str, Any], objective: str = "") -> str:
+    """The class by which transformers loads such a model; embeddings (`contrastive`) are read without any head."""
+    kind = "Model" if objective == "contrastive" else task(hf)
     return f"AutoModel{kind}" if kind.startswith("For") else "AutoModel" if kind == "Model" else "AutoModelForCausalLM"
 
 

@@ -2,6 +2,7 @@
 
 OBJECTIVES: dict[str, str] = {
     "classify": "jaxtune.objectives.classify",
+    "contrastive": "jaxtune.objectives.contrastive",
     "mlm": "jaxtune.objectives.mlm",
     "sft": "jaxtune.objectives.sft",
     "token_classify": "jaxtune.objectives.token_classify",

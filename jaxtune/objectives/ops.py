@@ -29,7 +29,7 @@ class Policy(NamedTuple):
 
     `hidden` may be called several times, though not inside another scan: the step collects what routers say of each pass.
 
-    `pool` says which hidden state stands for a whole text: first | last | mean; "" where the model has no such head.
+    `pool` says which hidden state stands for a whole text: first | last | mean.
     """
 
     hidden: Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
@@ -47,13 +47,18 @@ class Objective(NamedTuple):
     """What is optimised. `loss` is pure and returns an unreduced (sum, weight, metrics); the step divides, once.
 
     `problems` are what takes its place on models with another of Hugging Face's `problem_type`s.
+    `options` names the numbers of the config's `train` section that `loss` takes as keywords. `whole_batch`: rows are
+    compared with each other, so a batch cannot be accumulated from parts. `reads_head` False: hidden states are all it reads.
     """
 
     fields: tuple[str, ...]
-    loss: LossFn
+    loss: Callable[..., tuple[jax.Array, jax.Array, Metrics]]  # a `LossFn`, once it has its options
     frozen: tuple[str, ...] = ()
     collect: CollectFn | None = None
     problems: Mapping[str, Objective] = MappingProxyType({})
+    options: tuple[str, ...] = ()
+    whole_batch: bool = False
+    reads_head: bool = True
 
 
 TOKEN_FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions_BT")
@@ -201,3 +206,19 @@ def segment_mean(hidden_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     same_BTS = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & (segment_ids_BT != 0)[:, None, :]
     share_BTS = same_BTS / jnp.maximum(jnp.sum(same_BTS, axis=-1, keepdims=True), 1)
     return jnp.einsum("bts,bsd->btd", share_BTS.astype(hidden_BTD.dtype), hidden_BTD)
+
+
+def embedding(hidden_BTD: jax.Array, segment_ids_BT: jax.Array, pool: str) -> jax.Array:
+    """One vector of length 1 for the one text of each row, float32 (B, D); 0 for a row of padding.
+
+    `pool`: the state of the first token (CLS), of the last, or the mean over all.
+    """
+    hidden_BTD, real_BT = hidden_BTD.astype(jnp.float32), (segment_ids_BT != 0).astype(jnp.float32)
+    length_B1 = jnp.sum(real_BT, axis=1, keepdims=True)
+    index_BT = jax.lax.broadcasted_iota(jnp.float32, real_BT.shape, 1)
+    if pool == "mean":
+        share_BT = real_BT / jnp.maximum(length_B1, 1)
+    else:
+        share_BT = real_BT * (index_BT == (0 if pool == "first" else length_B1 - 1))
+    pooled_BD = jnp.einsum("bt,btd->bd", share_BT, hidden_BTD, precision=jax.lax.Precision.HIGHEST)
+    return pooled_BD * jax.lax.rsqrt(jnp.maximum(jnp.sum(pooled_BD**2, axis=1, keepdims=True), 1e-24))

@@ -105,6 +105,7 @@ def train(
     if _stops_early(config, progress):
         return _outcome(state, progress, first)
     fields, batch_size = step_lib.fields(config, program), config.train.batch_size
+    capacity = step_lib.capacity_tokens(config, program)
     started = time.perf_counter()
     run_step = (
         step_lib.make(config, program)
@@ -131,7 +132,7 @@ def train(
         else:
             seconds["training"] += took
             progress.timed_tokens += values["tokens"]
-        _record(config, tracker, progress, record, values, took, workdir, data.row_id)
+        _record(config, tracker, progress, record, values, took, capacity, workdir, data.row_id)
 
     with stop_asked:
         for batch in data.train(first, last - first):
@@ -190,8 +191,8 @@ def _outcome(state: State, progress: Progress, steps: int) -> Outcome:
 
 
 def _record(
-    config: ConfigDict, tracker: Any, progress: Progress, record: _Pending, values: dict[str, Any], took: float, workdir: Path,
-    row_id: Callable[[int], str],
+    config: ConfigDict, tracker: Any, progress: Progress, record: _Pending, values: dict[str, Any], took: float, capacity: int,
+    workdir: Path, row_id: Callable[[int], str],
 ) -> None:  # fmt: skip
     ok = bool(values.pop("ok"))
     trained, tokens = int(values.pop("trained_tokens")), int(values.pop("tokens"))
@@ -199,7 +200,6 @@ def _record(
     if ok and np.isfinite(values["loss"]):
         previous = progress.last_train_loss
         progress.last_train_loss = values["loss"] if previous is None else 0.9 * previous + 0.1 * values["loss"]
-    capacity = config.train.batch_size * config.data.max_length
     progress.capacity_tokens += capacity
     tracker.log(
         record.step,

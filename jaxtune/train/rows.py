@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, pipeline, readers
+from jaxtune.data import masking, pairs, pipeline, readers
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.train import loop
 from jaxtune.train.state import Program
@@ -48,7 +48,7 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     """
     data, training = config.data, config.train
     splits = pipeline.load(data, paths(config), tokenizer, show)
-    rows = pipeline.tokenize(splits.train, tokenizer, data, show, reader=reader)
+    rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
             raise UserError(
@@ -56,7 +56,7 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
                 f"data.validation_fraction, or set train.{name}=0"
             )
     validation = (
-        pipeline.tokenize(splits.validation, tokenizer, data, show, "tokenising validation", reader)
+        _tokenized(config, splits.validation, tokenizer, show, "tokenising validation", reader)
         if splits.validation
         else None
     )
@@ -72,6 +72,14 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     return Rows(splits, rows, validation, batches)
 
 
+def _tokenized(
+    config: ConfigDict, examples: list[Any], tokenizer: Tokenizer, show: Any, label: str, reader: readers.Reader
+) -> pipeline.Rows:
+    if config.train.objective == "contrastive":
+        return pairs.tokenize(examples, tokenizer, config.data, show, label)
+    return pipeline.tokenize(examples, tokenizer, config.data, show, label, reader)
+
+
 def summary(config: ConfigDict, rows: Rows) -> str:
     """One line on the data, for the terminal."""
     c = rows.train.counts
@@ -81,8 +89,10 @@ def summary(config: ConfigDict, rows: Rows) -> str:
         if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template")
     }
     note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
+    what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
+    what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
     return (
-        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens ({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows{note}; "
+        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}; "
         f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
     )
 

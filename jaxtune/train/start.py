@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune import registry, sharding
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
-from jaxtune.data import readers
+from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, reading
@@ -20,7 +20,7 @@ from jaxtune.train import state as state_lib
 from jaxtune.train import step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
-from jaxtune.weights import hf, peft, peft_read, source
+from jaxtune.weights import embedder, hf, peft, peft_read, source
 from jaxtune.weights.source import Model
 
 Adapter = Mapping[str, np.ndarray]
@@ -33,7 +33,7 @@ def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
     mesh = sharding.make_mesh(config)
     sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
     options, values = adapter(config, model)
-    return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options), values
+    return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options, model.pooling), values
 
 
 # Objectives that train what stands on a model for one task: (that task, what makes it).
@@ -111,14 +111,17 @@ def check_length(config: ConfigDict, program: Program) -> None:
       UserError: with the lengths.
     """
     max_length, max_positions = config.data.max_length, program.model_config.max_positions
+    key = "max_length"
+    if config.train.objective == "contrastive" and config.data.max_passage_length > max_length:
+        key, max_length = "max_passage_length", config.data.max_passage_length
     if max_length > max_positions:
         raise UserError(
-            f"data.max_length={max_length} exceeds the model's {max_positions} positions (max_position_embeddings): "
+            f"data.{key}={max_length} exceeds the model's {max_positions} positions (max_position_embeddings): "
             f"lower it, or give the model's config.json a rope_scaling that reaches so far"
         )
     if config.model.attention == "splash" and max_length % _TILE_TOKENS:
         raise UserError(
-            f"data.max_length={max_length} is no multiple of {_TILE_TOKENS}, the tile of model.attention='splash': make it "
+            f"data.{key}={max_length} is no multiple of {_TILE_TOKENS}, the tile of model.attention='splash': make it "
             f"{-(-max_length // _TILE_TOKENS) * _TILE_TOKENS}, or set model.attention='auto'"
         )
 
@@ -168,7 +171,7 @@ def write_result(
             labels = (
                 source.labels(model) if program.model_config.head and program.model_config.head.scores_labels else ()
             )
-            auto = reading.auto_class(model.hf_config)
+            auto = reading.auto_class(model.hf_config, config.train.objective)
             peft.save(folder, program.family, program.model_config, params, adapter, base, write, labels, auto)
         else:
             dtype = np.dtype(config.export.dtype) if config.export.dtype else None
@@ -176,6 +179,10 @@ def write_result(
             hf.save(folder, _exported(model, tokenizer), named, write)
         if write and tokenizer is not None:
             tokenizer.save(folder)
+        if write and config.train.objective == "contrastive":
+            data, dim = config.data, program.model_config.embed_dim or program.model_config.dim
+            prompts = {"query": pairs.prefix(data.prompt), "document": pairs.prefix(data.passage)}
+            embedder.save(folder, program.pool, dim, max(data.max_length, data.max_passage_length), prompts)
     return place
 
 

@@ -24,6 +24,7 @@ from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers
 from jaxtune.models.layers import Runtime
+from jaxtune.objectives import OBJECTIVES
 from jaxtune.train import routers
 from jaxtune.types import UserError
 
@@ -56,6 +57,7 @@ class Program(NamedTuple):
     adapter: Params  # every parameter of the adapter
     state: State
     frozen: Params
+    pool: str  # which state stands for a whole text: first | last | mean
     optimizer: optax.GradientTransformation
 
 
@@ -74,11 +76,13 @@ def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
 
 
 def abstract(
-    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: lora.Options | None = None
-) -> Program:
+    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: lora.Options | None = None,
+    pooling: str = "",
+) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
-    `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's).
+    `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's); `pooling` is
+    what the model's folder says of embeddings.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -92,9 +96,7 @@ def abstract(
     inference, _ = _shapes(
         family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
     )
-    head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
-    has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
-    labels = partition.label(variables, config.tune.method, has_task=has_task)
+    labels = _labels(config, model_config, variables)
     sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
@@ -132,8 +134,26 @@ def abstract(
         adapter={path: value for path, value in params.items() if ".adapter." in path},
         state=state,
         frozen=frozen,
+        pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
     )
+
+
+def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any]) -> dict[str, str]:
+    """What trains; no head where the objective reads none."""
+    reads_head = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.reads_head
+    head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
+    has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
+    return partition.label(variables, config.tune.method, has_task, headless=not reads_head)
+
+
+def _pool(config: ConfigDict, model_config: Any, of_folder: str) -> str:
+    """The pooling of a classification head, which is a part of it; of an embedding that of the config, else the folder's."""
+    head = model_config.head
+    if head is not None and head.scores_labels and head.pool:
+        return str(head.pool)
+    causal = getattr(model_config.blocks[0][0].attention, "causal", True)
+    return config.model.pooling or of_folder or ("last" if causal else "mean")
 
 
 def _shapes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,12 +13,13 @@ from flax import nnx
 
 from jaxtune import optim, registry, sharding
 from jaxtune.config import ConfigDict
+from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import Head, Objective, Policy
 from jaxtune.train import routers
 from jaxtune.train.state import Params, Program, State, shardings
-from jaxtune.types import BATCH_FIELDS
+from jaxtune.types import BATCH_FIELDS, UserError
 
 Arrays = dict[str, jax.Array]
 _MEAN_DECAY = 0.9  # of the running mean of the loss
@@ -38,14 +40,28 @@ def policy(program: Program, params: Params, chunk_tokens: int, reports: list[Ar
         return found
 
     graphdef, head_params = nnx.split(model.head)
-    head, task = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens), program.model_config.head
-    return Policy(hidden, head, task.pool if task else "")
+    head = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens)
+    return Policy(hidden, head, program.pool)
 
 
 def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
-    """What `train.objective` names, for what this model's scores mean."""
+    """What `train.objective` names, for what this model's scores mean; its loss with the options it takes.
+
+    Raises:
+      UserError: an unknown name, or accumulation for an objective that compares the rows of a whole batch.
+    """
     found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
-    return found.problems.get(reading.problem(hf_config), found)
+    found = found.problems.get(reading.problem(hf_config), found)
+    if found.whole_batch and config.train.accumulation > 1:
+        raise UserError(
+            f"train.objective={config.train.objective!r} compares all rows of a batch, and train.accumulation="
+            f"{config.train.accumulation} would compare those of each part: set train.accumulation=1 (train.remat='block' saves memory)"
+        )
+    if found.whole_batch and config.train.batch_size < 2:
+        raise UserError(
+            f"train.objective={config.train.objective!r} compares rows of a batch; expected train.batch_size of 2 or more"
+        )
+    return found._replace(loss=partial(found.loss, **{name: config.train[name] for name in found.options}))
 
 
 def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
@@ -56,13 +72,21 @@ def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
 def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch as shapes, of each field the objective reads: a field's name ends in its dims."""
     head, where = program.model_config.head, sharding.batch_sharding(program.mesh)
-    sizes = {"B": config.train.batch_size, "T": config.data.max_length, "C": head.out_dim if head else 0}
+    data = config.data
+    sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
+    sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])
 
     names = fields(config, program)
     return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in names}
+
+
+def capacity_tokens(config: ConfigDict, program: Program) -> int:
+    """How many tokens a batch has room for."""
+    batch = abstract_batch(config, program)
+    return sum(ids.size for name, ids in batch.items() if "segment_ids_" in name)
 
 
 def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
@@ -127,7 +151,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate(updated), jnp.float32),
             "trained_tokens": jnp.sum(batch["weights_BT"] != 0),
-            "tokens": jnp.sum(batch["segment_ids_BT"] != 0),
+            "tokens": sum(jnp.sum(ids != 0) for name, ids in batch.items() if "segment_ids_" in name),
             "ok": ok,
             **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
         }

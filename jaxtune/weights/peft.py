@@ -56,7 +56,8 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    modules, tensors = modules_of(family, model_config), dict[str, np.ndarray]()
+    bare = auto_class == "AutoModel"
+    modules, tensors = modules_of(family, model_config, bare), dict[str, np.ndarray]()
     head = {path: array for path, array in adapter.items() if ADAPTER not in path}
     saved = {}  # of a task head, which PEFT keeps whole beside the adapter
     for name, (weight, _) in naming.hf_names(family.weights(model_config)).items():
@@ -83,7 +84,10 @@ def save(
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    whole = {"task_type": _task(model_config.head), "modules_to_save": _saved_modules(saved)}
+    whole = {
+        "task_type": "FEATURE_EXTRACTION" if bare else _task(model_config.head),
+        "modules_to_save": _saved_modules(saved),
+    }
     config = json.dumps(_config(options, names, parameters, modules, fused, base) | whole, indent=2)
     (folder / "adapter_config.json").write_text(config + "\n")
     (folder / "README.md").write_text(_card(base, options, names + parameters, labels, auto_class))

@@ -28,13 +28,20 @@ class Modules(NamedTuple):
     by_weight: frozenset[str]
 
 
-def modules_of(family: ModuleType, model_config: Any) -> Modules:
-    """The modules of a family's model."""
+def root(family: ModuleType, model_config: Any) -> str:
+    """What the names of a model under a head begin with, and those of one without do not: "model." of "model.layers.0"."""
+    table = next(weight.hf for weight in family.weights(model_config) if weight.ours == "embed.table")
+    return table.split(".")[0] + "."
+
+
+def modules_of(family: ModuleType, model_config: Any, bare: bool = False) -> Modules:
+    """The modules of a family's model; `bare`, of one without a head (AutoModel)."""
+    under = root(family, model_config) if bare else ""
     linears: dict[str, list[str]] = {}
     experts: dict[str, list[str]] = {}
     own: dict[str, list[list[str]]] = {}
     for name, (weight, place) in naming.hf_names(family.weights(model_config)).items():
-        path, module = weight.ours.removesuffix(KERNEL), renamed(name).removesuffix(".weight")
+        path, module = weight.ours.removesuffix(KERNEL), renamed(name).removesuffix(".weight").removeprefix(under)
         if path == weight.ours:
             continue
         stack, _, _ = path.rpartition(".")

@@ -17,7 +17,7 @@ from jaxtune.models import naming
 from jaxtune.types import UserError
 from jaxtune.weights import peft_experts
 from jaxtune.weights.peft_experts import Factors
-from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, modules_of, renamed
+from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, modules_of, renamed, root
 
 # PEFT settings that change the adapter's maths and are not read here, with the value at which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -100,7 +100,8 @@ def load(
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
     have = {renamed(name): tensor for name, tensor in have.items()}
-    modules, found = modules_of(family, model_config), _Found(folder, config, options, have)
+    bare = not any(name.startswith(PREFIX + root(family, model_config)) for name in have)
+    modules, found = modules_of(family, model_config, bare), _Found(folder, config, options, have)
     for linear, names in modules.linears.items():
         found.linear(linear, names)
     for linear, rows in modules.own.items():

@@ -10,18 +10,22 @@ from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, reading
 from jaxtune.types import UserError, nearest
-from jaxtune.weights import hf
+from jaxtune.weights import embedder, hf
 from jaxtune.weights.gguf import open_gguf
 
 
 class Model(NamedTuple):
-    """`uri` as the config has it; `path` and `tensors` are None for a preset; `adapter` is a PEFT folder to start from."""
+    """`uri` as the config has it; `path` and `tensors` are None for a preset; `adapter` is a PEFT folder to start from.
+
+    `pooling` is what the folder says of embeddings: first | mean | last; "" where it says nothing.
+    """
 
     uri: str
     path: Path | None
     hf_config: dict[str, Any]
     tensors: hf.Source | None
     adapter: Path | None
+    pooling: str = ""
 
 
 def hf_preset(name: str) -> dict[str, Any]:
@@ -56,7 +60,8 @@ def find(config: ConfigDict) -> Model:
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{path} is a file; model.source takes a Hugging Face folder or a .gguf file")
     tensors: hf.Source = open_gguf(path) if path.is_file() else hf.Folder(path)
-    return Model(uri, path, with_head(tensors.hf_config, config), tensors, adapter)
+    pooling = embedder.pooling(path) if config.train.objective == "contrastive" and not config.model.pooling else ""
+    return Model(uri, path, with_head(tensors.hf_config, config), tensors, adapter, pooling)
 
 
 def with_head(hf_config: dict[str, Any], config: ConfigDict) -> dict[str, Any]:

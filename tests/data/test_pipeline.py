@@ -196,8 +196,8 @@ def test_batches_have_every_field_and_every_token(rows: Rows, packing: bool) -> 
     source = make(rows, packing, batch_size=1)
     batches = [source[step] for step in range(source.num_bins)]
     for name, dtype in BATCH_FIELDS.items():
-        if name == "scores_BTC":
-            continue  # of texts with several labels alone
+        if not name.endswith("_BT"):
+            continue  # of other kinds of rows
         assert batches[0][name].shape == (1, 24)
         assert batches[0][name].dtype == dtype
     assert rows_seen(batches) == list(range(57))

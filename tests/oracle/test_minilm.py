@@ -9,7 +9,9 @@ import pytest
 
 from jaxtune import fetch
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.evals import retrieval
 from jaxtune.models import layers
+from jaxtune.weights import embedder
 
 pytestmark = [pytest.mark.oracle, pytest.mark.samples]
 TEXTS = [
@@ -43,3 +45,9 @@ def test_embeddings_agree(ours: Any, config_of: Any) -> None:
     found = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
     print(f"embeddings: max |Δ| {np.abs(found - expected).max():.1e}")
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    pool, silent = embedder.pooling(folder), (lambda items, total, label: items, "")
+    assert pool == "mean"
+    vectors_MD = retrieval.embed(mine.program.inference, mine.params, pool, ids, own.pad_id, 4, *silent)
+    np.testing.assert_allclose(vectors_MD, expected, atol=1e-5)
+    np.testing.assert_array_equal(np.argsort(-vectors_MD @ vectors_MD.T), np.argsort(-expected @ expected.T))

@@ -1,0 +1,144 @@
+"""What each field of the config may be, and fields that must fit each other; checked before anything is fetched."""
+
+from __future__ import annotations
+
+import re
+
+from jaxtune.config import ConfigDict, base, keys, lookup
+from jaxtune.types import UserError, nearest
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.head": ("", "lm", "sequence", "token", "none"),
+    "model.problem_type": ("", "single_label_classification", "multi_label_classification", "regression"),
+    "model.pooling": ("", "first", "mean", "last"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "splash"),
+    "tune.method": ("lora", "full", "head"),
+    "tune.dtype": ("float32", "bfloat16"),
+    "data.format": (
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "text",
+        "labelled",
+        "tagged",
+        "pair",
+    ),
+    "data.tag_subwords": ("first", "all"),
+    "data.end_of_turn": ("all", "turn", "last", "none"),
+    "data.too_long": ("truncate", "drop", "error"),
+    "optim.name": ("adamw", "sgd"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "train.remat": ("none", "dots", "block"),
+    "train.on_nonfinite": ("stop", "skip"),
+    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval"),
+    "eval.corpus": ("split", "all"),
+    "eval.split": ("train", "validation", "test"),
+    "export.dtype": ("", "float32", "bfloat16", "float16"),
+    "tracking.progress": ("auto", "bar", "lines", "off"),
+}
+
+_AT_LEAST: dict[str, float] = {
+    "tune.rank": 1, "data.max_length": 2, "data.max_passage_length": 2, "data.mined_negatives": 0, "train.batch_size": 1,
+    "train.accumulation": 1, "train.loss_chunk_tokens": 1,
+    "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
+    "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
+    "train.eval_every_steps": 0,
+    "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
+    "train.router_z_weight": 0, "train.log_every_steps": 1,
+    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
+}  # fmt: skip
+
+_BETWEEN: dict[str, tuple[float, float]] = {
+    "tune.dropout": (0, 0.999), "data.validation_fraction": (0, 0.95), "data.test_fraction": (0, 0.95),
+    "generate.top_p": (1e-6, 1), "generate.min_p": (0, 1), "eval.confidence": (0.01, 0.999), "optim.final_ratio": (0, 1),
+    "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "optim.learning_rate": (0, 1e6), "optim.warmup_steps": (0, 2**31 - 1),
+    "train.steps": (0, 2**31 - 1), "train.epochs": (0, 1e9), "train.seed": (0, 2**32 - 1), "generate.seed": (0, 2**32 - 1),
+    "tune.alpha": (0, 1e6), "tune.lora_plus_ratio": (0, 1e6), "optim.weight_decay": (0, 1e6), "generate.temperature": (0, 1e6), "train.temperature": (1e-3, 100),
+    "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
+}  # fmt: skip
+
+_ABOVE_ZERO = {
+    "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
+    "optim.eps": "a gradient of 0 is divided by 0",
+}  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises `UserError` naming the first field whose value is outside what it may be."""
+    known = keys(base())
+    for key in keys(config):
+        if key not in known:
+            raise UserError(f"config key {key!r} does not exist{nearest(key, known)}")
+    missing = [key for key in known if key not in keys(config)]
+    if missing:
+        raise UserError(f"config lacks {missing[0]!r}: start get_config() from jaxtune.config.base()")
+    for key, allowed in CHOICES.items():
+        value = lookup(config, key)
+        if value not in allowed:
+            raise UserError(
+                f"config.{key} is {value!r}; expected one of {', '.join(map(repr, allowed))}{nearest(str(value), allowed)}"
+            )
+    for key, low in _AT_LEAST.items():
+        if not lookup(config, key) >= low:  # said so that NaN is refused too
+            raise UserError(f"config.{key} is {lookup(config, key)}; expected at least {low}")
+    for key, (low, high) in _BETWEEN.items():
+        if not low <= lookup(config, key) <= high:
+            raise UserError(f"config.{key} is {lookup(config, key)}; expected {low} to {high}")
+    for key, otherwise in _ABOVE_ZERO.items():
+        if not lookup(config, key) > 0:
+            raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
+    _check_forms(config)
+    if not config.train.steps and not config.train.epochs:
+        raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
+    if config.train.patience and not config.train.eval_every_steps:
+        raise UserError(
+            f"train.patience={config.train.patience} counts evaluations, and train.eval_every_steps=0 makes none on the way: "
+            "set train.eval_every_steps"
+        )
+    if config.train.batch_size % config.train.accumulation:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} does not divide by train.accumulation="
+            f"{config.train.accumulation}: choose a multiple"
+        )
+    if config.export.checkpoint not in ("best", "latest") and not str(config.export.checkpoint).isdecimal():
+        raise UserError(
+            f"config.export.checkpoint is {config.export.checkpoint!r}; expected 'best', 'latest' or a step number"
+        )
+    if config.data.validation_fraction + config.data.test_fraction >= 1:
+        raise UserError(
+            "data.validation_fraction + data.test_fraction leave no training rows: their sum must be below 1"
+        )
+    if config.data.mask_token_share + config.data.mask_random_share > 1:
+        raise UserError(
+            "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
+        )
+
+
+def _check_forms(config: ConfigDict) -> None:
+    """The fields that are patterns or nested tuples."""
+    rules, bins = config.mesh.rules, config.data.label_bins
+    for rule in rules:
+        if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], tuple | list):
+            raise UserError(f"config.mesh.rules has {rule!r}; expected (regex, (mesh axis or '' per dim, …))")
+        axes = [axis for axis in rule[1] if axis]
+        if len(set(axes)) < len(axes):
+            raise UserError(f"config.mesh.rules has {rule!r}; expected each mesh axis once at most")
+    for one in bins:
+        if isinstance(one, str) or len(one) != 3 or not all(isinstance(bound, int | float) for bound in one[:2]):
+            raise UserError(f"config.data.label_bins has {one!r}; expected (low, high, name) with two numbers")
+    for key in ("eval.labels", "model.labels", "generate.stop"):
+        words = lookup(config, key)
+        twice = next((word for word in words if words.count(word) > 1), None)
+        if twice is not None or "" in words:
+            raise UserError(
+                f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
+            )
+    for key, pattern in [("data.split_regex", config.data.split_regex), *(("mesh.rules", rule[0]) for rule in rules)]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
