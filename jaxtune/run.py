@@ -57,14 +57,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
     start.check_export(config, program)
     if held:
         measure.check(config, held, tokenizer, program)
-    _say(config, start.summary(model, program))
-    _say(config, rows_lib.summary(config, rows))
+    _say(config, f"{start.summary(model, program)}\n{rows_lib.summary(config, rows)}")
     if held is None:
         _say(config, measure.nothing_held(config))
     with clock("load"):
         state, frozen = start.load(config, model, program, values, show)
-    before = after = None
-    beside: dict[str, tasks.Result] = {}
+    before = after = beside = None
     if held and config.eval.before_after:
         with clock("evaluation"):
             before = _before(
@@ -98,7 +96,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
         seconds = clock.seconds | outcome.seconds
         found = (rows.splits, rows.train.counts, held, outcome, before, after)
-        account.write(config, workdir, account.Run(model, tokenizer, program, *found, seconds, folder, beside))
+        account.write(config, workdir, account.Run(model, tokenizer, program, *found, seconds, folder, beside or {}))
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> None:

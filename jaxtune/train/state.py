@@ -93,9 +93,8 @@ def abstract(
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
-    inference, _ = _shapes(
-        family, model_config, run._replace(remat="none", attention="xla", constrain=layers.unconstrained), options
-    )
+    plain = run._replace(remat="none", attention="xla", constrain=layers.unconstrained)
+    inference, _ = _shapes(family, model_config, plain, options)
     labels = _labels(config, model_config, variables)
     sharding.check_rules(config.mesh.rules, list(variables))
     trained_dtype = jnp.dtype(config.tune.dtype)
