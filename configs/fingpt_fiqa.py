@@ -34,7 +34,7 @@ def get_config():
     config.optim.learning_rate = 5e-4
     config.train.batch_size = 2
     config.train.steps = 200
-    config.train.eval_every_steps = 50
+    config.train.eval_every_steps = 100
     config.train.remat = "none"
     config.train.loss_chunk_tokens = 256
 

@@ -20,16 +20,16 @@ def get_config():
     config.data.prompt = "Excerpt: {context}\nQuestion: {question}"
     config.data.label_column = "answer"
     config.data.split_key = "context"
-    config.data.validation_fraction = 0.02
+    config.data.validation_fraction = 0.01
     config.data.test_fraction = 0.1
     config.data.max_length = 256
 
     config.tune.rank = 16
     config.tune.dropout = 0.0
-    config.optim.learning_rate = 1e-3
-    config.train.batch_size = 4
-    config.train.steps = 250
-    config.train.eval_every_steps = 50
+    config.optim.learning_rate = 5e-4
+    config.train.batch_size = 2
+    config.train.steps = 300
+    config.train.eval_every_steps = 100
     config.train.remat = "none"
     config.train.loss_chunk_tokens = 128
 

@@ -22,14 +22,14 @@ def get_config():
     config.data.split_key = "question"
     config.data.validation_fraction = 0.06
     config.data.test_fraction = 0.3
-    config.data.max_length = 768
+    config.data.max_length = 640
 
     config.tune.rank = 16
     config.tune.dropout = 0.05
-    config.optim.learning_rate = 5e-4
-    config.train.batch_size = 2
-    config.train.steps = 200
-    config.train.eval_every_steps = 50
+    config.optim.learning_rate = 2e-4
+    config.train.batch_size = 1
+    config.train.steps = 320
+    config.train.eval_every_steps = 100
     config.train.remat = "none"
     config.train.loss_chunk_tokens = 128
 

@@ -256,7 +256,7 @@ def compare(
         gap = statistics.difference(
             metric.statistic, before_M, after_M, *shared, num_samples=num_samples, confidence=confidence, seed=seed
         )
-        if before_M.dtype == bool:
+        if before_M.dtype == bool and before_M.ndim == 1:
             p, test = statistics.mcnemar(before_M, after_M), "exact McNemar"
         else:
             p = statistics.paired_permutation(before_M, after_M, *shared, statistic=metric.statistic, seed=seed)

@@ -147,7 +147,7 @@ def test_a_first_token_alone_is_nothing_to_train(tokenizers: Any, data: ConfigDi
 
 def test_nothing_left_says_why(chatml: Tokenizer, data: ConfigDict) -> None:
     silent = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0})
-    with pytest.raises(UserError, match=r"of 2 rows, nothing_to_train 2 .*check the messages' weight"):
+    with pytest.raises(UserError, match=r"of 2 rows of f, nothing_to_train 2 .*check the messages' weight"):
         pipeline.tokenize([Example("f:1", silent)] * 2, chatml, data)
     data.max_length, data.too_long = 4, "drop"
     with pytest.raises(UserError, match=r"of 1 rows, too_long 1 .*raise data\.max_length"):
