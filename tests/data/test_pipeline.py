@@ -150,7 +150,7 @@ def test_nothing_left_says_why(chatml: Tokenizer, data: ConfigDict) -> None:
     with pytest.raises(UserError, match=r"of 2 rows of f, nothing_to_train 2 .*check the messages' weight"):
         pipeline.tokenize([Example("f:1", silent)] * 2, chatml, data)
     data.max_length, data.too_long = 4, "drop"
-    with pytest.raises(UserError, match=r"of 1 rows, too_long 1 .*raise data\.max_length"):
+    with pytest.raises(UserError, match=r"of 1 rows of f, too_long 1 .*raise data\.max_length"):
         pipeline.tokenize([Example("f:1", silent)], chatml, data)
     with pytest.raises(UserError, match="the data set is empty"):
         pipeline.tokenize([], chatml, data)
