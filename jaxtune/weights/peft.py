@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,58 +15,13 @@ from jaxtune import sharding
 from jaxtune.adapters.lora import Options
 from jaxtune.models import naming
 from jaxtune.types import UserError
-from jaxtune.weights import peft_experts
+from jaxtune.weights import peft_experts, peft_modules
 from jaxtune.weights.peft_experts import Factors
+from jaxtune.weights.peft_modules import Modules, renamed
 
 _PREFIX = "base_model.model."
 _SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_KERNEL, _ADAPTER, _INNER = ".kernel", ".adapter.", ".base_layer"
-
-
-class _Modules(NamedTuple):
-    """Where transformers has what we have: our path -> its modules' names, one per layer.
-
-    linears    each linear layer but those of experts
-    experts    each "….experts": the module of a layer's experts
-    own        each linear of experts, where transformers 4 has a module for every expert: per layer, names of all of them
-    by_weight  the linears that PEFT reaches only by their weight's name (`target_parameters`): routers, which are no linear
-               modules there, and those whose name ends like an expert's in the files, for PEFT takes it for all experts'
-    """
-
-    linears: dict[str, list[str]]
-    experts: dict[str, list[str]]
-    own: dict[str, list[list[str]]]
-    by_weight: frozenset[str]
-
-
-def _modules(family: ModuleType, model_config: Any) -> _Modules:
-    linears: dict[str, list[str]] = {}
-    experts: dict[str, list[str]] = {}
-    own: dict[str, list[list[str]]] = {}
-    for name, (weight, place) in naming.hf_names(family.weights(model_config)).items():
-        path, module = weight.ours.removesuffix(_KERNEL), _renamed(name).removesuffix(".weight")
-        if path == weight.ours:
-            continue
-        stack, _, _ = path.rpartition(".")
-        if not stack.endswith(".experts"):
-            linears.setdefault(path, []).append(module)
-            continue
-        layers = experts.setdefault(stack, [])
-        layer = module.rsplit(".", 2 if weight.experts else 1)[0]
-        if layer not in layers:
-            layers.append(layer)
-        if weight.experts:
-            rows = own.setdefault(path, [])
-            rows += [[]] if place[1] == 0 else []
-            rows[-1].append(module)
-    endings = {names[0][0].rsplit(".", 1)[-1] for names in own.values()}
-    by_weight = {p for p, m in linears.items() if p.endswith(".router") or m[0].rsplit(".", 1)[-1] in endings}
-    return _Modules(linears, experts, own, frozenset(by_weight))
-
-
-def _renamed(name: str) -> str:
-    """A name in files as transformers 5 has it in models."""
-    return name.replace(".block_sparse_moe.", ".mlp.")
+_ADAPTER, _INNER = ".adapter.", ".base_layer"
 
 
 def check(family: ModuleType, model_config: Any, linears: Iterable[str], options: Options) -> None:
@@ -75,7 +30,7 @@ def check(family: ModuleType, model_config: Any, linears: Iterable[str], options
     Raises:
       UserError: DoRA on what PEFT adapts as a parameter of a module, naming the first and what to do.
     """
-    modules = _modules(family, model_config)
+    modules = peft_modules.modules(family, model_config)
     found = [path for path in linears if path in modules.by_weight or path.rpartition(".")[0] in modules.experts]
     if options.use_dora and found:
         raise UserError(
@@ -102,7 +57,7 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    modules = _modules(family, model_config)
+    modules = peft_modules.modules(family, model_config)
     tensors: dict[str, np.ndarray] = {}
     head = {path: array for path, array in adapter.items() if _ADAPTER not in path}
     saved = {}  # of a task head, which PEFT keeps whole beside the adapter
@@ -139,7 +94,7 @@ def save(
     (folder / "README.md").write_text(_card(base, options, names + parameters))
 
 
-def _targets(modules: _Modules, chosen: set[str]) -> list[str]:
+def _targets(modules: Modules, chosen: set[str]) -> list[str]:
     """The short names ("q_proj") where they say exactly what was chosen; else the full module names.
 
     With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well.
@@ -151,7 +106,7 @@ def _targets(modules: _Modules, chosen: set[str]) -> list[str]:
     return sorted(module for linear in chosen - modules.by_weight for module in linears.get(linear, ()))
 
 
-def _weights_of(modules: _Modules, chosen: set[str]) -> list[str]:
+def _weights_of(modules: Modules, chosen: set[str]) -> list[str]:
     """What PEFT reaches only by its weight's name."""
     return sorted(f"{module}.weight" for linear in chosen & modules.by_weight for module in modules.linears[linear])
 
@@ -159,7 +114,7 @@ def _weights_of(modules: _Modules, chosen: set[str]) -> list[str]:
 _Fused = dict[tuple[str, str], tuple[Factors, int]]
 
 
-def _fused(modules: _Modules, hosts: Mapping[str, np.ndarray], options: Options) -> _Fused:
+def _fused(modules: Modules, hosts: Mapping[str, np.ndarray], options: Options) -> _Fused:
     """(our path of experts, PEFT's parameter) -> (its factors, the wrappers around its own)."""
     found: _Fused = {}
     for stack in modules.experts:
@@ -175,7 +130,7 @@ def _fused(modules: _Modules, hosts: Mapping[str, np.ndarray], options: Options)
 
 
 def _config(
-    options: Options, targets: list[str], parameters: list[str], modules: _Modules, fused: _Fused, base: str
+    options: Options, targets: list[str], parameters: list[str], modules: Modules, fused: _Fused, base: str
 ) -> dict[str, Any]:
     def per_module(pattern: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
         return {module: value for path, value in pattern for module in modules.linears.get(path, ())}
@@ -274,8 +229,8 @@ def load(
         have = load_file(folder / "adapter_model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
-    have = {_renamed(name): tensor for name, tensor in have.items()}
-    modules, found = _modules(family, model_config), _Found(folder, config, options, have)
+    have = {renamed(name): tensor for name, tensor in have.items()}
+    modules, found = peft_modules.modules(family, model_config), _Found(folder, config, options, have)
     for linear, names in modules.linears.items():
         found.linear(linear, names)
     for linear, rows in modules.own.items():
@@ -340,8 +295,14 @@ class _Found:
             a, b = self._pair(path, wrapped)
             if not a:
                 continue
+            rank = int(_pattern(self.config.get("rank_pattern"), full, self.options.rank))
+            if a[0].shape[0] != num_experts * rank or b[0].shape[1] != num_experts * rank:
+                raise UserError(
+                    f"{self.folder} has {full}.lora_A of shape {a[0].shape}; {num_experts} experts of rank {rank} make "
+                    f"{num_experts * rank} rows: was the adapter made for another model?"
+                )
             pairs = [peft_experts.read(*pair, num_experts) for pair in zip(a, b, strict=True)]
-            scale = self.options.scale_of(self._alpha(full), pairs[0][0].shape[-1])
+            scale = self.options.scale_of(self._alpha(full), rank)
             both = Factors(np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs]), scale)
             parts = peft_experts.apart(both) if split and parameter == "gate_up_proj" else {parameter: both}
             for name, factors in parts.items():
