@@ -54,11 +54,11 @@ def apart(both: Factors) -> dict[str, Factors]:
     if gate.any() != up.any():
         return {"gate_proj": both._replace(b=gate)} if gate.any() else {"up_proj": both._replace(b=up)}
     if both.rank % 2 == 0 and not gate[..., half:, :].any() and not up[..., :half, :].any():
-        first, second = (
-            Factors(a[..., :half], gate[..., :half, :], both.scale),
-            Factors(a[..., half:], up[..., half:, :], both.scale),
-        )
-        return {"gate_proj": first, "up_proj": second}
+        first, second = slice(None, half), slice(half, None)
+        return {
+            "gate_proj": Factors(a[..., first], gate[..., first, :], both.scale),
+            "up_proj": Factors(a[..., second], up[..., second, :], both.scale),
+        }
     return {"gate_proj": both._replace(b=gate), "up_proj": both._replace(b=up)}
 
 

@@ -171,9 +171,15 @@ class _Found:
             a, b = self._pair(path, wrapped)
             if not a:
                 continue
+            rank = int(self._by_pattern("rank_pattern", full, self.options.rank))
+            if a[0].shape[0] != num_experts * rank or b[0].shape[1] != num_experts * rank:
+                raise UserError(
+                    f"{self.folder} has {full}.lora_A of shape {a[0].shape}; {num_experts} experts of rank {rank} make "
+                    f"{num_experts * rank} rows: was the adapter made for another model?"
+                )
             pairs = [peft_experts.read(*pair, num_experts) for pair in zip(a, b, strict=True)]
             alpha = self._alpha(path, [f"{module}.{parameter}" for module in modules])
-            scale = self.options.scale_of(alpha, pairs[0][0].shape[-1])
+            scale = self.options.scale_of(alpha, rank)
             both = Factors(np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs]), scale)
             parts = peft_experts.apart(both) if split and parameter == "gate_up_proj" else {parameter: both}
             for name, factors in parts.items():
@@ -196,14 +202,14 @@ class _Found:
                     "again"
                 )
 
+    def _by_pattern(self, pattern: str, module: str, default: float) -> float:
+        """PEFT's rule: a key of the pattern is a regex that matches the end of a module's name."""
+        items = (self.config.get(pattern) or {}).items()
+        return float(next((value for key, value in items if re.match(rf"(.*\.)?({key})$", module)), default))
+
     def _alpha(self, linear: str, modules: list[str]) -> float:
-        """The one alpha of a linear's layers. PEFT's rule: a key of the pattern is a regex that matches a module name's end."""
-        pattern = (self.config.get("alpha_pattern") or {}).items()
-
-        def one(module: str) -> float:
-            return float(next((v for key, v in pattern if re.match(rf"(.*\.)?({key})$", module)), self.options.alpha))
-
-        found = sorted({one(module) for module in modules})
+        """The one alpha of a linear's layers."""
+        found = sorted({self._by_pattern("alpha_pattern", module, self.options.alpha) for module in modules})
         if len(found) > 1:
             raise UserError(
                 f"{self.folder} gives {linear} different alphas in different layers: {found}; merge it with PEFT first"

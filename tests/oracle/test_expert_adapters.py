@@ -103,6 +103,7 @@ def test_peft_adapter_goes_in_and_out_and_merges(
         assert np.abs(value.numpy() - merged[name].numpy()).max() <= 1e-5 * np.abs(value.numpy()).max(), name
 
 
+@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
 def test_experts_as_modules_of_their_own(
     base: Base, tmp_path: Path, from_folder: Any, config_of: Any, ours: Any, theirs: Any, apart: Any
 ) -> None:
@@ -110,8 +111,6 @@ def test_experts_as_modules_of_their_own(
     from peft import PeftModel
     from safetensors.numpy import save_file
 
-    if base.case != "mixtral":
-        pytest.skip("its experts never were modules")
     names, rng, tensors = ["w1", "w2", "w3"], np.random.default_rng(4), {}
     num, dim, width = base.torch.model.layers[0].mlp.experts.down_proj.shape
     for layer, expert, name in itertools.product(range(len(base.torch.model.layers)), range(num), names):
