@@ -129,7 +129,7 @@ def _data(run: Run) -> dict[str, Any]:
 
 _NOT_DROPPED = (
     "train", "validation", "test", "rows", "tokens", "trained_tokens", "truncated", "without_trained_stop",
-    "tools_not_in_template",
+    "tools_not_in_template", "passages",
 )  # fmt: skip
 
 
