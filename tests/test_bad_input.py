@@ -324,7 +324,7 @@ _MODELS = [
     row("unsupported architecture", lambda r: r.copy_model(model_type="mamba"), "unsupported model_type 'mamba'", "supported: .*llama"),
     row("labels without a head for them", "--config.model.labels=a,b", r"model\.labels goes with model\.head"),
     row("head of an unknown kind", "--config.model.head=sequnce", r"config\.model\.head is 'sequnce'", "'sequence'"),
-    row("label twice", "--config.model.head=sequence --config.model.labels=a,b,a", r"model\.labels names 'a' twice"),
+    row("class twice", "--config.model.head=sequence --config.model.labels=a,b,a", r"model\.labels has 'a' twice"),
     row("problem type without its head", "--config.model.problem_type=regression", r"model\.problem_type='regression' goes with model\.head='sequence'"),
     row("problem type of an unknown kind", lambda r: (r.copy_model(problem_type="ranking"), r.set("model.head=sequence")), r"problem_type='ranking'; expected single_label"),
     row("number of two parts", "--config.model.head=sequence --config.model.labels=a,b --config.model.problem_type=regression", r"'regression' with 2 labels; expected one"),
@@ -437,7 +437,7 @@ _DATA = [
     row("prompt with an open brace", lambda r: (r.rows("text,mood", "a,b", name="rows.csv"), r.set("data.prompt={text", "data.label_column=mood")), r"data\.prompt is not a template"),
     row("prompt with a format", lambda r: (r.rows("text,mood", "a,b", name="rows.csv"), r.set("data.prompt={text!r}", "data.label_column=mood")), r"data\.prompt has a format in \{text"),
     row("label that is no number", lambda r: (r.rows('{"text": "a", "mood": NaN}'), r.set("data.prompt={text}", "data.label_column=mood")), r"rows\.jsonl:1: label column 'mood' is empty"),
-    row("label that is a list", lambda r: (r.rows('{"text": "a", "mood": ["b"]}'), r.set("data.prompt={text}", "data.label_column=mood")), r"rows\.jsonl:1: column 'mood' is \['b'\], a list"),
+    row("label that is an object", lambda r: (r.rows('{"text": "a", "mood": {"b": 1}}'), r.set("data.prompt={text}", "data.label_column=mood")), r"rows\.jsonl:1: column 'mood' is \{'b': 1\}, an object"),
     row("Parquet of bytes", lambda r: _parquet(r, text=[b"a"], mood=["b"]), r"rows\.parquet:1: column 'text' is b'a', bytes"),
     row("Parquet damaged inside", lambda r: _parquet(r, 4, text=["a"], mood=["b"]), r"rows\.parquet: not a Parquet file"),
     row("test rows that train nothing", lambda r: r.set(f"data.test={r.file(r.folder / 'masked.jsonl', json.dumps({'messages': [_user('a'), _assistant('b', weight=0)]}))}"), r"eval\.split='test' cannot be measured", r"1 rows of masked\.jsonl"),
@@ -600,7 +600,7 @@ def _without_b(tensors: dict[str, np.ndarray]) -> None:
 
 
 _ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, np.ndarray]], None], str]] = {
-    "alpha of one layer": ({"alpha_pattern": {"layers.1.self_attn.q_proj": 9}}, lambda t: None, "different alphas in different layers: .9, 32"),
+    "alpha of one layer": ({"alpha_pattern": {"layers.1.self_attn.q_proj": 9}}, lambda t: None, r"different alphas in different layers: \[9\.0, 32\.0\]"),
     "without a factor": ({}, _without_b, r"has lora_A\.weight for layers\.attn\.q_proj; expected lora_A\.weight and lora_B\.weight"),
     "DoRA without magnitudes": ({"use_dora": True}, lambda t: None, "expected .* lora_magnitude_vector .use_dora=True"),
 }  # fmt: skip

@@ -92,8 +92,6 @@ def _with_architecture(hf_config: dict[str, Any], config: ConfigDict) -> dict[st
     kind, labels = config.model.head, tuple(config.model.labels)
     if labels and kind not in ("sequence", "token"):
         raise UserError(f"model.labels goes with model.head='sequence' or 'token', not {kind!r}")
-    if len(set(labels)) < len(labels):
-        raise UserError(f"model.labels names {next(name for name in labels if labels.count(name) > 1)!r} twice")
     if not kind:
         return hf_config
     own = reading.task(hf_config)
