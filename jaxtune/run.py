@@ -25,7 +25,7 @@ from jaxtune import checkpoint, fetch, optim, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, templates
-from jaxtune.data.formats import read_examples
+from jaxtune.data.formats import constant, read_examples
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.train import loop, start
@@ -191,7 +191,9 @@ def chat(config: ConfigDict, workdir: Path) -> None:
     program, params, what = _ready(config, model)
     sampler, options = measure.sampler(tokenizer, program, params), config.generate
     settings = (Sampling.from_config(options), options.max_new_tokens, options.seed, options.stop)
-    messages: list[dict[str, str]] = []
+    system = constant(config.data.system)  # a turn that every row was trained with
+    opening = [{"role": "system", "content": system}] * bool(system)
+    messages = opening
     print(f"{what}. /reset starts over, /quit leaves.")
     while True:
         try:
@@ -201,7 +203,7 @@ def chat(config: ConfigDict, workdir: Path) -> None:
         if text in ("/quit", "/exit"):
             return
         if text == "/reset":
-            messages = []
+            messages = opening
         elif text:
             asked = [*messages, {"role": "user", "content": text}]
             try:

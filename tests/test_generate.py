@@ -102,6 +102,16 @@ def test_chat_in_the_terminal(tiny_config: ConfigDict, monkeypatch, capsys) -> N
     lines = capsys.readouterr().out.split("> ")
     assert "/quit leaves" in lines[0]
     assert lines[1] == lines[3]  # after /reset the same question gets the same greedy answer
+    asked, render = [], Tokenizer.render
+    monkeypatch.setattr(Tokenizer, "render", lambda self, m, *a, **k: asked.append(list(m)) or render(self, m, *a, **k))
+    for system in ("Say {word}.", "Be kind."):
+        tiny_config.data.system = system
+        monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n/reset\nthe cat\n"))
+        run.chat(tiny_config, Path(tiny_config.workdir))
+    user = {"role": "user", "content": "the cat"}
+    assert [messages for messages in asked if user in messages] == [[user]] * 2 + [
+        [{"role": "system", "content": "Be kind."}, user]
+    ] * 2
 
 
 def test_generate_answers_a_file(tiny_config: ConfigDict, chats: Path) -> None:

@@ -300,6 +300,12 @@ def fill(template: str, row: Row, option: str) -> str:
     return filled
 
 
+def constant(template: str) -> str:
+    """Returns what a template says of every row alike; "" where it names a column."""
+    parts = list(string.Formatter().parse(template))
+    return "" if any(name is not None for _, name, *_ in parts) else "".join(literal for literal, *_ in parts)
+
+
 def _split_text(row: Row, data: ConfigDict) -> str:
     if not data.split_key:
         return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
