@@ -123,7 +123,7 @@ def jaxtune_step(rows: Any, layout: str, dtype: str) -> Jaxtune:
     def batches() -> Iterator[Any]:
         for number in range(sys.maxsize):
             batch = data[number]
-            host = {name: batch[name] for name in step_lib.fields(config)}
+            host = {name: batch[name] for name in step_lib.fields(config, program)}
             yield sharding.to_global(host, program.mesh, config.train.batch_size)
 
     return Jaxtune(program, step_lib.make(config, program).lower(*abstract), state, frozen, batches())

@@ -73,7 +73,7 @@ def save(
         for layer, module in enumerate(modules.linears.get(linear, ())):
             value = host[layer] if linear.startswith("layers.") else host
             tensors[f"{PREFIX}{module}.{SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
-    names, parameters = _targets(modules, chosen), _weights_of(modules, chosen)
+    names, parameters = _targets(modules, chosen, exact=bare), _weights_of(modules, chosen)
     fused = _fused(modules, hosts, options)
     for (stack, parameter), (factors, depth) in fused.items():
         for layer, module in enumerate(modules.experts[stack]):
@@ -108,14 +108,19 @@ def _saved_modules(saved: Iterable[str]) -> list[str] | None:
     return sorted({"classifier" if name.startswith("classifier.") else name for name in modules}) or None
 
 
-def _targets(modules: Modules, chosen: set[str]) -> list[str]:
-    """The short names ("q_proj") where they say exactly what was chosen; else the full module names.
+def _targets(modules: Modules, chosen: set[str], exact: bool) -> list[str]:
+    """The short names ("q_proj") where they say exactly what was chosen; else, or with `exact`, the full module names.
 
-    With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well.
+    With experts a short name says too much: PEFT takes "gate_proj" for those of the experts as well. So it does of an
+    encoder without a head, whose pooler is a "dense" too.
     """
     linears = modules.linears
     short = {linear.rsplit(".", 1)[-1] for linear in chosen}
-    if not modules.experts and {linear for linear in linears if linear.rsplit(".", 1)[-1] in short} == chosen:
+    if (
+        not exact
+        and not modules.experts
+        and {linear for linear in linears if linear.rsplit(".", 1)[-1] in short} == chosen
+    ):
         return sorted({module.rsplit(".", 1)[-1] for linear in chosen for module in linears[linear]})
     return sorted(module for linear in chosen - modules.by_weight for module in linears.get(linear, ()))
 

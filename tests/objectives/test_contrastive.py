@@ -158,7 +158,7 @@ def one_step(config: ConfigDict, num_devices: int) -> tuple[float, dict[str, np.
     program = state.abstract(config, model.hf_config, mesh, config.train.steps)
     current, frozen = start.load(config, model, program, None, lambda items, total, label: iter(items))
     before = {path: sharding.to_host(value) for path, value in current.params.items()}
-    batch = {name: rows.batches[0][name] for name in step.fields(config)}
+    batch = {name: rows.batches[0][name] for name in step.fields(config, program)}
     arrays = sharding.to_global(batch, mesh, config.train.batch_size)
     current, metrics = step.make(config, program)(current, frozen, arrays)
     return float(metrics["loss"]), {p: sharding.to_host(v) - before[p] for p, v in current.params.items()}

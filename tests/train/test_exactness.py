@@ -199,7 +199,12 @@ def write_config(config: ConfigDict, folder: Path) -> Path:
 def launched(path: Path, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-m", "jaxtune.launch", f"--config={path}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Tests that run in the background ignore Ctrl-C, and a process that they start would do as they do.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def finished(process: subprocess.Popen) -> str:
