@@ -2,8 +2,8 @@
 
     python -m jaxtune.launch --config=configs/minilm_retrieval.py
 
-BoolQ's questions and the Wikipedia paragraphs that answer them. Every article is on one side of the split: neither a
-passage nor another one of its article is both learned from and searched. BM25 searches the same passages beside it.
+BoolQ's questions and the Wikipedia paragraphs that answer them. Every article is on one side of the split, so no
+held-out question is about an article that was learned from. BM25 searches the same passages beside it.
 """
 
 from jaxtune import config as jaxtune_config

@@ -52,6 +52,7 @@ def test_an_embedding_model_from_pairs_to_report(pairs_config: ConfigDict, capsy
     assert report["examples"][0]["after"].endswith("was fine"), "passages are shown, not their ids"
     rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == report["data"]["measured_rows"]
+    assert not report["data"]["dropped"]
     for row in rows:
         for side in (row["before"], row["after"]):
             assert len(side["top_5"]) == 5

@@ -136,7 +136,8 @@ _NOT_DROPPED = (
 def _data_notices(counts: dict[str, int]) -> list[str]:
     notices = []
     if counts["truncated"]:
-        notices.append(f"{counts['truncated']:,} rows were longer than data.max_length and cut.")
+        most = "data.max_length or data.max_passage_length" if "passages" in counts else "data.max_length"
+        notices.append(f"{counts['truncated']:,} rows were longer than {most} and cut.")
     if counts["without_trained_stop"]:
         notices.append(
             f"{counts['without_trained_stop']:,} of {counts['rows']:,} rows never train a token that ends an answer: a model "
