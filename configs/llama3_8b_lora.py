@@ -21,6 +21,8 @@ def get_config():
     config.train.batch_size = 16
     config.train.steps = 1000
     config.train.remat = "block"
+    config.train.loss_chunk_tokens = 256  # of each chip, projected onto the vocabulary at a time
+    config.train.mlp_block_tokens = 1024  # of each chip, in a feed-forward layer at a time
     config.optim.learning_rate = 2e-4
     config.checkpoint.every_steps = 200
     config.plan.topology = "v5e:4x4"

@@ -109,6 +109,8 @@ def _train() -> ConfigDict:
     c.symmetric = False  # contrastive: also ask which query a passage answers; the loss is the mean of both
     c.seed = 0
     c.remat = "block"  # none | dots (save matmul outputs) | block (save only each block's input)
+    c.save = ()  # what else of each block is saved, by name: qkv | attention (its kernel is not run again) | mixed (what attention adds) | mlp (what down_proj reads)
+    c.offload = ()  # the same, moved to the host's memory until the backward pass needs it; block_input: even what is always saved
     c.loss_chunk_tokens = 1024  # tokens per chunk of the output projection; the full logits never exist
     c.eval_every_steps = 0  # validation loss every so many steps; 0 = at the end only
     c.eval_batches = 0  # validation batches per evaluation; 0 = all
@@ -122,6 +124,7 @@ def _train() -> ConfigDict:
     )
     c.router_z_weight = 0.0  # of the routers' z-loss: mean squared log-partition of their logits
     c.explode_factor = 0.0  # also call a loss exploding above this multiple of its running mean; 0 = non-finite only
+    c.mlp_block_tokens = 0  # a feed-forward layer takes so many tokens of a device at a time, each block rematerialised on its own; 0 = all
     c.log_every_steps = 1  # console line every so many steps where there is no terminal
     return c
 

@@ -21,6 +21,8 @@ BATCH_AXES = ("data", "fsdp", "expert")  # experts are spread over hosts of rows
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,
+    "batch_gathered": ("data", "expert"),  # while the output head is spread over what shards it (heads.gathered)
+    "vocab_spread": ("fsdp", "tensor"),
     # weights
     "embed": ("fsdp",),
     "vocab": ("tensor",),

@@ -48,6 +48,10 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "passage_ids_BQ": np.dtype(np.int32),
 }
 
+# What a rematerialised block may keep for its backward pass, by name (`train.save`, `train.offload`): its input, which is kept
+# in any case; queries, keys and values; what the attention kernel gives; what attention adds to the residual; what down_proj reads.
+SAVED_NAMES = ("block_input", "qkv", "attention", "mixed", "mlp")
+
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "the work was saved; run the same command again"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from jaxtune.config import ConfigDict, base, keys, lookup
-from jaxtune.types import UserError, nearest
+from jaxtune.types import SAVED_NAMES, UserError, nearest
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.head": ("", "lm", "sequence", "token", "none"),
@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 _AT_LEAST: dict[str, float] = {
     "tune.rank": 1, "data.max_length": 2, "data.max_passage_length": 2, "data.mined_negatives": 0, "train.batch_size": 1,
-    "train.accumulation": 1, "train.loss_chunk_tokens": 1,
+    "train.accumulation": 1, "train.loss_chunk_tokens": 1, "train.mlp_block_tokens": 0,
     "optim.clip_norm": 0, "eval.batch_size": 1, "eval.bootstrap_samples": 1, "generate.max_new_tokens": 1,
     "generate.top_k": 0, "checkpoint.keep": 1, "data.limit": 0, "data.prefetch_batches": 1,
     "train.eval_every_steps": 0,
@@ -120,6 +120,16 @@ def validate(config: ConfigDict) -> None:
 
 def _check_forms(config: ConfigDict) -> None:
     """The fields that are patterns or nested tuples."""
+    for key in ("train.save", "train.offload"):
+        for name in lookup(config, key):
+            if name not in SAVED_NAMES:
+                raise UserError(
+                    f"config.{key} has {name!r}; expected any of {', '.join(SAVED_NAMES)}{nearest(name, SAVED_NAMES)}"
+                )
+        if lookup(config, key) and config.train.remat == "none":
+            raise UserError(
+                f"config.{key} names what a rematerialised step keeps, and train.remat='none' keeps all: set train.remat='block'"
+            )
     rules, bins = config.mesh.rules, config.data.label_bins
     for rule in rules:
         if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], tuple | list):

@@ -16,6 +16,7 @@ from jaxtune.models.layers import Runtime, recomputed
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite too
 _QUERY_BLOCK_TOKENS = 512
+_FUSED_BLOCKS = 4  # of keys, up to which the backward pass of splash attention is one kernel
 
 
 class Rule(NamedTuple):
@@ -127,9 +128,13 @@ def _splash(
     T = q_BTNH.shape[1]
     interpret = run.mesh.devices.flat[0].platform != "tpu"
     block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
+    inner = min(block, 512)
+    # One backward kernel writes the queries' gradient once for each block of keys, to be summed outside; two kernels compute
+    # the scores once more, and need no such room.
+    fused = T // block <= _FUSED_BLOCKS
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=min(block, 512), block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True,
+        block_q=block, block_kv=block, block_kv_compute=inner, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=inner, use_fused_bwd_kernel=fused, **({} if fused else {"block_q_dq": block, "block_kv_dq": block}),
     )  # fmt: skip
 
     def mask(window: int) -> Any:
@@ -140,7 +145,13 @@ def _splash(
     def with_window(window: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seg_BT: jax.Array, *sinks: jax.Array) -> jax.Array:  # fmt: skip
         kernel = splash.make_splash_mqa_single_device if k_BTKH.shape[2] == 1 else splash.make_splash_mha_single_device
         heads = masks.MultiHeadMask([mask(window) for _ in range(q_BTNH.shape[2])])
-        attend_row = kernel(mask=heads, block_sizes=sizes, interpret=interpret, attn_logits_soft_cap=rule.softcap)
+        attend_row = kernel(
+            mask=heads,
+            block_sizes=sizes,
+            interpret=interpret,
+            attn_logits_soft_cap=rule.softcap,
+            residual_checkpoint_name="attention",
+        )
 
         def row(q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, segments_T: jax.Array) -> jax.Array:
             k_KTH, v_KTH = k_TKH.swapaxes(0, 1), v_TKH.swapaxes(0, 1)

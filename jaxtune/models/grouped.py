@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxtune.models import rope, spec
 from jaxtune.models.attention import Rule, attend
-from jaxtune.models.layers import Linear, Runtime, make_norm
+from jaxtune.models.layers import Linear, Runtime, make_norm, named
 
 Cache = dict[str, jax.Array]
 
@@ -77,6 +77,7 @@ class Attention(nnx.Module):
             cos, sin = where.rotary(at.rope)
             q_BTNH = rope.rotate(q_BTNH, cos, sin, a.rope_dims, a.interleaved)
             k_BTKH = k_BTKH if k_BTKH is None else rope.rotate(k_BTKH, cos, sin, a.rope_dims, a.interleaved)
+        q_BTNH, k_BTKH, v_BTKH = named((q_BTNH, k_BTKH, v_BTKH), "qkv")
         scale = a.head_dim**-0.5 if a.scale is None else a.scale
         rule = Rule(scale, a.softcap, a.causal, a.slopes, self.windows)
         sinks = None if self.sinks is None else self.sinks[...]

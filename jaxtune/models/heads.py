@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.models import spec
-from jaxtune.models.layers import Embed, Linear, Runtime, activation, along_last, make_norm
+from jaxtune.models.layers import Embed, Linear, Runtime, activation, along_last, make_norm, moved
 
 
 class LMHead(nnx.Module):
@@ -17,7 +17,9 @@ class LMHead(nnx.Module):
         self.proj, self.softcap = proj, softcap
 
     def __call__(self, hidden_D: jax.Array) -> jax.Array:
-        return capped(self.proj(hidden_D).astype(jnp.float32), self.softcap)
+        spread = (None, "vocab_spread") if self.proj.run.spread_head else None
+        hidden_D = gathered(hidden_D, self.proj.run)
+        return capped(self.proj(hidden_D, out_dtype=jnp.float32, kernel_axes=spread), self.softcap)
 
 
 class TiedHead(nnx.Module):
@@ -27,7 +29,18 @@ class TiedHead(nnx.Module):
         self.embed, self.softcap = embed, softcap
 
     def __call__(self, hidden_D: jax.Array) -> jax.Array:
-        return capped(self.embed.attend(hidden_D), self.softcap)
+        return capped(self.embed.attend(gathered(hidden_D, self.embed.run)), self.softcap)
+
+
+def gathered(hidden_D: jax.Array, run: Runtime) -> jax.Array:
+    """With `run.spread_head`: the hidden states of all devices that share the vocabulary's parts; the gradient goes back to each.
+
+    Every device then projects all their tokens onto its own part of the vocabulary, as in Megatron-LM (arXiv:1909.08053, 3):
+    what moves is hidden states, not the head, which no device ever holds whole.
+    """
+    if not run.spread_head or hidden_D.ndim != 3:
+        return hidden_D
+    return moved(hidden_D, run, ("batch", "length", None), ("batch_gathered", "length", None))
 
 
 def capped(logits_V: jax.Array, softcap: float | None) -> jax.Array:
@@ -62,7 +75,7 @@ class ScoreHead(nnx.Module):
     def __call__(self, hidden_D: jax.Array) -> jax.Array:
         features_D = self.task.features(hidden_D)
         if self.embed is not None:
-            scores_V = self.embed.attend(features_D)
+            scores_V = self.embed.attend(gathered(features_D, self.embed.run))
             bias = self.task.bias
             return scores_V if bias is None else scores_V + along_last(bias[...].astype(jnp.float32), scores_V)
         if self.task.out is None:

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.spec import Norm
-from jaxtune.types import UserError
+from jaxtune.types import SAVED_NAMES, UserError
 
 Axes = tuple[str | None, ...]
+STORED_AXES = frozenset({"embed", "lora_in", "lora_out"})  # sharded to be kept, gathered to be used
 
 
 def unconstrained(x: jax.Array, axes: Axes) -> jax.Array:
@@ -30,24 +32,85 @@ class Runtime(NamedTuple):
     """How a model runs, as opposed to what it is: static, hashable, chosen by the caller, the same for every family.
 
     `constrain(x, axes)` pins an activation's sharding by logical axes; `mesh` and `spec(axes)` are for kernels that the
-    compiler cannot partition by itself; `remat` is none | dots | block; `attention` is auto | xla | splash. `router_loss`:
-    whether what routers report is part of a loss, and so has a gradient.
+    compiler cannot partition by itself; `remat` is none | dots | block, with `save` and `offload` naming what it keeps
+    beside (`SAVED_NAMES`), on the device and in the host's memory; `attention` is auto | xla | splash. `router_loss`:
+    whether what routers report is part of a loss, and so has a gradient. `spread_head`: see `heads.gathered`.
+    `mlp_blocks`: in how many blocks of tokens a feed-forward layer works, each rematerialised on its own.
     """
 
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     remat: str = "none"
+    save: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
     attention: str = "auto"
     scan: bool = True
     router_loss: bool = False
+    spread_head: bool = False
+    mlp_blocks: int = 1
     mesh: jax.sharding.Mesh | None = None
     spec: Callable[[Axes], jax.sharding.PartitionSpec] | None = None
     constrain: Callable[[jax.Array, Axes], jax.Array] = unconstrained
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that the program is for: cpu | gpu | tpu."""
+        return jax.default_backend() if self.mesh is None else str(self.mesh.devices.flat[0].platform)
+
+    @property
+    def has_host_memory(self) -> bool:
+        """Whether the devices' memory is another than the host's."""
+        return self.platform != "cpu"
 
 
 # For cheap functions of large arrays: the backward pass computes them again instead of keeping what they made. Layers
 # run in a scan, whose forward and backward bodies are apart, so nothing can merge the two computations again.
 recomputed = partial(jax.checkpoint, prevent_cse=False)
+
+
+def moved(x: jax.Array, run: Runtime, kept: Axes, used: Axes) -> jax.Array:
+    """x, which lies along the logical axes `kept`, along `used`; its gradient lies along `kept` again."""
+
+    @jax.custom_vjp
+    def move(x: jax.Array) -> jax.Array:
+        return run.constrain(x, used)
+
+    move.defvjp(lambda x: (move(x), None), lambda _, dx: (run.constrain(dx, kept),))
+    return move(x)
+
+
+def gathered_weights(module: Any, run: Runtime) -> Any:
+    """The module with its weights gathered over the axis that shards them for storage alone.
+
+    For a module used again and again in an inner loop: the compiler would gather its weights there each time.
+    """
+    graphdef, state = nnx.split(module)
+
+    def gather(variable: Any) -> Any:
+        axes = variable.get_metadata()["axes"]
+        used = tuple(None if axis in STORED_AXES else axis for axis in axes)
+        return variable.replace(moved(variable[...], run, axes, used)) if used != axes else variable
+
+    return nnx.merge(graphdef, jax.tree.map(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+
+def in_blocks(
+    apply: Callable[[jax.Array, jax.Array | None], jax.Array], x_BTD: jax.Array, key: jax.Array | None, num_blocks: int
+) -> jax.Array:
+    """`apply(x, key)`, which treats every token alike, over `num_blocks` blocks of tokens, one after the other.
+
+    Each is rematerialised on its own, so what it makes inside exists for one block at a time. A block takes every n-th
+    token, so that it lies over a mesh axis which splits the rows as the whole does.
+    """
+    B, T, D = x_BTD.shape
+    blocks_NBTD = jnp.moveaxis(x_BTD.reshape(B, T // num_blocks, num_blocks, D), 2, 0)
+
+    @recomputed
+    def one(index: jax.Array, x: jax.Array) -> jax.Array:
+        return apply(x, None if key is None else jax.random.fold_in(key, index))
+
+    out_NBTD = jax.lax.map(lambda each: one(*each), (jnp.arange(num_blocks), blocks_NBTD))
+    return jnp.moveaxis(out_NBTD, 0, 2).reshape(B, T, -1)
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -78,13 +141,22 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_dim,), run.param_dtype), axes=(axes[1],)) if use_bias else None
         self.adapter: Any = nnx.data(None)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x: (..., in) -> (..., out) in the compute dtype. `key` feeds the adapter's dropout; None switches it off."""
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None, *, out_dtype: Any = None, kernel_axes: Axes | None = None
+    ) -> jax.Array:
+        """x: (..., in) -> (..., out) in the compute dtype, or `out_dtype`, to which products are then summed.
+
+        `key` feeds the adapter's dropout; None switches it off. `kernel_axes` are the logical axes along which the kernel
+        lies while it is used, where they are not those along which it is kept.
+        """
         dtype = self.run.compute_dtype
-        y = jnp.matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        kernel = self.kernel[...].astype(dtype)
+        if kernel_axes is not None:
+            kernel = self.run.constrain(kernel, kernel_axes)
+        y = jnp.matmul(x.astype(dtype), kernel, preferred_element_type=out_dtype)
         if self.adapter is not None:
             y = self.adapter(x.astype(dtype), y, self.kernel[...], key)
-        return y if self.bias is None else y + along_last(self.bias[...].astype(dtype), y)
+        return y if self.bias is None else y + along_last(self.bias[...].astype(y.dtype), y)
 
 
 class Embed(nnx.Module):
@@ -103,6 +175,8 @@ class Embed(nnx.Module):
         """(..., D) -> logits (..., V) in float32: h E^T."""
         dtype = self.run.compute_dtype
         table_VD = self.table[...].astype(dtype)
+        if self.run.spread_head:
+            table_VD = self.run.constrain(table_VD, ("vocab_spread", None))
         return jnp.einsum("...d,vd->...v", hidden_D.astype(dtype), table_VD, preferred_element_type=jnp.float32)
 
 
@@ -191,10 +265,26 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rng
     return build(rngs)
 
 
-_POLICIES: dict[str, Any] = {
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+def named(x: Any, name: str) -> Any:
+    """x, under a name of `SAVED_NAMES`, by which `train.save` and `train.offload` keep it for the backward pass."""
+    assert name in SAVED_NAMES, name
+    return checkpoint_name(x, name)
+
+
+def _policy(run: Runtime) -> Any:
+    """What of a layer the backward pass finds again, and where."""
+    policies = jax.checkpoint_policies
+    named = policies.nothing_saveable
+    if run.offload and run.has_host_memory:
+        named = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(run.save), names_which_can_be_offloaded=list(run.offload),
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+    elif run.save or run.offload:
+        named = policies.save_only_these_names(*run.save, *run.offload)
+    if run.remat == "dots":
+        return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
+    return named
 
 
 def run_stack(
@@ -216,10 +306,10 @@ def run_stack(
     def one(x_carry: tuple[jax.Array, Any], given: Any) -> tuple[tuple[jax.Array, Any], None]:
         params, index, own = given
         layers = [nnx.merge(graphdef, values) for graphdef, values in zip(graphdefs, params, strict=True)]
-        return body(layers, x_carry[0], index, x_carry[1], own), None
+        return body(layers, named(x_carry[0], "block_input"), index, x_carry[1], own), None
 
     if run.remat != "none":
-        one = jax.checkpoint(one, policy=_POLICIES[run.remat], prevent_cse=not run.scan)
+        one = jax.checkpoint(one, policy=_policy(run), prevent_cse=not run.scan)
     indices = np.arange(num_rounds, dtype=np.int32)
     if run.scan and num_rounds > 1:
         (x, carry), _ = jax.lax.scan(one, (x, carry), (stacked, indices, xs))

@@ -21,7 +21,10 @@ from jaxtune.models.layers import (
     Linear,
     Runtime,
     activation,
+    gathered_weights,
+    in_blocks,
     make_norm,
+    named,
     recomputed,
     run_stack,
     stack,
@@ -55,6 +58,12 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(m.dim, dim, ("mlp", "embed"), run, rngs, use_bias=m.bias)
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        num_blocks = self.run.mlp_blocks
+        if num_blocks == 1 or x_BTD.ndim != 3 or x_BTD.shape[1] % num_blocks:
+            return self._whole(x_BTD, key)
+        return in_blocks(gathered_weights(self, self.run)._whole, x_BTD, key, num_blocks)
+
+    def _whole(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         act = activation(self.m.act)
         if not self.m.gated:
             h_BTF = recomputed(act)(self.up_proj(x_BTD, key))
@@ -64,7 +73,7 @@ class Mlp(nnx.Module):
             else:
                 gate, up = self.gate_proj(x_BTD, key), self.up_proj(x_BTD, key)
             h_BTF = recomputed(lambda gate, up: act(gate) * up)(gate, up)
-        return self.down_proj(self.run.constrain(h_BTF, ("batch", "length", "mlp")), key)
+        return self.down_proj(self.run.constrain(named(h_BTF, "mlp"), ("batch", "length", "mlp")), key)
 
 
 class Block(nnx.Module):
@@ -108,6 +117,7 @@ class Block(nnx.Module):
         kind, x = self.b.norms, x_BTD
         h = normed("attn_norm", x)
         mixed, cache = self.attn(h, where, at, cache, key)
+        mixed = named(mixed, "mixed")
         if kind.startswith("parallel"):
             fed, report = feed(h if kind == "parallel_one" else self.mlp_norm(x))
             x = x + mixed + fed

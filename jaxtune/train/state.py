@@ -28,6 +28,9 @@ from jaxtune.objectives import OBJECTIVES
 from jaxtune.train import routers
 from jaxtune.types import UserError
 
+# Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
+# output head would often be its peak of memory; with more tokens (and so more devices) the head is the cheaper to move.
+_SPREAD_HEAD = 4
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
 
 
@@ -61,18 +64,34 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
+def runtime(config: ConfigDict, mesh: Mesh, model_config: Any) -> Runtime:
     """How this config runs a model on this mesh."""
+    per_step = config.train.batch_size // config.train.accumulation * config.data.max_length
+    gathered_tokens = per_step // (mesh.shape["data"] * mesh.shape["expert"])
     return Runtime(
         param_dtype=jnp.dtype(config.model.param_dtype),
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         remat=config.train.remat,
+        save=tuple(config.train.save),
+        offload=tuple(config.train.offload),
         attention=config.model.attention,
         router_loss=routers.wanted(config.train),
+        spread_head=mesh.shape["fsdp"] > 1 and gathered_tokens <= _SPREAD_HEAD * model_config.vocab_size,
+        mlp_blocks=_mlp_blocks(config, mesh),
         mesh=mesh,
         spec=sharding.spec,
         constrain=sharding.constrain_on(mesh),
     )
+
+
+def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
+    """In how many blocks of a row's tokens the feed-forward layers work, for `train.mlp_block_tokens` on each device."""
+    train, length = config.train, config.data.max_length
+    if not train.mlp_block_tokens:
+        return 1
+    rows = max(1, train.batch_size // train.accumulation // sharding.num_batch_shards(mesh))
+    wanted = -(-rows * length // train.mlp_block_tokens)
+    return next(blocks for blocks in range(min(wanted, length), length + 1) if length % blocks == 0)
 
 
 def abstract(
@@ -88,12 +107,21 @@ def abstract(
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
     """
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
-    model_config, run = family.from_hf(hf_config), runtime(config, mesh)
+    model_config = family.from_hf(hf_config)
+    run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
-    plain = run._replace(remat="none", attention="xla", constrain=layers.unconstrained)
+    plain = run._replace(
+        remat="none",
+        save=(),
+        offload=(),
+        attention="xla",
+        constrain=layers.unconstrained,
+        mlp_blocks=1,
+        spread_head=False,
+    )
     inference, _ = _shapes(family, model_config, plain, options)
     labels = _labels(config, model_config, variables)
     sharding.check_rules(config.mesh.rules, list(variables))

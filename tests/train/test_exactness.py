@@ -99,6 +99,32 @@ def test_layout_changes_nothing(
     np.testing.assert_allclose(found, reference[method], atol=1e-5, rtol=0)
 
 
+LEAN = {
+    "blocks of tokens": {"mlp_block_tokens": 16},
+    "attention and its inputs saved": {"save": ("attention", "qkv", "mixed", "mlp")},
+    "block inputs offloaded": {"offload": ("block_input",), "mlp_block_tokens": 32},
+}
+
+
+@pytest.mark.parametrize("lean", LEAN)
+def test_memory_saved_changes_nothing(tiny_config: ConfigDict, reference: dict[str, list[float]], lean: str) -> None:
+    if "lora" not in reference:
+        reference["lora"] = losses(laid_out(tiny_config.copy_and_resolve_references(), fsdp=1), 1)
+    tiny_config.train.update(LEAN[lean])
+    found = losses(laid_out(tiny_config, fsdp=4), 4)
+    np.testing.assert_allclose(found, reference["lora"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("fsdp", "length", "spread"), [(1, 64, False), (8, 64, True), (8, 65536, False)])
+def test_the_head_is_spread_while_hidden_states_are_few(
+    tiny_config: ConfigDict, fsdp: int, length: int, spread: bool
+) -> None:
+    tiny_config.data.max_length = length
+    mesh = sharding.make_mesh(laid_out(tiny_config, fsdp=fsdp), jax.devices()[:fsdp])
+    program = state.abstract(tiny_config, source.find(tiny_config).hf_config, mesh, 1)
+    assert program.run.spread_head == spread
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_trained_weights_may_be_stored_in_bfloat16(tiny_config: ConfigDict, method: str) -> None:
     config = laid_out(tiny_config, fsdp=1)
