@@ -132,9 +132,10 @@ def _splash(
     # One backward kernel writes the queries' gradient once for each block of keys, to be summed outside; two kernels compute
     # the scores once more, and need no such room.
     fused = T // block <= _FUSED_BLOCKS
+    own = None if fused else block
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=inner, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=inner, use_fused_bwd_kernel=fused, **({} if fused else {"block_q_dq": block, "block_kv_dq": block}),
+        block_kv_dkv_compute=inner, block_q_dq=own, block_kv_dq=own, use_fused_bwd_kernel=fused,
     )  # fmt: skip
 
     def mask(window: int) -> Any:
