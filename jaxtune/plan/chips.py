@@ -70,12 +70,16 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"plan.prices={str(path)!r}: {error}; expected a TOML file such as jaxtune/plan/chips.toml") from None
+        raise UserError(
+            f"plan.prices={str(path)!r}: {error}; expected a TOML file such as jaxtune/plan/chips.toml"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"plan.prices={str(path)!r} is not TOML: {error}") from None
     for name, row in rows.items():
         if not isinstance(row, dict):
-            raise UserError(f"plan.prices={str(path)!r} has {name!r} outside a table; expected [v5e] and the like above it")
+            raise UserError(
+                f"plan.prices={str(path)!r} has {name!r} outside a table; expected [v5e] and the like above it"
+            )
         wrong = next((key for key in row if key not in _KEYS), None)
         if wrong:
             raise UserError(f"plan.prices={str(path)!r}: [{name}] has {wrong!r}{nearest(wrong, sorted(_KEYS))}")
@@ -114,16 +118,16 @@ def _chip(name: str, row: Mapping[str, Any], prices: str) -> Chip:
 
 
 class Slice(NamedTuple):
-    """`name` as libtpu has it, e.g. "v5e:4x4"; `count` slices of this shape, joined by the data centre's network."""
+    """`name` as libtpu has it, e.g. "v5e:4x4"; `num_slices` slices of this shape, joined by the data centre's network."""
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    count: int = 1
+    num_slices: int = 1
 
     @property
     def num_chips(self) -> int:
-        return math.prod(self.shape) * self.count
+        return math.prod(self.shape) * self.num_slices
 
     @property
     def num_devices(self) -> int:
@@ -144,7 +148,7 @@ class Slice(NamedTuple):
         return chip.ici_bytes_per_second * links / chip.ici_ports / chip.devices if chip.ici_ports else 0.0
 
 
-def slice_of(topology: str, chips: Mapping[str, Chip], count: int = 1) -> Slice:
+def slice_of(topology: str, chips: Mapping[str, Chip], num_slices: int = 1) -> Slice:
     """The slice that "v5e:4x4", or its name "v5e-16", stands for.
 
     Raises:
@@ -162,7 +166,7 @@ def slice_of(topology: str, chips: Mapping[str, Chip], count: int = 1) -> Slice:
             f"(or a name such as v5e-16), or cpu; generations: {', '.join(chips)}"
         )
     chip = chips[generation]
-    return Slice(f"{generation}:{shape}", chip, tuple(int(side) for side in shape.split("x")), count)
+    return Slice(f"{generation}:{shape}", chip, tuple(int(side) for side in shape.split("x")), num_slices)
 
 
 def _shape_named(topology: str, chip: Chip, number: str) -> str:

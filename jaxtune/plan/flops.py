@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxtune.types import UserError
@@ -48,7 +49,7 @@ class Dot(NamedTuple):
 Dots = Counter[Dot]  # how often each multiplication is done, over all devices
 
 
-def total(dots: Dots) -> float:
+def total(dots: Mapping[Dot, float]) -> float:
     """FLOPs in all."""
     return sum(dot.flops * count for dot, count in dots.items())
 
@@ -153,10 +154,12 @@ class _Walk:
             self._body(branch.jaxpr, branch.consts, eqn.invars[1:], known, reached[1:])
             for branch in eqn.params["branches"]
         ]
-        _add(dots, max((each for each, _ in found), key=total))
+        _add(dots, max((each for each, _ in found), key=lambda each: total(each)))
         return [any(flags) for flags in zip(*(flags for _, flags in found), strict=True)]
 
-    def _called(self, eqn: Any, dots: Dots, known: dict[Any, Any], reached: list[bool], flags: list[bool]) -> list[bool]:
+    def _called(
+        self, eqn: Any, dots: Dots, known: dict[Any, Any], reached: list[bool], flags: list[bool]
+    ) -> list[bool]:
         """jit, remat, custom derivatives (their primal) and shard_map: bodies that take the equation's operands as they are."""
         body = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
         if body is None:
@@ -166,7 +169,9 @@ class _Walk:
             return flags
         times = 1
         if eqn.primitive.name == "shard_map":
-            manual = eqn.params.get("manual_axes") or eqn.params.get("newly_manual_axes") or eqn.params["mesh"].axis_names
+            manual = (
+                eqn.params.get("manual_axes") or eqn.params.get("newly_manual_axes") or eqn.params["mesh"].axis_names
+            )
             times = math.prod(eqn.params["mesh"].shape[axis] for axis in manual)
         once, flags = self._body(jaxpr, consts, eqn.invars, known, reached)
         _add(dots, once, times)
@@ -216,7 +221,7 @@ def _multiplied(eqn: Any) -> Dot:
 
 
 def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, jax.extend.core.Literal)
+    return not isinstance(atom, Literal)
 
 
 def _is_float(var: Any) -> bool:

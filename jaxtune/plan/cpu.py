@@ -1,0 +1,105 @@
+"""This machine as a chip: `plan.topology="cpu"`. What it can do is measured, in a few seconds, and not looked up.
+
+Multiplications are timed at the very shapes that the step has (`dot_seconds`); everything else by how fast XLA's own
+elementwise loops move arrays of the step's sizes through memory. On a CPU the two take turns, so their times add up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.plan import flops
+from jaxtune.plan.chips import Chip, Slice
+from jaxtune.types import UserError
+
+_PEAK_SIZE = 1536  # of the square matrices that the peak is measured on
+_REPEATS = 5
+_MOVED_BYTES = 48 << 20  # arrays that do not fit the caches
+_SHARE = 0.98  # of the FLOPs whose shapes are timed; the rest runs at their mean speed
+
+
+def is_cpu(topology: str) -> bool:
+    return topology.partition(":")[0] == "cpu"
+
+
+@functools.cache
+def machine(topology: str) -> Slice:
+    """This machine, with its peaks measured; "cpu:N" as N devices, which share it.
+
+    Raises:
+      UserError: the number is none, or JAX has fewer CPU devices and can make no more.
+    """
+    name, _, number = topology.partition(":")
+    if number and not (number.isdecimal() and 0 < int(number) <= 1024):
+        raise UserError(f"plan.topology={topology!r}; expected cpu, or cpu:N with a number of devices")
+    count = int(number) if number else 0
+    if count:
+        with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
+            jax.config.update("jax_num_cpu_devices", count)
+    there = len(jax.local_devices(backend="cpu"))
+    if count > there:
+        raise UserError(
+            f"plan.topology={topology!r}: this process has {there} CPU devices; start it with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    count = count or there
+    peaks = {dtype: measured_peak(dtype) for dtype in ("float32", "bfloat16")}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    chip = Chip(name, memory, measured_bandwidth(), peaks, devices=count, overlaps=False, spec_source="measured here")
+    return Slice(f"cpu:{count}", chip, (1,))
+
+
+def devices(place: Slice) -> list[Any]:
+    return list(jax.local_devices(backend="cpu")[: place.num_devices])
+
+
+def _best_seconds(run: Callable[[], Any]) -> float:
+    jax.block_until_ready(run())
+    best = float("inf")
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _filled(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.device_put(jnp.full(shape, 0.5, dtype), jax.local_devices(backend="cpu")[0])
+
+
+def measured_peak(dtype: str) -> float:
+    """The best FLOP/s of a square matmul of this dtype."""
+    x, multiply = _filled((_PEAK_SIZE, _PEAK_SIZE), dtype), jax.jit(jnp.matmul)
+    return 2 * _PEAK_SIZE**3 / _best_seconds(lambda: multiply(x, x))
+
+
+def measured_bandwidth() -> float:
+    """Bytes/s of an elementwise loop over arrays that do not fit the caches: two read, one written."""
+    x, add = _filled((_MOVED_BYTES // 4,), jnp.float32), jax.jit(lambda a, b: a * b + a)
+    return 3 * x.nbytes / _best_seconds(lambda: add(x, x + 1))
+
+
+def dot_seconds(dots: flops.Dots) -> float:
+    """How long this machine multiplies what a step does, each shape timed by itself and taken as often as it comes."""
+    wanted = flops.total(dots)
+    timed = seconds = 0.0
+    for dot, count in sorted(dots.items(), key=lambda item: -item[0].flops * item[1]):
+        if timed >= _SHARE * wanted:
+            break
+        seconds += _one(dot) * count
+        timed += dot.flops * count
+    return seconds * wanted / timed if timed else 0.0
+
+
+def _one(dot: flops.Dot) -> float:
+    a, b = _filled((dot.batch, dot.m, dot.k), dot.dtype), _filled((dot.batch, dot.k, dot.n), dot.dtype)
+    multiply = jax.jit(jnp.matmul)
+    return _best_seconds(lambda: multiply(a, b) if dot.batch > 1 else multiply(a[0], b[0]))
