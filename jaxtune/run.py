@@ -256,7 +256,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         if config.plan.topologies:
             result, text = account.ranking(*given, show, say)
         elif config.plan.search:
-            result, text = account.best(*given, show, say, workdir)
+            result, text = account.best(*given, show, say, lambda name, text: _write(workdir / name, text))
         else:
             result, text = account.one(*given)
         lines.append(text)

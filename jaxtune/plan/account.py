@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jaxtune import config as config_lib
@@ -29,11 +28,11 @@ def one(config: ConfigDict, hf_config: dict[str, Any], adapter: Any) -> Result:
     return written(plan, made, place, config.train.steps), table(plan, made, place, config.train.steps)
 
 
-def best(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, show: Any, say: Any, workdir: Path) -> Result:
-    """Searches, and writes what it finds as `planned.py`, a config to run."""
+def best(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, show: Any, say: Any, write: Any) -> Result:
+    """Searches; `write(name, text)` gets what it finds as `planned.py`, a config to run, with `planned.json` that it starts from."""
     place, found = plan_compile.where(config), search.search(config, hf_config, adapter, show, say)
-    (workdir / "planned.json").write_text(config_lib.to_json(_unplanned(config)) + "\n", encoding="utf-8")
-    (workdir / "planned.py").write_text(planned(config, found), encoding="utf-8")
+    write("planned.json", config_lib.to_json(_unplanned(config)) + "\n")
+    write("planned.py", planned(config, found))
     result = written(found.plan, found.forecast, place, config.train.steps)
     result["search"] = {
         "why": found.why,
@@ -42,7 +41,7 @@ def best(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, show: Any,
         "compiled": [_tried(t) for t in found.tried],
     }
     lines = [candidates_table(found), "", table(found.plan, found.forecast, place, config.train.steps), "", found.why]
-    return result, "\n".join([*lines, f"written to {workdir / 'planned.py'}"])
+    return result, "\n".join([*lines, "written as planned.py, a config to run, beside plan.json"])
 
 
 def ranking(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, show: Any, say: Any) -> Result:

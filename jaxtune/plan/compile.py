@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -144,7 +146,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
     lowered = traced.lower()
     lowered_at = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled, text = _compiled(lowered, on_tpu=not cpu.is_cpu(place.name))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -154,7 +156,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         ) from None
     compile_seconds = time.perf_counter() - lowered_at
     memory = compiled.memory_analysis()
-    moved = hlo.traffic(compiled.as_text(), [getattr(d, "slice_index", 0) or 0 for d in program.mesh.devices.flat])
+    moved = hlo.traffic(text, [getattr(d, "slice_index", 0) or 0 for d in program.mesh.devices.flat])
     peak = _peak(memory)
     return Plan(
         topology=place.name,
@@ -186,6 +188,18 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         num_params=state.num_params(program.base) + state.num_params(program.adapter),
         num_trainable_params=state.num_params(program.state.params),
     )
+
+
+def _compiled(lowered: Any, on_tpu: bool) -> tuple[Any, str]:
+    """The compiled step and its optimised program as text.
+
+    A TPU's program is written by libtpu itself: a newer libtpu's may have instructions that this jaxlib cannot print.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if on_tpu else None
+        compiled = lowered.compile(compiler_options=options)
+        dumped = sorted(Path(folder).glob("*.after_optimizations.txt"))
+        return compiled, dumped[-1].read_text(encoding="utf-8") if dumped else compiled.as_text()
 
 
 def argument_parts(config: ConfigDict, program: state.Program) -> dict[str, int]:

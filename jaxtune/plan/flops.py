@@ -87,17 +87,39 @@ def _add(into: Dots, more: Mapping[Dot, float], times: float = 1) -> None:
 
 class _Walk:
     """One walk over a jaxpr. `known` maps variables to arrays that the program holds as constants (kernels' block masks);
-    `active` are variables that a trainable weight reaches, followed where `backward` work is to be counted."""
+    `active` are variables that a trainable weight reaches, followed where `backward` work is to be counted.
+
+    `values` numbers the variables of a body so that equal numbers are equal values, and `made` has for each value how it comes
+    about: what is computed twice in one body is executed once, as compilers do (a rematerialised part inside a rematerialised
+    whole). A scan, a branch, a kernel and a `remat` that forbids it are bodies of their own.
+    """
 
     def __init__(self, backward: bool = False):
         self.backward = backward
+        self.values: dict[Any, Any] = {}
+        self.made: dict[Any, tuple[Any, ...]] = {}
 
     def jaxpr(self, jaxpr: Any, known: dict[Any, Any], active: set[Any]) -> Dots:
         """Counts one body; adds to `active` what it makes."""
         dots: Dots = Counter()
         for eqn in jaxpr.eqns:
-            self._equation(eqn, dots, known, active)
+            if not self._seen(eqn):
+                self._equation(eqn, dots, known, active)
         return dots
+
+    def _value(self, atom: Any) -> Any:
+        return self.values.setdefault(atom, object()) if _is_var(atom) else (repr(atom.val), str(atom.aval))
+
+    def _seen(self, eqn: Any) -> bool:
+        """Whether this very value is at hand; takes note of it."""
+        if self.backward or eqn.effects or any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values()):
+            return False
+        key = (eqn.primitive.name, repr(eqn.params), *(self._value(atom) for atom in eqn.invars))
+        seen = key in self.made
+        self.values.update(
+            zip(eqn.outvars, self.made.setdefault(key, tuple(object() for _ in eqn.outvars)), strict=True)
+        )
+        return seen
 
     def _equation(self, eqn: Any, dots: Dots, known: dict[Any, Any], active: set[Any]) -> None:
         name = eqn.primitive.name
@@ -111,7 +133,7 @@ class _Walk:
             flags = self._scan(eqn, dots, known, reached)
         elif name == "while":
             inner = [eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]]
-            if any(total(self.jaxpr(each.jaxpr, {}, set())) for each in inner):
+            if any(total(_Walk().jaxpr(each.jaxpr, {}, set())) for each in inner):
                 raise UserError(
                     "the step multiplies inside a while loop whose length the program does not say, so its FLOPs cannot be "
                     "counted; write it as a scan"
@@ -136,12 +158,16 @@ class _Walk:
         dots = self.jaxpr(jaxpr, inside, active)
         return dots, [_is_var(var) and var in active for var in jaxpr.outvars]
 
+    def _apart(self, *body: Any) -> tuple[Dots, list[bool]]:
+        """A body that shares no values with what surrounds it."""
+        return _Walk(self.backward)._body(*body)
+
     def _scan(self, eqn: Any, dots: Dots, known: dict[Any, Any], reached: list[bool]) -> list[bool]:
         closed, num_consts = eqn.params["jaxpr"], eqn.params["num_consts"]
         num_carry = eqn.params["num_carry"]
         fixed = {v: known[v] for v in eqn.invars[:num_consts] if _is_var(v) and v in known}
         while True:  # what a round makes active is active in the next
-            once, flags = self._body(closed.jaxpr, closed.consts, eqn.invars, fixed, reached)
+            once, flags = self._apart(closed.jaxpr, closed.consts, eqn.invars, fixed, reached)
             carry = [a or b for a, b in zip(reached[num_consts : num_consts + num_carry], flags, strict=False)]
             if carry == reached[num_consts : num_consts + num_carry]:
                 break
@@ -151,7 +177,7 @@ class _Walk:
 
     def _largest(self, eqn: Any, dots: Dots, known: dict[Any, Any], reached: list[bool]) -> list[bool]:
         found = [
-            self._body(branch.jaxpr, branch.consts, eqn.invars[1:], known, reached[1:])
+            self._apart(branch.jaxpr, branch.consts, eqn.invars[1:], known, reached[1:])
             for branch in eqn.params["branches"]
         ]
         _add(dots, max((each for each, _ in found), key=lambda each: total(each)))
@@ -173,9 +199,23 @@ class _Walk:
                 eqn.params.get("manual_axes") or eqn.params.get("newly_manual_axes") or eqn.params["mesh"].axis_names
             )
             times = math.prod(eqn.params["mesh"].shape[axis] for axis in manual)
-        once, flags = self._body(jaxpr, consts, eqn.invars, known, reached)
+        if times > 1 or eqn.params.get("prevent_cse"):
+            once, flags = self._apart(jaxpr, consts, eqn.invars, known, reached)
+        else:
+            once, flags = self._inlined(jaxpr, consts, eqn, known, reached)
         _add(dots, once, times)
         return flags
+
+    def _inlined(
+        self, jaxpr: Any, consts: Any, eqn: Any, known: dict[Any, Any], reached: list[bool]
+    ) -> tuple[Dots, list[bool]]:
+        """A body that is part of this one: its values are this one's."""
+        inner = _Walk(self.backward)
+        inner.made = self.made
+        inner.values = dict(zip(jaxpr.invars, map(self._value, eqn.invars), strict=True))
+        found = inner._body(jaxpr, consts, eqn.invars, known, reached)
+        self.values.update(zip(eqn.outvars, map(inner._value, jaxpr.outvars), strict=True))
+        return found
 
     def _kernel(self, eqn: Any, known: dict[Any, Any]) -> Dots:
         grid_mapping = eqn.params["grid_mapping"]
