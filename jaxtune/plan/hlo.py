@@ -30,6 +30,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "optimization-barrier", "add-dependency", "domain", "get-dimension-size",
 }  # fmt: skip
+_PIECES = "channel "  # keys of collectives inside fusions: what shares a channel there is one, in pieces
 _CUTS = {"dynamic-slice", "slice", "gather"}
 
 
@@ -74,6 +75,9 @@ class _Program:
     def __init__(self, text: str, slices: np.ndarray):
         self.computations, self.entry = parse(text)
         self.by_name = {name: {i.name: i for i in body} for name, body in self.computations.items()}
+        self.fused = {
+            attribute(i, "calls") for body in self.computations.values() for i in body if i.opcode == "fusion"
+        }
         self.slices = slices
         self.done: dict[str, _Sum] = {}
 
@@ -86,8 +90,9 @@ class _Program:
                 more = self._one(name, instruction)
                 hbm, flops = hbm + more.hbm, flops + more.flops
                 for channel, found in more.channels.items():
-                    if channel not in channels or channels[channel][1] < found[1]:
-                        channels[channel] = found
+                    had = channels.get(channel, (found[0], 0.0, 0.0, 0.0))[1]
+                    times = max(had, found[1]) if channel.startswith(_PIECES) else had + found[1]
+                    channels[channel] = (found[0], times, *found[2:])
             self.done[name] = _Sum(hbm, flops, channels)
         return self.done[name]
 
@@ -218,7 +223,7 @@ class _Program:
             between = 1.0 if kind == "collective-permute" else (spans - 1) / spans / (size // spans)
             crossing = whole * between * (2 if kind == "all-reduce" else 1)
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = channel.group(1) if channel else f"{where}/{instruction.name}"
+        key = f"{_PIECES}{channel.group(1)}" if channel and where in self.fused else f"{where}/{instruction.name}"
         hbm = in_hbm + sum(array_bytes(array, True) for array in arrays)
         return _Sum(hbm, 0, {key: (kind, 1.0, sent - crossing, crossing)})
 

@@ -25,14 +25,23 @@ def config() -> ConfigDict:
 
 
 def shallow(**changes) -> dict:
-    return hf_preset("llama3_2_1b") | {"num_hidden_layers": 2, "vocab_size": 4096} | changes
+    sizes = {
+        "num_hidden_layers": 2,
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "head_dim": 128,
+    }
+    return hf_preset("llama3_2_1b") | sizes | {"num_attention_heads": 8} | changes
 
 
 @pytest.mark.parametrize(
     ("topology", "mesh", "method"),
     [
+        ("v4:2x2x1", {"fsdp": -1}, "lora"),
         ("v5e:2x4", {"fsdp": 4, "tensor": 2}, "lora"),
-        ("v5p:2x2x1", {"fsdp": -1}, "full"),
+        ("v5p-8", {"fsdp": -1}, "full"),
+        ("v6e:2x2", {"fsdp": -1}, "full"),
         ("tpu7x:2x2x1", {"fsdp": -1}, "lora"),
     ],
 )
@@ -40,10 +49,37 @@ def test_the_step_compiles(config: ConfigDict, topology: str, mesh: dict[str, in
     config.plan.topology, config.tune.method = topology, method
     for axis, size in mesh.items():
         config.mesh[axis] = size
-    plan = plan_compile.compile_step(config, shallow(head_dim=128, num_attention_heads=16))
+    plan = plan_compile.compile_step(config, shallow())
     assert 0 < plan.peak_hbm_bytes < plan.hbm_bytes
     assert plan.fits
     assert plan.alias_bytes >= 0.99 * plan.output_bytes - 65536  # the state is donated, not copied
+    _assert_adds_up(plan, method)
+
+
+def _assert_adds_up(plan: plan_compile.Plan, method: str) -> None:
+    """Parts make the peak; the parts that are known from shapes are what they must be; every device gathers every weight."""
+    parts, frozen = plan.hbm_parts_bytes, plan.num_params - plan.num_trainable_params
+    assert sum(parts.values()) == plan.peak_hbm_bytes
+    assert min(parts.values()) >= 0
+    assert parts["frozen_params"] == pytest.approx(2 * frozen / plan.num_devices, rel=0.01)
+    assert parts["optimizer"] == pytest.approx(2 * parts["trainable_params"], rel=0.01)
+    assert parts["saved_activations"] >= 512 * 8 * 1024 * 2 * 2 // plan.num_devices  # the input of each block
+    assert plan.model_flops < plan.hardware_flops < 2 * plan.model_flops
+    sent = sum(found["bytes"] for found in plan.collectives.values())
+    each = 2 * (plan.num_params - 4096 * 1024) / plan.mesh["tensor"] * (1 - 1 / plan.mesh["fsdp"])
+    assert 1.5 * each < sent < 12 * each  # forward and backward; full fine-tuning scatters gradients too
+    assert plan.hbm_traffic_bytes > plan.argument_bytes
+
+
+def test_several_slices(config: ConfigDict) -> None:
+    config.plan.topology, config.plan.num_slices, config.mesh.data = "v5e:2x2", 2, 2
+    config.train.batch_size = 8
+    plan = plan_compile.compile_step(config, shallow())
+    assert (plan.num_chips, plan.num_slices) == (8, 2)
+    assert plan.mesh["data"] == 2
+    crossing = sum(found["dcn_bytes"] for found in plan.collectives.values())
+    inside = sum(found["bytes"] for found in plan.collectives.values())
+    assert 0 < crossing < inside / 4  # between slices go the gradients of the adapter, never the frozen weights
 
 
 def test_too_large_is_said(config: ConfigDict) -> None:
@@ -67,5 +103,7 @@ def test_plan_writes_its_file(tmp_path: Path, capsys) -> None:
     assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}"]) == 0
     written = json.loads((tmp_path / "w" / "plan.json").read_text())
     assert {"topology", "num_chips", "peak_hbm_bytes", "hbm_bytes", "fits", "compile_seconds"} <= set(written)
+    assert written["training_usd"] == pytest.approx(written["hours"] * 4 * written["usd_per_chip_hour"])
+    assert written["tokens_per_second"] == pytest.approx(written["tokens_per_step"] / written["step_seconds"])
     assert written["num_chips"] == 4
     assert "peak HBM" in capsys.readouterr().out
