@@ -109,8 +109,10 @@ class _Program:
             return _Sum(body.hbm * times, body.flops * times, channels)
         if opcode == "conditional":
             return max((self.total(branch) for branch in branches(instruction)), key=lambda s: (s.hbm, s.flops))
-        if opcode in ("call", "async"):
-            return self.total(attribute(instruction, "to_apply") or attribute(instruction, "calls"))
+        called = re.search(r"called_computations=\{%?([\w.\-]+)", instruction.rest)  # what a SparseCore does
+        if kind in ("call", "async") or called:
+            inner = called.group(1) if called else attribute(instruction, "to_apply") or attribute(instruction, "calls")
+            return self.total(inner)
         if opcode == "fusion":
             inside = self.total(attribute(instruction, "calls"))
             sent = sum(c[2] for c in inside.channels.values())
