@@ -143,8 +143,7 @@ class Slice(NamedTuple):
         """What one device sends over the links that this shape uses: two a side that closes to a ring, else one; none of a
         side of one chip."""
         chip = self.chip
-        rings = [side >= chip.wraps_at and side % chip.wraps_at == 0 for side in self.shape] if chip.wraps_at else []
-        links = sum((2 if ring else 1) for side, ring in zip(self.shape, rings, strict=True) if side > 1)
+        links = sum(2 if chip.wraps_at and side % chip.wraps_at == 0 else 1 for side in self.shape if side > 1)
         return chip.ici_bytes_per_second * links / chip.ici_ports / chip.devices if chip.ici_ports else 0.0
 
 

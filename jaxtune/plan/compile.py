@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     model_flops: float
     compiled_dot_flops: float
     hbm_traffic_bytes: float
+    dot_traffic_bytes: float
     collectives: dict[str, dict[str, float]]
     lower_seconds: float
     compile_seconds: float
@@ -157,7 +158,8 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
     compile_seconds = time.perf_counter() - lowered_at
     memory = compiled.memory_analysis()
     moved = hlo.traffic(text, [getattr(d, "slice_index", 0) or 0 for d in program.mesh.devices.flat])
-    peak = _peak(memory)
+    around = cpu.resident_bytes() // place.num_devices if cpu.is_cpu(place.name) else 0
+    peak = _peak(memory) + around
     return Plan(
         topology=place.name,
         num_slices=place.num_slices,
@@ -170,7 +172,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         peak_hbm_bytes=peak,
         hbm_bytes=place.hbm_bytes,
         fits=peak <= place.hbm_bytes,
-        hbm_parts_bytes=_parts(memory, argument_parts(config, program), moved, peak),
+        hbm_parts_bytes=_parts(memory, argument_parts(config, program), moved, around, peak),
         host_bytes=sum(getattr(memory, f"host_{kind}_size_in_bytes", 0) for kind in ("argument", "temp")),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -182,6 +184,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         model_flops=flops.total(model),
         compiled_dot_flops=moved.dot_flops * place.num_devices,
         hbm_traffic_bytes=moved.hbm_bytes,
+        dot_traffic_bytes=moved.dot_bytes,
         collectives={kind: found._asdict() for kind, found in moved.collectives.items()},
         lower_seconds=round(lowered_at - started, 2),
         compile_seconds=round(compile_seconds, 2),
@@ -228,10 +231,10 @@ def shard_bytes(leaves: Iterable[Any]) -> int:
     return total
 
 
-def _parts(memory: Any, arguments: dict[str, int], moved: hlo.Traffic, peak: int) -> dict[str, int]:
+def _parts(memory: Any, arguments: dict[str, int], moved: hlo.Traffic, around: int, peak: int) -> dict[str, int]:
     """The peak by part. `other_arguments` are counters, keys and what layouts pad; `working` is what is left of the
     temporaries: gathered weights, one layer's activations and gradients, a chunk of logits (their peaks overlap, so the compiler
-    does not say them apart)."""
+    does not say them apart). `process`, on a CPU alone, is what else this process holds: Python, libraries, compiled code."""
     temporary = memory.temp_size_in_bytes
     saved = min(moved.saved_bytes, temporary)
     gradients = min(moved.gradient_bytes, temporary - saved)
@@ -244,6 +247,7 @@ def _parts(memory: Any, arguments: dict[str, int], moved: hlo.Traffic, peak: int
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
+    parts |= {"process": around} if around else {}
     beyond = peak - sum(parts.values())
     return {**parts, "unattributed": beyond} if beyond else parts
 

@@ -57,6 +57,8 @@ def work_of(plan: Any, dot_seconds: float | None = None) -> Work:
     """What a compiled plan asks for."""
     ici, dcn = (sum(found[key] for found in plan.collectives.values()) for key in ("bytes", "dcn_bytes"))
     by_dtype, model, moved = plan.hardware_flops_by_dtype, plan.model_flops, plan.hbm_traffic_bytes
+    if dot_seconds is not None:  # what multiplications move is in their measured time
+        moved -= plan.dot_traffic_bytes
     return Work(by_dtype, model, moved, ici, dcn, plan.tokens_per_step, dot_seconds)
 
 

@@ -7,10 +7,13 @@ elementwise loops move arrays of the step's sizes through memory. On a CPU the t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import gc
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,6 +62,18 @@ def machine(topology: str) -> Slice:
 
 def devices(place: Slice) -> list[Any]:
     return list(jax.local_devices(backend="cpu")[: place.num_devices])
+
+
+def resident_bytes() -> int:
+    """What this process holds of the machine's memory now, freed memory given back first."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        fields = Path("/proc/self/statm").read_text().split()
+    except OSError:
+        return 0
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _best_seconds(run: Callable[[], Any]) -> float:

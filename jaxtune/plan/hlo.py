@@ -44,17 +44,22 @@ class Collective(NamedTuple):
 
 class Traffic(NamedTuple):
     """`saved_bytes` are the arrays that the forward pass's loops pile up for the backward pass, `gradient_bytes` those that the
-    backward pass's loops pile up; `dot_flops` multiplications of the program as compiled (where the compiler keeps them as such)."""
+    backward pass's loops pile up; `dot_flops` multiplications of the program as compiled (where the compiler keeps them as such),
+    `dot_bytes` the part of `hbm_bytes` that these move."""
 
     hbm_bytes: float
     collectives: dict[str, Collective]
     saved_bytes: int
     gradient_bytes: int
     dot_flops: float
+    dot_bytes: float
 
 
 class _Sum(NamedTuple):
+    """`dots` are the bytes of `hbm` that instructions with a multiplication move."""
+
     hbm: float
+    dots: float
     flops: float
     channels: dict[str, tuple[str, float, float, float]]  # channel -> (kind, times, bytes, bytes between slices)
 
@@ -68,7 +73,7 @@ def traffic(text: str, slices: Sequence[int] = ()) -> Traffic:
         had = kinds.get(kind, Collective(0, 0, 0))
         kinds[kind] = Collective(had.times + times, had.bytes + times * sent, had.dcn_bytes + times * crossing)
     saved, gradients = program.piled()
-    return Traffic(found.hbm, dict(sorted(kinds.items())), saved, gradients, found.flops)
+    return Traffic(found.hbm, dict(sorted(kinds.items())), saved, gradients, found.flops, found.dots)
 
 
 class _Program:
@@ -84,29 +89,29 @@ class _Program:
     def total(self, name: str) -> _Sum:
         """What running a computation once moves, everything that it calls included."""
         if name not in self.done:
-            hbm, flops = 0.0, 0.0
+            hbm = dots = flops = 0.0
             channels: dict[str, tuple[str, float, float, float]] = {}
             for instruction in self.computations.get(name, ()):
                 more = self._one(name, instruction)
-                hbm, flops = hbm + more.hbm, flops + more.flops
+                hbm, dots, flops = hbm + more.hbm, dots + more.dots, flops + more.flops
                 for channel, found in more.channels.items():
                     had = channels.get(channel, (found[0], 0.0, 0.0, 0.0))[1]
                     times = max(had, found[1]) if channel.startswith(_PIECES) else had + found[1]
                     channels[channel] = (found[0], times, *found[2:])
-            self.done[name] = _Sum(hbm, flops, channels)
+            self.done[name] = _Sum(hbm, dots, flops, channels)
         return self.done[name]
 
     def _one(self, where: str, instruction: Instruction) -> _Sum:
         opcode = instruction.opcode
         kind = opcode.removesuffix("-start")
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
-            return _Sum(0, 0, {})
+            return _Sum(0, 0, 0, {})
         if kind in KINDS:
             return self._collective(where, instruction, kind)
         if opcode == "while":
             body, times = self.total(attribute(instruction, "body")), self.trips(where, instruction)
             channels = {c: (k, n * times, b, d) for c, (k, n, b, d) in body.channels.items()}
-            return _Sum(body.hbm * times, body.flops * times, channels)
+            return _Sum(body.hbm * times, body.dots * times, body.flops * times, channels)
         if opcode == "conditional":
             return max((self.total(branch) for branch in branches(instruction)), key=lambda s: (s.hbm, s.flops))
         called = re.search(r"called_computations=\{%?([\w.\-]+)", instruction.rest)  # what a SparseCore does
@@ -116,13 +121,11 @@ class _Program:
         if opcode == "fusion":
             inside = self.total(attribute(instruction, "calls"))
             sent = sum(c[2] for c in inside.channels.values())
-            return _Sum(
-                self._fusion(where, instruction) + (self._gathered(instruction) if sent else 0),
-                inside.flops,
-                inside.channels,
-            )
+            moved = self._fusion(where, instruction) + (self._gathered(instruction) if sent else 0)
+            return _Sum(moved, moved if inside.flops else 0.0, inside.flops, inside.channels)
         flops = self._dot(where, instruction) if opcode == "dot" else 0.0
-        return _Sum(self._plain(where, instruction), flops, {})
+        moved = self._plain(where, instruction)
+        return _Sum(moved, moved if flops else 0.0, flops, {})
 
     def _plain(self, where: str, instruction: Instruction) -> float:
         """Operands read and result written, by one instruction on its own."""
@@ -227,7 +230,7 @@ class _Program:
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         key = f"{_PIECES}{channel.group(1)}" if channel and where in self.fused else f"{where}/{instruction.name}"
         hbm = in_hbm + sum(array_bytes(array, True) for array in arrays)
-        return _Sum(hbm, 0, {key: (kind, 1.0, sent - crossing, crossing)})
+        return _Sum(hbm, 0, 0, {key: (kind, 1.0, sent - crossing, crossing)})
 
     # ---- loops ----
 
