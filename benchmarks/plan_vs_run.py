@@ -41,14 +41,15 @@ def load_config(preset: str) -> Any:
 
 
 def plan(preset: str) -> dict[str, Any]:
-    """The forecast."""
-    from jaxtune.plan import account
-    from jaxtune.weights import source
+    """The forecast, as the verb `plan` makes it."""
+    import contextlib
+    import tempfile
 
-    config = load_config(preset)
-    result, text = account.one(config, source.find(config).hf_config, None)
-    print(text, file=sys.stderr, flush=True)
-    return result
+    from jaxtune import run
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        run.plan(load_config(preset), Path(folder))
+        return json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
 
 
 def run(preset: str, num_steps: int) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def run(preset: str, num_steps: int) -> dict[str, Any]:
     status = Path("/proc/self/status").read_text()
     peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
     flops = hlo.traffic(compiled.as_text()).dot_flops
-    return {"peak_bytes": peak, "step_seconds": sum(seconds[1:]) / num_steps, "flops": flops, "seconds": seconds}
+    return {"peak_bytes": peak, "step_seconds": sum(seconds[1:]) / num_steps, "flops": flops}
 
 
 def _batches(config: Any, model: Any, program: Any) -> Any:

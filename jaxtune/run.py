@@ -239,7 +239,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
     With `plan.search` it finds the best mesh, micro-batch and remat; with `plan.topologies` it ranks slices; a hosted
     service's price needs neither a model nor libtpu.
     """
-    from jaxtune.plan import account, cost
+    from jaxtune.plan import account, cost, cpu
 
     result: dict[str, Any] = {}
     lines, show = [], partial(tracking.progress, mode=config.tracking.progress)
@@ -248,8 +248,10 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         model = source.find(config)
         where = ", ".join(config.plan.topologies) or config.plan.topology
         print(f"compiling {model.uri} for {where} …", file=sys.stderr, flush=True)
-        if not config.train.steps:
-            _counted(config, show)
+        here = cpu.is_cpu(
+            config.plan.topology
+        )  # what this process holds is part of the forecast: what training's would
+        rows = _counted(config, show) if here or not config.train.steps else None  # noqa: F841
         config.train.steps = config.train.steps or 1000
         given = (config, model.hf_config, start.adapter(config, model)[0])
         say = partial(print, file=sys.stderr, flush=True)

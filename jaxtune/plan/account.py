@@ -23,7 +23,8 @@ def one(config: ConfigDict, hf_config: dict[str, Any], adapter: Any) -> Result:
     seconds = None
     if cpu.is_cpu(place.name):
         program = plan_compile.program_of(config, hf_config, adapter, plan_compile.devices_of(place))
-        seconds = cpu.dot_seconds(plan_compile.counted(config, program)[1])
+        dots = plan_compile.counted(config, program)[1]
+        place, seconds = cpu.as_measured(place, dots), cpu.dot_seconds(dots)
     made = cost.forecast(cost.work_of(plan, seconds), place, config.train.steps, config.plan.efficiency)
     return written(plan, made, place, config.train.steps), table(plan, made, place, config.train.steps)
 
