@@ -107,30 +107,32 @@ def _ways(mesh: Any, part: Any) -> tuple[int, int]:
 
 
 def estimate(
-    config: ConfigDict, program: state.Program, held: Weights, seen: Traced, none: Traced, place: Slice, correction: float
+    config: ConfigDict, program: state.Program, held: Weights, accumulation: int, remat: str, seen: Traced, most: Traced,
+    place: Slice, correction: float,
 ) -> Estimate:  # fmt: skip
-    """Memory and time of this config's mesh, accumulation and remat; `none` is the trace that saves everything.
+    """Memory and time of a program's mesh with this accumulation and remat, which was `seen` so; `most` is the trace that saves
+    most of all.
 
     `correction` is what compiled steps needed of temporaries over what was estimated for them.
     """
-    mesh, accumulation = dict(program.mesh.shape), config.train.accumulation
+    mesh = dict(program.mesh.shape)
     shards = sharding.num_batch_shards(program.mesh) * mesh.get("context", 1)
     each = 1 / (shards * accumulation)
     c, width = program.model_config, program.run.compute_dtype.itemsize
-    one_layer = none.saved_bytes / none.num_rounds * each / mesh["tensor"]
+    one_layer = most.saved_bytes / most.num_rounds * each / mesh["tensor"]
     logits = config.train.loss_chunk_tokens * c.vocab_size * 4 * 2 / mesh["tensor"]
     summed = held.gradients * (1 if accumulation == 1 else 2)
     temporary = seen.saved_bytes * each + 2 * one_layer + 2 * held.layer + held.outside + logits + summed
     temporary *= correction
     devices = program.mesh.size
-    tokens_each = none.tokens / shards
-    sums = (_TENSOR_SUMS + (seen.saved_bytes < none.saved_bytes)) * c.num_layers * tokens_each * c.dim * width
+    tokens_each = most.tokens / shards
+    sums = (_TENSOR_SUMS + (seen.saved_bytes < most.saved_bytes)) * c.num_layers * tokens_each * c.dim * width
     sent = _PASSES * accumulation * held.gathered + 2 * sums * (mesh["tensor"] - 1) / mesh["tensor"]
     reduced = held.gradients * 2 * (shards > 1)
     sent += c.num_layers * tokens_each * c.dim * width * 4 * (mesh.get("expert", 1) > 1)
-    hbm = _PASSES * accumulation * (held.gathered + held.arguments) + 4 * none.saved_bytes / devices
+    hbm = _PASSES * accumulation * (held.gathered + held.arguments) + 4 * most.saved_bytes / devices
     crossing = reduced / max(place.num_slices, 1) if place.num_slices > 1 else 0.0
-    work = Work(seen.flops_by_dtype, seen.model_flops, hbm, sent + reduced, crossing, none.tokens)
+    work = Work(seen.flops_by_dtype, seen.model_flops, hbm, sent + reduced, crossing, most.tokens)
     needed = held.arguments + temporary
     made = forecast(work, place, max(1, config.train.steps), config.plan.efficiency)
-    return Estimate(mesh, accumulation, config.train.remat, needed, temporary, needed <= _KEPT * place.hbm_bytes, made)
+    return Estimate(mesh, accumulation, remat, needed, temporary, needed <= _KEPT * place.hbm_bytes, made)

@@ -60,6 +60,8 @@ def search(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, show: Sh
     Raises:
       UserError: nothing fits; the message says what comes nearest.
     """
+    if not config.plan.confirm:
+        raise UserError("plan.confirm=0 compiles nothing, and a search is confirmed by compiling: set it to 1 or more")
     place = where(config)
     table = Table(config, hf_config, adapter, place, show)
     tried: list[Tried] = []
@@ -176,14 +178,10 @@ class Table:
     def ranked(self, correction: float) -> list[Estimate]:
         """Every candidate: those that fit first, fastest first, of equals the one that moves and holds least."""
         found = []
-        for (mesh, (program, held)), remat in itertools.product(self.programs.items(), self.traces):
+        for (program, held), remat in itertools.product(self.programs.values(), self.traces):
             for accumulation in accumulations(self.config, program):
-                one = self.config.copy_and_resolve_references()
-                one.train.accumulation, one.train.remat = accumulation, remat
-                for axis, size in mesh:
-                    one.mesh[axis] = size
-                given = (program, held, self.traces[remat], self.most, self.place, correction)
-                found.append(estimate.estimate(one, *given))
+                choice = (accumulation, remat, self.traces[remat])
+                found.append(estimate.estimate(self.config, program, held, *choice, self.most, self.place, correction))
         return sorted(found, key=_order)
 
 

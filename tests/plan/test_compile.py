@@ -66,15 +66,6 @@ def _assert_adds_up(plan: plan_compile.Plan, method: str) -> None:
     assert plan.hbm_traffic_bytes > plan.argument_bytes
 
 
-def test_several_slices(config: ConfigDict) -> None:
-    config.plan.topology, config.plan.num_slices, config.mesh.data = "v5e:2x2", 2, 2
-    config.train.batch_size = 8
-    plan = plan_compile.compile_step(config, shallow())
-    assert (plan.num_chips, plan.num_slices) == (8, 2)
-    assert plan.mesh["data"] == 2
-    assert sum(found["dcn_bytes"] for found in plan.collectives.values()) > 0
-
-
 def test_too_large_is_said(config: ConfigDict) -> None:
     config.plan.topology, config.data.max_length, config.train.batch_size = "v5e:2x2", 8192, 64
     config.train.remat, config.tune.method, config.model.param_dtype = "none", "full", "float32"
@@ -88,15 +79,18 @@ def test_too_large_is_said(config: ConfigDict) -> None:
 
 
 def test_plan_writes_its_file(tmp_path: Path, capsys) -> None:
+    """Of two slices, whose gradients cross between them."""
     path = tmp_path / "c.py"
     path.write_text(
         "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.model.source = 'preset:llama_tiny'\n"
-        "  c.data.max_length = 128\n  c.plan.topology = 'v6e:2x2'\n  return c\n"
+        "  c.data.max_length = 128\n  c.plan.topology, c.plan.num_slices, c.mesh.data = 'v6e:2x2', 2, 2\n  return c\n"
     )
     assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}"]) == 0
     written = json.loads((tmp_path / "w" / "plan.json").read_text())
     assert {"topology", "num_chips", "peak_hbm_bytes", "hbm_bytes", "fits", "compile_seconds"} <= set(written)
-    assert written["training_usd"] == pytest.approx(written["hours"] * 4 * written["usd_per_chip_hour"])
+    assert written["training_usd"] == pytest.approx(written["hours"] * 8 * written["usd_per_chip_hour"])
     assert written["tokens_per_second"] == pytest.approx(written["tokens_per_step"] / written["step_seconds"])
-    assert written["num_chips"] == 4
+    assert (written["num_chips"], written["num_slices"], written["mesh"]["data"]) == (8, 2, 2)
+    assert sum(found["dcn_bytes"] for found in written["collectives"].values()) > 0
+    assert written["seconds_by_resource"]["dcn"] > 0
     assert "peak HBM" in capsys.readouterr().out

@@ -51,7 +51,8 @@ def test_estimates_put_what_fits_and_is_fast_first(config: ConfigDict) -> None:
     """Sixteen chips of 16 GiB cannot hold an 8B model replicated; saving every activation does not fit either."""
     place = chips.slice_of("v5e:4x4", chips.table())
     config.data.max_length = 4096
-    ranked = search.Table(config, hf_preset("llama3_1_8b"), None, place, quiet).ranked(1.0)
+    table = search.Table(config, hf_preset("llama3_1_8b"), None, place, quiet)
+    ranked = table.ranked(1.0)
     fitting = [e for e in ranked if e.fits]
     assert ranked[: len(fitting)] == fitting
     assert fitting[0].mesh["fsdp"] > 1
@@ -59,8 +60,7 @@ def test_estimates_put_what_fits_and_is_fast_first(config: ConfigDict) -> None:
     assert not any(e.fits for e in ranked if e.remat == "none" and e.accumulation == 1)
     times = [e.forecast.step_seconds for e in fitting]
     assert times == sorted(times)
-    more = search.Table(config, hf_preset("llama3_1_8b"), None, place, quiet).ranked(2.0)
-    assert sum(e.fits for e in more) < len(fitting)
+    assert sum(e.fits for e in table.ranked(2.0)) < len(fitting)  # had a compiled step needed twice the estimate
 
 
 def test_search_writes_a_config_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_topologies_are_ranked_by_price(tmp_path: Path, capsys: pytest.CaptureFi
         "--config.plan.confirm=0",
         f"--config.plan.prices={prices}",
     ]
-    assert launch.main(["plan", "--topologies=v5e:2x2,v5p:2x2x1,v4:2x2x1", *flags]) == 0
+    assert launch.main(["plan", "--topologies=v5e:2x2,v5p:2x2x1", *flags]) == 0
     written = json.loads((tmp_path / "w" / "plan.json").read_text())
     rows = written["topologies"]
     assert rows[0]["topology"] == written["cheapest"] == "v5p:2x2x1"
