@@ -188,7 +188,21 @@ def _export() -> ConfigDict:
 
 def _plan() -> ConfigDict:
     c = ConfigDict()
-    c.topology = "v5e:4x4"  # TPU generation and slice shape: v4, v5e, v5p, v6e or tpu7x
+    c.topology = "v5e:4x4"  # what to plan for: TPU generation and slice shape (v4, v5e, v5p, v6e, tpu7x), or a name such as v5e-16; cpu or cpu:N = this machine, measured; "" = the hosted service's price alone
+    c.num_slices = 1  # so many slices of that shape, joined by the data centre's network
+    c.topologies = ()  # rank these slices by dollars per million tokens instead; ("all",) = one of each generation (--topologies)
+    c.search = False  # find the mesh, accumulation and remat that train fastest of those that fit; writes WORKDIR/planned.py (--search)
+    c.confirm = (
+        4  # at most so many candidates are compiled: of a search, the best; of a ranking, the cheapest until one fits
+    )
+    c.efficiency = 0.6  # share of the limiting roof that real steps reach on a TPU (MaxText publishes 0.5 to 0.7 of peak FLOP/s for v5e and v5p)
+    c.prices = ""  # TOML file of yours that overrides jaxtune/plan/chips.toml: prices, and any other figure of a chip
+    # A hosted service, beside or (with topology "" or no model) instead: each one number, or (low, high).
+    c.api_training_usd_per_1k_tokens = ()  # price of 1,000 training tokens; () = none
+    c.api_training_tokens = ()  # tokens that are trained on; () = those of data.train times epochs, else of all steps
+    c.api_inference_usd_per_1k_tokens = ()  # price of 1,000 tokens of inference; () = none
+    c.monthly_requests = ()  # requests a month
+    c.tokens_per_request = ()  # tokens of a request, prompt and answer
     return c
 
 

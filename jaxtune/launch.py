@@ -30,11 +30,12 @@ VERBS = {
     "generate": "answer a file of prompts",
     "chat": "talk to the model in the terminal",
     "export": "write a run's result as a PEFT adapter or a Hugging Face model folder",
-    "plan": "compile the training step for a TPU that is not here, and say what it needs",
+    "plan": "compile the training step for a TPU that is not here, and say what it needs, takes and costs",
 }
 USAGE = (
     "usage: python -m jaxtune.launch [VERB] --config=configs/X.py [--config.a.b=value] [--workdir=DIR] [--dry_run]\n"
     + "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
+    + "\n  plan --search finds the best mesh, micro-batch and remat; plan --topologies[=v5e:4x4,v5p:2x2x2] ranks slices by price"
     + "\n  --dry_run prints the first batch token by token, what trains, and the schedule; then stops"
     + "\n  several hosts: --coordinator=HOST:PORT --num_processes=N --process_id=I (found by themselves on Cloud TPU)"
 )
@@ -161,7 +162,7 @@ def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.Flag
         wrong = words[1] if len(words) > 1 else verb
         meant = f"; a config is named by --config={wrong}" if wrong.endswith((".py", ".json")) else ""
         raise UserError(f"unknown verb {wrong!r}{meant or nearest(wrong, list(VERBS))}; verbs: {', '.join(VERBS)}")
-    rest = [a for a in arguments if a is not verb]
+    rest = [_short(a, verb) for a in arguments if a is not verb]
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "folder of the run", flag_values=values)
     flags.DEFINE_bool(
@@ -170,7 +171,7 @@ def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.Flag
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", 0, "processes in all", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "this process's number", flag_values=values)
-    known = ["config", *values]
+    known = ["config", *values, *_SHORT]
     for argument in rest:
         name = re.match(r"--?(?:no)?([^=.]*)", argument).group(1)  # type: ignore[union-attr]
         if name not in known and f"no{name}" not in known:
@@ -189,12 +190,29 @@ def _parse(arguments: list[str]) -> tuple[str, config_lib.ConfigDict, flags.Flag
     return verb, values.config, values
 
 
+_SHORT = {
+    "search": ("plan.search", "True"),
+    "topologies": ("plan.topologies", "all"),
+}  # flags of `plan`: field, value alone
+
+
+def _short(argument: str, verb: str) -> str:
+    """`--search` as `--config.plan.search=True`, and the like."""
+    name, has_value, value = argument.lstrip("-").partition("=")
+    if not argument.startswith("-") or name not in _SHORT:
+        return argument
+    if verb != "plan":
+        raise UserError(f"--{name} goes with plan, not with {verb}")
+    key, alone = _SHORT[name]
+    return f"--config.{key}={value if has_value else alone}"
+
+
 def _joined(arguments: list[str]) -> list[str]:
     """`--flag value` as `--flag=value`; a verb after a flag stays a verb, unless there was one before it."""
     joined: list[str] = []
     for argument in arguments:
         bare = joined and re.fullmatch(
-            r"--?(config(\.[\w.]+)?|workdir|coordinator|num_processes|process_id)", joined[-1]
+            r"--?(config(\.[\w.]+)?|topologies|workdir|coordinator|num_processes|process_id)", joined[-1]
         )
         if bare and not argument.startswith("--") and (argument not in VERBS or VERBS.keys() & set(joined)):
             joined[-1] += f"={argument}"

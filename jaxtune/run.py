@@ -4,7 +4,7 @@ train      fetch → tokenise → load → measure before → train → measure 
 evaluate   measure a base model, or a run's best checkpoint
 generate   answer a file of prompts          chat     the same, by hand
 export     a run's result as PEFT adapter or Hugging Face folder
-plan       what the training step needs on a TPU that is not here
+plan       what the training step needs, takes and costs on a TPU that is not here
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtune import checkpoint, fetch, optim, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import pipeline, readers, templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
@@ -234,16 +234,40 @@ def export(config: ConfigDict, workdir: Path) -> None:
 
 
 def plan(config: ConfigDict, workdir: Path) -> None:
-    """Compiles the training step for `plan.topology` and prints what it needs; writes `plan.json`."""
-    from jaxtune.plan import compile as plan_compile
+    """Says what the training step needs, how long it takes and what it costs, where none of it is; writes `plan.json`.
 
-    config.train.steps = config.train.steps or 1000
-    model = source.find(config)
-    plan_compile.chip_of(config.plan.topology)
-    print(f"compiling {model.uri} for {config.plan.topology} …", file=sys.stderr, flush=True)
-    result = plan_compile.compile_step(config, model.hf_config, start.adapter(config, model)[0])
-    _write(workdir / "plan.json", json.dumps(result._asdict(), indent=2) + "\n")
-    print(plan_compile.table(result))
+    With `plan.search` it finds the best mesh, micro-batch and remat; with `plan.topologies` it ranks slices; a hosted
+    service's price needs neither a model nor libtpu.
+    """
+    from jaxtune.plan import account, cost, cpu
+
+    result: dict[str, Any] = {}
+    lines, show = [], partial(tracking.progress, mode=config.tracking.progress)
+    priced = cost.wants_api(config)
+    if not priced or (config.model.source and (config.plan.topology or config.plan.topologies)):
+        model = source.find(config)
+        where = ", ".join(config.plan.topologies) or config.plan.topology
+        print(f"compiling {model.uri} for {where} …", file=sys.stderr, flush=True)
+        here = cpu.is_cpu(
+            config.plan.topology
+        )  # what this process holds is part of the forecast: what training's would
+        rows = _counted(config, show) if here or not config.train.steps else None  # noqa: F841
+        config.train.steps = config.train.steps or 1000
+        given = (config, model.hf_config, start.adapter(config, model)[0])
+        say = partial(print, file=sys.stderr, flush=True)
+        if config.plan.topologies:
+            result, text = account.ranking(*given, show, say)
+        elif config.plan.search:
+            result, text = account.best(*given, show, say, lambda name, text: _write(workdir / name, text))
+        else:
+            result, text = account.one(*given)
+        lines.append(text)
+    if priced:
+        found = cost.api(config, None if config.plan.api_training_tokens else _training_tokens(config, show))
+        result = {**found, **result, "api": found}
+        lines.append(account.api_table(found))
+    _write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
+    print("\n\n".join(lines))
 
 
 # ---- what the verbs share ----
@@ -281,6 +305,28 @@ def _write(path: Path, text: str) -> None:
             partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
+
+
+def _counted(config: ConfigDict, show: Callable[..., Iterator[Any]]) -> rows_lib.Rows | None:
+    """The rows of `data.train` as training would read them, where there is a tokenizer; sets `train.steps` where epochs decide."""
+    model = source.find(config) if config.model.source else source.Model("", None, {}, None, None)
+    if not config.data.train or (model.path is None and not config.model.tokenizer):
+        return None
+    tokenizer = source.find_tokenizer(config, model)
+    return rows_lib.read(config, tokenizer, show, start.reader(config, model, tokenizer) if model.uri else readers.NEXT)
+
+
+def _training_tokens(config: ConfigDict, show: Callable[..., Iterator[Any]]) -> int:
+    """Tokens of all epochs' rows; of all steps' batches where there are no rows to count."""
+    epochs, steps = config.train.epochs, config.train.steps
+    rows = _counted(config, show)
+    if rows is not None:
+        return round(rows.train.counts["tokens"] * (steps / rows.batches.steps_per_epoch if steps else epochs))
+    if config.data.train:
+        raise UserError(
+            "counting the tokens of data.train needs a tokenizer: set model.tokenizer, or plan.api_training_tokens"
+        )
+    return int(steps * config.train.batch_size * config.data.max_length)
 
 
 def _before(config: ConfigDict, workdir: Path, asked: str, measured: Callable[[], tasks.Result]) -> tasks.Result:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+from typing import Any
 
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import SAVED_NAMES, UserError, nearest
@@ -50,6 +52,7 @@ _AT_LEAST: dict[str, float] = {
     "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
     "train.router_z_weight": 0, "train.log_every_steps": 1,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
+    "plan.num_slices": 1, "plan.confirm": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -59,7 +62,13 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "train.steps": (0, 2**31 - 1), "train.epochs": (0, 1e9), "train.seed": (0, 2**32 - 1), "generate.seed": (0, 2**32 - 1),
     "tune.alpha": (0, 1e6), "tune.lora_plus_ratio": (0, 1e6), "optim.weight_decay": (0, 1e6), "generate.temperature": (0, 1e6), "train.temperature": (1e-3, 100),
     "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
+    "plan.efficiency": (0.01, 1),
 }  # fmt: skip
+
+_RANGES = (
+    "plan.api_training_usd_per_1k_tokens", "plan.api_training_tokens", "plan.api_inference_usd_per_1k_tokens",
+    "plan.monthly_requests", "plan.tokens_per_request",
+)  # fmt: skip
 
 _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
@@ -140,6 +149,8 @@ def _check_forms(config: ConfigDict) -> None:
     for one in bins:
         if isinstance(one, str) or len(one) != 3 or not all(isinstance(bound, int | float) for bound in one[:2]):
             raise UserError(f"config.data.label_bins has {one!r}; expected (low, high, name) with two numbers")
+    for key in _RANGES:
+        _check_range(key, lookup(config, key))
     for key in ("eval.labels", "model.labels", "generate.stop"):
         words = lookup(config, key)
         twice = next((word for word in words if words.count(word) > 1), None)
@@ -152,3 +163,13 @@ def _check_forms(config: ConfigDict) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
+
+
+def _check_range(key: str, values: tuple[Any, ...]) -> None:
+    """One number or two, as numbers or (from a command line) as words."""
+    try:
+        numbers = [Fraction(str(value)) for value in values]
+    except (ValueError, ZeroDivisionError):
+        numbers = [Fraction(-1)]
+    if len(numbers) > 2 or any(number < 0 for number in numbers) or numbers != sorted(numbers):
+        raise UserError(f"config.{key} is {tuple(values)!r}; expected one number of 0 or more, or (low, high)")

@@ -209,3 +209,21 @@ def test_without_libtpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert plan_hbm.main([]) == 2
     assert "jaxtune[tpu]" in capsys.readouterr().err
+
+
+# ---- plan_vs_run ----
+
+
+def test_a_plan_for_this_cpu_beside_a_run(monkeypatch):
+    """At tiny size: FLOPs are exact; memory is of the same size, for almost all of it is the process."""
+    import plan_vs_run
+
+    monkeypatch.setattr(jax, "local_devices", lambda *_, of=jax.local_devices, **__: of()[:1])
+    monkeypatch.setattr(jax, "devices", lambda *_, of=jax.devices, **__: of()[:1])
+    planned, ran = plan_vs_run.plan("llama_tiny"), plan_vs_run.run("llama_tiny", 1)
+    found = plan_vs_run.compare(planned, ran)
+    assert found["FLOPs"][2] == 1
+    assert 0.5 < found["memory"][2] < 2
+    assert found["time"][1] > 0
+    assert planned["num_devices"] == 1
+    assert planned["seconds_by_resource"]["compute"] > 0

@@ -25,14 +25,18 @@ def config() -> ConfigDict:
 
 
 def shallow(**changes) -> dict:
-    return hf_preset("llama3_2_1b") | {"num_hidden_layers": 2, "vocab_size": 4096} | changes
+    """Two layers of a small Llama whose heads are as wide as splash attention wants them."""
+    sizes = {"num_hidden_layers": 2, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    return hf_preset("llama3_2_1b") | sizes | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes
 
 
 @pytest.mark.parametrize(
     ("topology", "mesh", "method"),
     [
+        ("v4:2x2x1", {"fsdp": -1}, "lora"),
         ("v5e:2x4", {"fsdp": 4, "tensor": 2}, "lora"),
-        ("v5p:2x2x1", {"fsdp": -1}, "full"),
+        ("v5p-8", {"fsdp": -1}, "full"),
+        ("v6e:2x2", {"fsdp": -1}, "lora"),
         ("tpu7x:2x2x1", {"fsdp": -1}, "lora"),
     ],
 )
@@ -40,10 +44,26 @@ def test_the_step_compiles(config: ConfigDict, topology: str, mesh: dict[str, in
     config.plan.topology, config.tune.method = topology, method
     for axis, size in mesh.items():
         config.mesh[axis] = size
-    plan = plan_compile.compile_step(config, shallow(head_dim=128, num_attention_heads=16))
+    plan = plan_compile.compile_step(config, shallow())
     assert 0 < plan.peak_hbm_bytes < plan.hbm_bytes
     assert plan.fits
     assert plan.alias_bytes >= 0.99 * plan.output_bytes - 65536  # the state is donated, not copied
+    _assert_adds_up(plan, method)
+
+
+def _assert_adds_up(plan: plan_compile.Plan, method: str) -> None:
+    """Parts make the peak; the parts that are known from shapes are what they must be; every device gathers every weight."""
+    parts, frozen = plan.hbm_parts_bytes, plan.num_params - plan.num_trainable_params
+    assert sum(parts.values()) == plan.peak_hbm_bytes
+    assert min(parts.values()) >= 0
+    assert parts["frozen_params"] == pytest.approx(2 * frozen / plan.num_devices, rel=0.01)
+    assert parts["optimizer"] == pytest.approx(2 * parts["trainable_params"], rel=0.01)
+    assert parts["saved_activations"] >= 512 * 8 * 512 * 2 * 2 // plan.num_devices  # the input of each block
+    assert plan.model_flops < plan.hardware_flops < 2 * plan.model_flops
+    sent = sum(found["bytes"] for found in plan.collectives.values())
+    each = 2 * (plan.num_params - 1024 * 512) / plan.mesh["tensor"] * (1 - 1 / plan.mesh["fsdp"])
+    assert 1.5 * each < sent < 12 * each  # forward and backward; full fine-tuning scatters gradients too
+    assert plan.hbm_traffic_bytes > plan.argument_bytes
 
 
 def test_too_large_is_said(config: ConfigDict) -> None:
@@ -59,13 +79,18 @@ def test_too_large_is_said(config: ConfigDict) -> None:
 
 
 def test_plan_writes_its_file(tmp_path: Path, capsys) -> None:
+    """Of two slices, whose gradients cross between them."""
     path = tmp_path / "c.py"
     path.write_text(
         "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.model.source = 'preset:llama_tiny'\n"
-        "  c.data.max_length = 128\n  c.plan.topology = 'v6e:2x2'\n  return c\n"
+        "  c.data.max_length = 128\n  c.plan.topology, c.plan.num_slices, c.mesh.data = 'v6e:2x2', 2, 2\n  return c\n"
     )
     assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}"]) == 0
     written = json.loads((tmp_path / "w" / "plan.json").read_text())
     assert {"topology", "num_chips", "peak_hbm_bytes", "hbm_bytes", "fits", "compile_seconds"} <= set(written)
-    assert written["num_chips"] == 4
+    assert written["training_usd"] == pytest.approx(written["hours"] * 8 * written["usd_per_chip_hour"])
+    assert written["tokens_per_second"] == pytest.approx(written["tokens_per_step"] / written["step_seconds"])
+    assert (written["num_chips"], written["num_slices"], written["mesh"]["data"]) == (8, 2, 2)
+    assert sum(found["dcn_bytes"] for found in written["collectives"].values()) > 0
+    assert written["seconds_by_resource"]["dcn"] > 0
     assert "peak HBM" in capsys.readouterr().out
