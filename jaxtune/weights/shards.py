@@ -76,10 +76,10 @@ class Shard:
 
     def _fill(self, out: np.ndarray, offset: int) -> None:
         """Reads the bytes from `offset` on into `out`."""
-        left = memoryview(out.reshape(-1).view(np.uint8))
+        left = out.reshape(-1).view(np.uint8).data
         file = os.open(self.path, os.O_RDONLY)
         try:
-            while left:
+            while len(left):
                 num = os.preadv(file, [left[:_MOST_BYTES]], offset)
                 if not num:
                     raise UserError(f"{self.path} ends before its last tensor: download it again")
