@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -316,5 +316,13 @@ def _distribute(values: flags.FlagValues) -> None:
         jax.distributed.initialize()
 
 
+def script() -> NoReturn:
+    """The command `jaxtune`: ends as `main` says, at once, even while a step is still being compiled."""
+    code = main()
+    if "jaxtune.train.compiled" in sys.modules:
+        sys.modules["jaxtune.train.compiled"].leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

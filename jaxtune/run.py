@@ -61,21 +61,13 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         start.check_export(config, program)
     if held:
         measure.check(config, held, tokenizer, program)
-    _say(config, f"{start.summary(model, program)}\n{rows_lib.summary(config, rows)}")
-    if held is None:
-        _say(config, measure.nothing_held(config))
+    lacking = [] if held else [measure.nothing_held(config)]
+    _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
     with wall("load"):  # while a thread compiles
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
-    before = None
-    if held and config.eval.before_after:
-        with wall("evaluation"):
-            before = _before(
-                config,
-                workdir,
-                measure.asked(config, held),
-                lambda: measure.measure(config, held, tokenizer, program, {**frozen, **state.params}, show, "before"),
-            )
+    with wall("evaluation"):
+        before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = _resumed(config, workdir, checkpoints, program, state)
@@ -274,15 +266,20 @@ def _write(path: Path, text: str) -> None:
         partial_path.unlink(missing_ok=True)
 
 
-def _before(config: ConfigDict, workdir: Path, asked: str, measured: Callable[[], tasks.Result]) -> tasks.Result:
+def _before(
+    config: ConfigDict, workdir: Path, held: measure.HeldOut | None, tokenizer: Tokenizer, program: Program, params: Params,
+    show: Any,
+) -> tasks.Result | None:  # fmt: skip
     """The untuned model's result: measured once, kept in the workdir for a run that resumes and asks the same."""
-    file = workdir / "before.json"
+    if held is None or not config.eval.before_after:
+        return None
+    file, asked = workdir / "before.json", measure.asked(config, held)
     if config.checkpoint.resume and jax.process_count() == 1 and file.exists():  # hosts may not see the same files
         kept = tasks.from_json(file.read_text(), asked)
         if kept is not None:
             return kept
         _say(config, "what is measured has changed since the run began: the untuned model is measured again")
-    result = measured()
+    result = measure.measure(config, held, tokenizer, program, params, show, "before")
     if jax.process_index() == 0:
         _write(file, tasks.to_json(result, asked))
     return result

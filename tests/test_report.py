@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtune import report
+from jaxtune import report, report_plots
 from jaxtune.evals.statistics import Estimate
 
 EVIL = "<script>alert('x')</script> & \"$\\frac{1\" 日本"
@@ -159,8 +159,8 @@ def test_every_part_may_be_missing(tmp_path):
 
 def test_smoothing_keeps_a_straight_line_and_does_not_lag():
     line = np.linspace(3, 1, 200)
-    np.testing.assert_allclose(report._smooth(line)[10:-10], line[10:-10])
-    assert np.std(report._smooth(np.random.default_rng(0).normal(size=400))) < 0.35
+    np.testing.assert_allclose(report_plots._smooth(line)[10:-10], line[10:-10])
+    assert np.std(report_plots._smooth(np.random.default_rng(0).normal(size=400))) < 0.35
 
 
 def test_without_matplotlib_the_page_says_so_and_has_tables(tmp_path):

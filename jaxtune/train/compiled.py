@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +25,7 @@ from jaxtune.train.state import Program
 from jaxtune.types import UserError
 
 _HIT = "/jax/compilation_cache/cache_hits"
+_THREAD = "jaxtune-compile"
 _WORTH_KEEPING_SECONDS = 0.2  # of compiling
 
 
@@ -39,14 +41,15 @@ class Compiling:
     """The training step, then the evaluation of validation rows, on their way in a thread of their own.
 
     XLA releases the interpreter lock, so that the caller can read weights meanwhile. What goes wrong is raised where the
-    result is asked for, or by `watching` before. The thread dies with the process.
+    result is asked for, or by `watching` before. A process waits for the
+    thread before it ends, for XLA cannot be interrupted; `leave` does not.
     """
 
     def __init__(self, config: ConfigDict, program: Program, evaluates: bool = True):
         """`evaluates` says whether there are validation rows."""
         self._step: Future[Compiled] = Future()
         self._evaluate: Future[Compiled] = Future()
-        threading.Thread(target=self._compile, args=(config, program, evaluates), name="compile", daemon=True).start()
+        threading.Thread(target=self._compile, args=(config, program, evaluates), name=_THREAD).start()
 
     def step(self) -> Compiled:
         """The step of `step.make`, once it is there; raises what compiling raised."""
@@ -78,6 +81,14 @@ class Compiling:
             for future in (self._step, self._evaluate):
                 if not future.done():
                     future.set_exception(error)
+
+
+def leave(code: int) -> None:
+    """Ends the process with `code`, if a program is being compiled whose result nobody will ask for."""
+    if any(thread.name == _THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _timed(jitted: Any, *shapes: Any) -> Compiled:
