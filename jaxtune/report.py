@@ -40,8 +40,10 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         `before`, `after`: {metric: estimate}; `difference`: {metric: estimate with p, test, higher_is_better};
         `beside`: {whose: {metrics, difference of after}}, of others on the same rows;
         `confusion`: {labels, before, after}, counts with answers down; `examples`: rows with `prompt, answer, before,
-        after`; `train`: {steps, trained_tokens, tokens_per_second, seconds, peak_memory_bytes}; `data`: {count: number,
+        after`; `train`: {steps, trained_tokens, tokens_per_second, mfu, seconds, peak_memory_bytes}; `data`: {count: number,
         dropped: {reason: rows}}, where names that end in `_share` are shown as percent; `seconds`: {part: seconds};
+        `start`: {seconds: {part: seconds to the first step}, compile_seconds, compile_overlapped_seconds, from_cache};
+        `wall`: {cause: seconds of the process}, "training" the productive ones; shown in place of `seconds`;
         `how_to`: (title, code) pairs; `config`: the resolved config.
     """
     folder = Path(workdir)
@@ -81,7 +83,10 @@ def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
         "training": _training(facts.get("train", {})),
         "data": [(_words(key), f"{v:.1%}" if key.endswith("_share") else _number(v)) for key, v in data.items()],
         "dropped": [(reason, _number(num)) for reason, num in dropped.items()],
-        "seconds": _seconds(facts.get("seconds", {})),
+        "seconds": [] if "wall" in facts else _seconds(facts.get("seconds", {})),
+        "start": _start(facts.get("start")),
+        "wall": _wall(facts.get("wall", {})),
+        "goodput": _goodput(facts.get("wall", {})),
         "how_to": facts.get("how_to", []),
         "config": json.dumps(facts["config"], indent=2, ensure_ascii=False) if "config" in facts else "",
     }
@@ -132,6 +137,7 @@ def _training(train: Mapping[str, Any]) -> list[tuple[str, str]]:
         "trained_tokens": ("Trained tokens", _number),
         "tokens_per_second": ("Tokens per second", _number),
         "seconds": ("Time", _duration),
+        "mfu": ("Model FLOPs utilisation", "{:.1%}".format),
         "peak_memory_bytes": ("Peak memory", _size),
     }
     return [(name, form(train[key])) for key, (name, form) in forms.items() if train.get(key) is not None]
@@ -140,6 +146,40 @@ def _training(train: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _seconds(parts: Mapping[str, float]) -> list[tuple[str, str, float]]:
     most = max(parts.values(), default=0) or 1
     return [(_words(part), _duration(seconds), round(100 * seconds / most, 1)) for part, seconds in parts.items()]
+
+
+def _start(start: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows on the time to the first step: what passed on the clock, then what went on beside it."""
+    if not start:
+        return []
+    parts = {part: took for part, took in start["seconds"].items() if took >= 0.005}
+    names = {"start": "Python and JAX", "compile": "Waiting for the compiler"}
+    rows = [(names.get(part, _words(part)), _duration(took)) for part, took in parts.items()]
+    cached = ", from the cache" if start["from_cache"] else ""
+    compiling = (
+        f"{_duration(start['compile_seconds'])}, {_duration(start['compile_overlapped_seconds'])} of it meanwhile"
+    )
+    whole = sum(start["seconds"].values())
+    return [*rows, ("To the end of the first step", _duration(whole)), (f"The step compiled{cached}, in", compiling)]
+
+
+_CAUSES = {
+    "training": "Training, steps that counted", "data": "Waiting for data", "bookkeeping": "Metrics, while no step ran",
+    "checkpoint": "Checkpoints", "redone": "Steps taken again after a resume", "skipped": "Skipped steps",
+    "start": "Python and JAX", "compile": "Waiting for the compiler", "load": "Loading weights", "program": "Laying out the program",
+}  # fmt: skip
+
+
+def _wall(wall: Mapping[str, float]) -> list[tuple[str, str, str, float]]:
+    """Rows of (cause, time, share in words, share in percent); they add up to the wall time."""
+    whole = sum(wall.values()) or 1.0
+    rows = [(_CAUSES.get(cause, _words(cause)), took) for cause, took in wall.items()]
+    return [(name, _duration(took), f"{took / whole:.1%}", round(100 * took / whole, 2)) for name, took in rows]
+
+
+def _goodput(wall: Mapping[str, float]) -> str:
+    whole = sum(wall.values())
+    return f"Goodput {wall.get('training', 0) / whole:.1%} of {_duration(whole)}" if whole else ""
 
 
 def _confusion_tables(facts: Mapping[str, Any]) -> list[tuple[str, list[str], list[tuple[str, list[int]]]]]:
