@@ -34,7 +34,7 @@ class Bare:
         self._compiled, self._state, self._frozen, self._arrays = compiled, state, frozen, arrays
         self._last: Any = None  # metrics of the loop's latest step
         self.step_seconds: list[float] = []
-        self.pauses: list[tuple[float, float]] = []  # (began, ended)
+        self.paused_seconds = self.waited_seconds = 0.0  # while the bare step ran; while the loop's own ended before it
 
     def step(self) -> Any:
         """What the loop asks a `Compiling` for: the executable, with an eye on its latest step."""
@@ -51,6 +51,7 @@ class Bare:
 
         for number, batch in enumerate(batches):
             if number and number % EVERY_STEPS == 0:
+                asked = time.perf_counter()
                 jax.block_until_ready(self._last)
                 began = at = time.perf_counter()
                 for _ in range(BARE_STEPS):
@@ -58,7 +59,8 @@ class Bare:
                     float(metrics["loss"])
                     self.step_seconds.append(time.perf_counter() - at)
                     at = time.perf_counter()
-                self.pauses.append((began, at))
+                self.waited_seconds += began - asked
+                self.paused_seconds += at - began
             yield batch
 
 
@@ -114,13 +116,12 @@ def measure(config: Any, folder: Path) -> dict[str, Any]:
             bare,
             wall,  # type: ignore[arg-type]
         )
-    paused = sum(ended - began for began, ended in bare.pauses)
-    took, num = noting.ends[-1] - noting.ends[0] - paused, len(noting.ends) - 1
+    took, num = noting.ends[-1] - noting.ends[0] - bare.paused_seconds, len(noting.ends) - 1
     step = sum(bare.step_seconds) / len(bare.step_seconds)
     causes = {cause: wall.seconds[cause] for cause in ("data", "bookkeeping", "checkpoint")}
     return {
         "steps": num, "seconds": took, "step_seconds": step, "lost": 1 - num * step / took,
-        "causes": causes | {"data": causes["data"] - paused},
+        "causes": causes | {"data": causes["data"] - bare.paused_seconds - bare.waited_seconds},
     }  # fmt: skip
 
 

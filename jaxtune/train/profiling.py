@@ -38,7 +38,9 @@ class Profile:
         if self._tracing:
             self._stop()
             return
-        jax.profiler.start_trace(str(self._folder))
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # every call of a Python function would slow the steps, and fill the trace
+        jax.profiler.start_trace(str(self._folder), profiler_options=options)
         self._tracing = True
 
     def marked(self, step: int) -> AbstractContextManager[object]:
