@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 _BLOCK_BYTES = 16 << 20  # a tensor is read in blocks of rows of about this size, as float32
@@ -77,9 +76,9 @@ def copy(out: np.ndarray, values: np.ndarray) -> None:
     NumPy copies a dtype that it does not know itself, such as bfloat16, number by number; and whole matrices along the
     wrong dim, missing the cache at each. So casts go along `values`, and copies move bits, some rows at a time.
     """
-    bits = _BITS[out.dtype.itemsize]
+    bits, same = _BITS[out.dtype.itemsize], values.dtype == out.dtype
     if out.ndim < 2 or abs(out.strides[-1]) == out.itemsize:
-        out.view(bits)[...] = _cast(values, out.dtype).view(bits)
+        np.copyto(*(out.view(bits), values.view(bits)) if same else (out, values), casting="unsafe")
         return
     if out.ndim > 2:
         for part, value in zip(out, values, strict=True):
@@ -88,14 +87,7 @@ def copy(out: np.ndarray, values: np.ndarray) -> None:
     target = out.T.view(bits).T
     for start in range(0, len(out), _STRIP_ROWS):
         strip = slice(start, start + _STRIP_ROWS)
-        target[strip] = _cast(values[strip], out.dtype).view(bits)
-
-
-def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`values` as `dtype`, with rows that lie together."""
-    if values.dtype == ml_dtypes.bfloat16 and dtype == np.float32:  # its upper half
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return np.ascontiguousarray(values.astype(dtype, copy=False))
+        target[strip] = np.ascontiguousarray(values[strip].astype(out.dtype, copy=False)).view(bits)
 
 
 class Scratch:
