@@ -142,6 +142,54 @@ def test_without_torch_it_says_what_to_install(monkeypatch, capsys):
     assert "requirements-oracle.lock" in message
 
 
+# ---- loader, loop_overhead ----
+
+
+def test_rows_are_joined_end_to_end():
+    import loader
+
+    from jaxtune.data.batches import Rows
+
+    rows = Rows(np.arange(10, dtype=np.int32), np.ones(10, "f4"), np.array([0, 3, 4, 8, 9, 10]), list("abcde"))
+    joined = loader.joined(rows, 2)
+    assert joined.offsets.tolist() == [0, 4, 9]
+    assert (joined.tokens.tolist(), len(joined)) == (list(range(9)), 2)
+
+
+def test_the_bare_step_runs_between_steps_of_the_loop_and_not_before_the_first(monkeypatch):
+    import loop_overhead
+
+    from jaxtune.train.compiled import Compiled
+
+    ran: list[str] = []
+
+    def run(state, frozen, batch):
+        ran.append(batch)
+        return state + 1, {"loss": jnp.float32(0)}
+
+    monkeypatch.setattr(loop_overhead, "EVERY_STEPS", 2)
+    monkeypatch.setattr(loop_overhead, "BARE_STEPS", 1)
+    bare, state = loop_overhead.Bare(Compiled(run, 0.0, False), 0, {}, "resident"), 0
+    for batch in bare.between(iter("abcd")):
+        state, _ = bare.step().run(state, {}, batch)
+    assert ran == ["a", "b", "resident", "c", "d"]
+    assert (len(bare.step_seconds), state) == (1, 4)
+    assert bare.paused_seconds >= sum(bare.step_seconds) > 0
+
+
+def test_startup_reads_the_parts_of_a_run(tiny_config, tmp_path):
+    import startup
+
+    from jaxtune import config as config_lib
+
+    tiny_config.workdir = ""
+    (tmp_path / "config.json").write_text(config_lib.to_json(tiny_config))
+    found = startup.run(tmp_path / "config.json", tmp_path / "run", tmp_path / "cache", [])
+    assert list(found) == list(startup.SHOWN)
+    assert found["whole"] == pytest.approx(sum(found.values()) - found["whole"] - found["compile_overlapped"], rel=0.2)
+    assert any((tmp_path / "cache").rglob("*-cache"))
+
+
 # ---- step_profile ----
 
 

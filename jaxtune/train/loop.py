@@ -160,21 +160,18 @@ def train(
         now = time.perf_counter()
         took, clock = now - clock, now
         wall.lap(STEP)
+        more = flops.utilisation(took)
         if record.step == first:
             seconds["first_step"] += took
             started = wall.first_step(took_compiling, from_cache)
-            tracker.log(first, goodput.start_metrics(started))
+            more |= goodput.start_metrics(started)
             tracker.say(goodput.told(started))
         else:
             seconds["training"] += took
-            progress.timed_tokens, progress.timed_steps = (
-                progress.timed_tokens + values["tokens"],
-                progress.timed_steps + 1,
-            )
+            progress.timed_tokens += values["tokens"]
+            progress.timed_steps += 1
         wall.count(record.step, bool(values["ok"]))
-        _record(
-            config, tracker, progress, record, values | flops.utilisation(took), took, capacity, workdir, data.row_id
-        )
+        _record(config, tracker, progress, record, values | more, took, capacity, workdir, data.row_id)
 
     with stop_asked, profile:
         for batch in data.train(first, last - first):
