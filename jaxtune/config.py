@@ -212,6 +212,11 @@ def _tracking() -> ConfigDict:
     c.wandb = ""  # Weights & Biases project (extra: wandb); "" = off
     c.progress = "auto"  # auto (bar on a terminal, lines elsewhere) | bar | lines | off
     c.report = True  # write report.html and report.json at the end
+    c.profile_steps = 0  # steps to trace for xprof, into WORKDIR/profile; 0 = none
+    c.profile_start_step = (
+        5  # first of them, as metrics.jsonl counts; a resumed run traces what of them is still to come
+    )
+    c.profile_all_processes = False  # trace on every process of a multi-host run; False = on the first alone
     return c
 
 
@@ -220,6 +225,10 @@ def base() -> ConfigDict:
     config = ConfigDict()
     config.name = "run"  # shown in the report
     config.workdir = ""  # where everything goes; --workdir wins; "" = runs/NAME
+    config.compile_cache = ""  # folder (or gs://bucket/path) that keeps compiled programs for the next run; "" = as JAX_COMPILATION_CACHE_DIR says, else compiled/ beside what was fetched; "off" = none
+    config.compile_cache_gib = (
+        4.0  # GiB of it at most, the longest unused go first; a folder in Cloud Storage has no limit
+    )
     config.model, config.tune, config.data = _model(), _tune(), _data()
     config.optim, config.train, config.checkpoint = _optim(), _train(), _checkpoint()
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()

@@ -14,8 +14,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -102,6 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
     _without_accelerator()
     _distribute(values)
     from jaxtune import run
+    from jaxtune.train import compiled, goodput
 
     validation.validate(options)
     options.workdir = values.workdir or options.workdir or str(Path("runs") / options.name)
@@ -111,7 +114,11 @@ def _dispatch(arguments: list[str]) -> int:
     if values.dry_run and verb != "train":
         raise UserError(f"--dry_run goes with train, not with {verb}")
     action = run.dry_run if values.dry_run else getattr(run, verb)
-    with workdir.Folder(options.workdir, resume=verb == "train" and options.checkpoint.resume) as folder:
+    if action is run.train:
+        action = partial(run.train, began=goodput.process_began())
+    keeping = nullcontext() if verb == "plan" else compiled.kept(options)  # plans are for devices that are not here
+    resuming = verb == "train" and options.checkpoint.resume
+    with keeping, workdir.Folder(options.workdir, resume=resuming) as folder:
         action(options, folder.path)
     return 0
 
@@ -327,5 +334,13 @@ def _distribute(values: flags.FlagValues) -> None:
         jax.distributed.initialize()
 
 
+def script() -> NoReturn:
+    """The command `jaxtune`: ends as `main` says, at once, even while a step is still being compiled."""
+    code = main()
+    if "jaxtune.train.compiled" in sys.modules:
+        sys.modules["jaxtune.train.compiled"].leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import math
 import os
-import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+
+from jaxtune import report_plots
 
 _SHARES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "exact_match": "Exact match", "label_macro_f1": "Macro-F1 of labels",
@@ -26,18 +25,6 @@ _SHARES = {
 }  # fmt: skip
 _NAMES = _SHARES | {
     "label_nll": "Label NLL (nats)", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte", "rmse": "RMSE", "mrr_at_10": "MRR@10",
-}  # fmt: skip
-
-# Plots are drawn in colours that stand for these CSS variables, so that one SVG follows light and dark.
-_INK, _MUTED, _LINE, _BEFORE, _AFTER = (f"#0a0b0{i}" for i in range(1, 6))
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _BEFORE: "before", _AFTER: "after"}
-_STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 9, "text.parse_math": False,
-    "axes.edgecolor": _LINE, "axes.labelcolor": _MUTED,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlecolor": _INK, "text.color": _INK,
-    "xtick.color": _LINE, "ytick.color": _LINE, "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": _LINE, "grid.linewidth": 0.6, "axes.linewidth": 0.8,
-    "lines.solid_capstyle": "round", "lines.linewidth": 1.8,
 }  # fmt: skip
 
 
@@ -53,8 +40,10 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         `before`, `after`: {metric: estimate}; `difference`: {metric: estimate with p, test, higher_is_better};
         `beside`: {whose: {metrics, difference of after}}, of others on the same rows;
         `confusion`: {labels, before, after}, counts with answers down; `examples`: rows with `prompt, answer, before,
-        after`; `train`: {steps, trained_tokens, tokens_per_second, seconds, peak_memory_bytes}; `data`: {count: number,
+        after`; `train`: {steps, trained_tokens, tokens_per_second, mfu, seconds, peak_memory_bytes}; `data`: {count: number,
         dropped: {reason: rows}}, where names that end in `_share` are shown as percent; `seconds`: {part: seconds};
+        `start`: {seconds: {part: seconds to the first step}, compile_seconds, compile_overlapped_seconds, from_cache};
+        `wall`: {cause: seconds of the process}, "training" the productive ones; shown in place of `seconds`;
         `how_to`: (title, code) pairs; `config`: the resolved config.
     """
     folder = Path(workdir)
@@ -88,13 +77,16 @@ def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
         ],
         "has_plots": has_plots,
         "result_plots": _result_plots(facts) if has_plots else [],
-        "training_plots": _training_plots(_read(metrics_path)) if has_plots else [],
+        "training_plots": report_plots.training(_read(metrics_path)) if has_plots else [],
         "confusions": [] if has_plots else _confusion_tables(facts),
         "examples": facts.get("examples", []),
         "training": _training(facts.get("train", {})),
         "data": [(_words(key), f"{v:.1%}" if key.endswith("_share") else _number(v)) for key, v in data.items()],
         "dropped": [(reason, _number(num)) for reason, num in dropped.items()],
-        "seconds": _seconds(facts.get("seconds", {})),
+        "seconds": [] if "wall" in facts else _seconds(facts.get("seconds", {})),
+        "start": _start(facts.get("start")),
+        "wall": _wall(facts.get("wall", {})),
+        "goodput": _goodput(facts.get("wall", {})),
         "how_to": facts.get("how_to", []),
         "config": json.dumps(facts["config"], indent=2, ensure_ascii=False) if "config" in facts else "",
     }
@@ -145,6 +137,7 @@ def _training(train: Mapping[str, Any]) -> list[tuple[str, str]]:
         "trained_tokens": ("Trained tokens", _number),
         "tokens_per_second": ("Tokens per second", _number),
         "seconds": ("Time", _duration),
+        "mfu": ("Model FLOPs utilisation", "{:.1%}".format),
         "peak_memory_bytes": ("Peak memory", _size),
     }
     return [(name, form(train[key])) for key, (name, form) in forms.items() if train.get(key) is not None]
@@ -153,6 +146,40 @@ def _training(train: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _seconds(parts: Mapping[str, float]) -> list[tuple[str, str, float]]:
     most = max(parts.values(), default=0) or 1
     return [(_words(part), _duration(seconds), round(100 * seconds / most, 1)) for part, seconds in parts.items()]
+
+
+def _start(start: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows on the time to the first step: what passed on the clock, then what went on beside it."""
+    if not start:
+        return []
+    parts = {part: took for part, took in start["seconds"].items() if took >= 0.005}
+    names = {"start": "Python and JAX", "compile": "Waiting for the compiler"}
+    rows = [(names.get(part, _words(part)), _duration(took)) for part, took in parts.items()]
+    cached = ", from the cache" if start["from_cache"] else ""
+    compiling = (
+        f"{_duration(start['compile_seconds'])}, {_duration(start['compile_overlapped_seconds'])} of it meanwhile"
+    )
+    whole = sum(start["seconds"].values())
+    return [*rows, ("To the end of the first step", _duration(whole)), (f"The step compiled{cached}, in", compiling)]
+
+
+_CAUSES = {
+    "training": "Training, steps that counted", "data": "Waiting for data", "bookkeeping": "Metrics, while no step ran",
+    "checkpoint": "Checkpoints", "redone": "Steps taken again after a resume", "skipped": "Skipped steps",
+    "start": "Python and JAX", "compile": "Waiting for the compiler", "load": "Loading weights", "program": "Laying out the program",
+}  # fmt: skip
+
+
+def _wall(wall: Mapping[str, float]) -> list[tuple[str, str, str, float]]:
+    """Rows of (cause, time, share in words, share in percent); they add up to the wall time."""
+    whole = sum(wall.values()) or 1.0
+    rows = [(_CAUSES.get(cause, _words(cause)), took) for cause, took in wall.items()]
+    return [(name, _duration(took), f"{took / whole:.1%}", round(100 * took / whole, 2)) for name, took in rows]
+
+
+def _goodput(wall: Mapping[str, float]) -> str:
+    whole = sum(wall.values())
+    return f"Goodput {wall.get('training', 0) / whole:.1%} of {_duration(whole)}" if whole else ""
 
 
 def _confusion_tables(facts: Mapping[str, Any]) -> list[tuple[str, list[str], list[tuple[str, list[int]]]]]:
@@ -166,48 +193,16 @@ def _confusion_tables(facts: Mapping[str, Any]) -> list[tuple[str, list[str], li
 # Plots
 
 
-def _training_plots(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    plots = []
-    steps, losses = _series(lines, "loss")
-    eval_steps, eval_losses = _series(lines, "eval/loss")
-    if len(steps) or len(eval_steps):
-        figure, (axes,) = _figure(8, 3)
-        if len(steps):
-            axes.plot(steps, losses, color=_BEFORE, linewidth=0.7, alpha=0.45)
-            axes.plot(steps, _smooth(losses), color=_BEFORE, label="training, smoothed", marker=_dot(steps))
-        if len(eval_steps):
-            axes.plot(eval_steps, eval_losses, color=_AFTER, marker="o", markersize=4, label="validation")
-        if len(losses) > 10:  # the first steps' heights would flatten all the rest
-            axes.set_ylim(top=max([*np.quantile(losses, [0.99]), *eval_losses]) * 1.08)
-        axes.legend(loc="upper right", frameon=False, labelcolor=_INK, fontsize=9)
-        axes.set_xlabel("step")
-        final = "; ".join(
-            f"{n} ends at {v[-1]:.4g}" for n, v in (("training", losses), ("validation", eval_losses)) if len(v)
-        )
-        plots.append(_svg(figure, "Loss", f"Loss over steps: {final}", wide=True))
-    for key, title in (("learning_rate", "Learning rate"), ("tokens_per_second", "Tokens per second")):
-        steps, values = _series(lines, key)
-        if len(steps):
-            figure, (axes,) = _figure(4.2, 2.1)
-            axes.plot(steps, values, color=_BEFORE, linewidth=1.4, marker=_dot(steps))
-            axes.set_ylim(bottom=0)
-            if key == "tokens_per_second":
-                axes.yaxis.set_major_formatter("{x:,.0f}")
-            axes.set_xlabel("step")
-            plots.append(_svg(figure, title, f"{title} over steps, from {min(values):.3g} to {max(values):.3g}"))
-    return plots
-
-
 def _result_plots(facts: Mapping[str, Any]) -> list[Markup]:
     sides = {side: facts.get(side, {}) for side in ("before", "after")}
     metrics = list(dict.fromkeys([*sides["before"], *sides["after"]]))
     plots = []
     if metrics:
-        figure, all_axes = _figure(8, 0.3 + 0.72 * len(metrics), rows=len(metrics))
+        figure, all_axes = report_plots.figure(8, 0.3 + 0.72 * len(metrics), rows=len(metrics))
         for axes, metric in zip(all_axes, metrics, strict=True):
             shown = [side for side in ("after", "before") if metric in sides[side]]
             for y, side in enumerate(shown):
-                e, color = sides[side][metric], _AFTER if side == "after" else _BEFORE
+                e, color = sides[side][metric], report_plots.AFTER if side == "after" else report_plots.BEFORE
                 axes.plot([e["low"], e["high"]], [y, y], color=color, linewidth=2.2)
                 axes.plot([e["value"]], [y], "o", color=color, markersize=6.5)
             axes.set_ylim(-0.7, len(shown) - 0.3)
@@ -222,81 +217,12 @@ def _result_plots(facts: Mapping[str, Any]) -> list[Markup]:
         text = "; ".join(
             f"{row['name']} " + ", ".join(f"{s} {row[s][0]}" for s in sides if row[s]) for row in _results(facts)
         )
-        plots.append(_svg(figure, "Metrics with intervals", text, wide=True))
+        plots.append(report_plots.svg(figure, "Metrics with intervals", text, wide=True))
     confusion = facts.get("confusion") or {}
     for side in ("before", "after"):
         if confusion.get(side):
-            plots.append(_heat_map(np.asarray(confusion[side]), confusion["labels"], side))
+            plots.append(report_plots.heat_map(np.asarray(confusion[side]), confusion["labels"], side))
     return plots
-
-
-def _heat_map(counts_CC: np.ndarray, labels: Sequence[str], side: str) -> Markup:
-    """Draws a confusion matrix; a cell is as dark as its share of its row, so that rare answers show too."""
-    num = len(labels)
-    share_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
-    size = min(6.0, max(4.2, 0.5 * num + 1.2))
-    figure, (axes,) = _figure(size, size * 0.85)
-    for i, j in np.ndindex(num, num):
-        shade = 0.04 + 0.56 * share_CC[i, j]  # never so dark that the count on it is hard to read
-        axes.add_patch(_rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=_AFTER, edgecolor="none", alpha=shade))
-        if num <= 12:
-            weight = "bold" if i == j else "normal"
-            axes.text(j, i, f"{counts_CC[i, j]:,}", ha="center", va="center", color=_INK, fontweight=weight)
-    names = [label if len(label) <= 16 else f"{label[:8]}…{label[-7:]}" for label in map(str, labels)]
-    turn: dict[str, Any] = {"rotation": 90} if num > 8 else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    turn = turn if max(map(len, names)) * num > 30 else {}
-    axes.set(xlim=(-0.5, num - 0.5), ylim=(num - 0.5, -0.5), aspect="equal", xlabel="prediction", ylabel="answer")
-    axes.set_xticks(range(num), names, **turn)
-    axes.set_yticks(range(num), names)
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    right = f"{np.trace(counts_CC):,} of {counts_CC.sum():,} right"
-    return _svg(
-        figure, f"Confusion {side}: {right}", f"Confusion matrix {side}, answers down, predictions across: {right}"
-    )
-
-
-def _figure(width_inches: float, height_inches: float, rows: int = 1) -> tuple[Any, list[Any]]:
-    import matplotlib
-    from matplotlib.figure import Figure  # not pyplot: no window system, no state that outlives the page
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width_inches, height_inches), layout="constrained", facecolor="none")
-        all_axes = list(figure.subplots(rows, squeeze=False)[:, 0])
-    for axes in all_axes:
-        axes.set_facecolor("none")
-    return figure, all_axes
-
-
-def _rectangle(*args: Any, **kwargs: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(*args, **kwargs)
-
-
-def _svg(figure: Any, title: str, text: str, wide: bool = False) -> Markup:
-    """Returns an HTML figure with the plot inline: text as text, colours as CSS variables, ids its own."""
-    import matplotlib
-
-    key = re.sub(r"\W+", "-", title.lower())
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser's fonts draw it; ours only measures it
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var(--{variable})")
-    svg = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-size: \2px; font-weight: \1", svg)
-    head, body = svg[: svg.index(">") + 1], svg[svg.index(">") + 1 :]
-    view_box = re.search(r'viewBox="([^"]*)"', head)
-    assert view_box, head
-    return Markup(
-        '<figure class="{}"><figcaption>{}</figcaption><svg viewBox="{}" role="img" aria-labelledby="{key}-title">'
-        '<title id="{key}-title">{}</title>{}</figure>\n'
-    ).format("wide" if wide else "", title, view_box[1], text, Markup(body), key=key)
 
 
 # Numbers
@@ -306,23 +232,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
-
-
-def _series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Returns the centred mean over about a twentieth of the points, so that the curve does not lag."""
-    num, half = len(values), len(values) // 40
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    start, stop = np.maximum(np.arange(num) - half, 0), np.minimum(np.arange(num) + half + 1, num)
-    return (total[stop] - total[start]) / (stop - start)
-
-
-def _dot(points: Sequence[float]) -> str | None:
-    return "o" if len(points) == 1 else None  # one point makes no line
 
 
 def _name(metric: str) -> str:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import checkpoint, fetch, optim, tracking
+from jaxtune import checkpoint, fetch, optim, tracking, validation
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, readers, templates
 from jaxtune.data.formats import constant, read_examples
+from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
-from jaxtune.train import loop, start
+from jaxtune.train import compiled, goodput, loop, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -36,42 +35,41 @@ from jaxtune.weights import source
 from jaxtune.workdir import shown
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Fine-tunes, with a measurement before and after on the same held-out rows; exports and reports."""
+def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None:
+    """Fine-tunes, with a measurement before and after on the same held-out rows; exports and reports.
+
+    `began` is `time.perf_counter()` when the process started, for the account of its time; None = now.
+    """
+    wall, show, is_main = goodput.Wall(began), _progress(config), jax.process_index() == 0
     checkpoint.check_workdir(config.workdir, config.checkpoint.resume)
     tracking.check(config.tracking)
     given = config_lib.to_json(config)  # as it stands before epochs become steps: used again, it says the same
-    clock, show, is_main = _Clock(), _progress(config), jax.process_index() == 0
-    with clock("fetch"):
+    with wall("fetch"):
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
-    with clock("tokenise"):
+    with wall("tokenise"):
         reader = start.reader(config, model, tokenizer)
         rows = rows_lib.read(config, tokenizer, show, reader)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
+        validation.check_profile(config)
     if config.checkpoint.resume:
         with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
             checkpoints.check()
-    program, values = start.program(config, model)
-    start.check_length(config, program)
-    start.check_export(config, program)
+    with wall("program"):
+        program, values = start.program(config, model)
+        start.check_length(config, program)
+        start.check_export(config, program)
     if held:
         measure.check(config, held, tokenizer, program)
-    _say(config, f"{start.summary(model, program)}\n{rows_lib.summary(config, rows)}")
-    if held is None:
-        _say(config, measure.nothing_held(config))
-    with clock("load"):
-        state, frozen = start.load(config, model, program, values, show)
-    before = after = beside = None
-    if held and config.eval.before_after:
-        with clock("evaluation"):
-            before = _before(
-                config,
-                workdir,
-                measure.asked(config, held),
-                lambda: measure.measure(config, held, tokenizer, program, {**frozen, **state.params}, show, "before"),
-            )
+    lacking = [] if held else [measure.nothing_held(config)]
+    _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
+    compiling = compiled.Compiling(config, program, rows.validation is not None)
+    with wall("load"):  # while a thread compiles
+        state, frozen = start.load(config, model, program, values, compiling.watching(show))
+    with wall("evaluation"):
+        before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
+        wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = _resumed(config, workdir, checkpoints, program, state)
         if is_main:
             _write(workdir / "config.json", given + "\n")
@@ -79,24 +77,22 @@ def train(config: ConfigDict, workdir: Path) -> None:
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            data = rows_lib.for_loop(config, rows, tokenizer, program)
-            outcome = loop.train(config, program, state, frozen, data, tracker, checkpoints, workdir, remembered)
-        params = outcome.state.params
-        if outcome.progress.best_step not in (0, outcome.steps):
-            best = checkpoints.restore(program.state, outcome.progress.best_step)
-            params = best.state.params if best else params
-    if held:
-        with clock("evaluation"):
-            after = measure.measure(config, held, tokenizer, program, {**frozen, **params}, show, "after")
-            beside = measure.beside(config, held)
-    with clock("export"):
-        folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
+            arrays = (state, frozen, rows_lib.for_loop(config, rows, tokenizer, program))
+            outcome = loop.train(
+                config, program, *arrays, tracker, checkpoints, workdir, remembered, compiling, wall, loop.Flops()
+            )
+            params = _best(checkpoints, program, outcome)
+            tracker.close_console()
+            after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)
+            with wall("export"):
+                folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
+            if wall.started:  # at least one step was taken
+                tracker.log(outcome.steps - 1, wall.metrics())
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
-        seconds = clock.seconds | outcome.seconds
         found = (rows.splits, rows.train.counts, held, outcome, before, after)
-        account.write(config, workdir, account.Run(model, tokenizer, program, *found, seconds, folder, beside or {}))
+        account.write(config, workdir, account.Run(model, tokenizer, program, *found, wall, folder, beside))
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> None:
@@ -273,19 +269,6 @@ def plan(config: ConfigDict, workdir: Path) -> None:
 # ---- what the verbs share ----
 
 
-class _Clock:
-    """Adds up seconds by part of the run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
-
-
 def _progress(config: ConfigDict) -> Callable[..., Iterator[Any]]:
     return partial(tracking.progress, mode=config.tracking.progress if jax.process_index() == 0 else "off")
 
@@ -329,18 +312,43 @@ def _training_tokens(config: ConfigDict, show: Callable[..., Iterator[Any]]) -> 
     return int(steps * config.train.batch_size * config.data.max_length)
 
 
-def _before(config: ConfigDict, workdir: Path, asked: str, measured: Callable[[], tasks.Result]) -> tasks.Result:
+def _before(
+    config: ConfigDict, workdir: Path, held: measure.HeldOut | None, tokenizer: Tokenizer, program: Program, params: Params,
+    show: Any,
+) -> tasks.Result | None:  # fmt: skip
     """The untuned model's result: measured once, kept in the workdir for a run that resumes and asks the same."""
-    file = workdir / "before.json"
+    if held is None or not config.eval.before_after:
+        return None
+    file, asked = workdir / "before.json", measure.asked(config, held)
     if config.checkpoint.resume and jax.process_count() == 1 and file.exists():  # hosts may not see the same files
         kept = tasks.from_json(file.read_text(), asked)
         if kept is not None:
             return kept
         _say(config, "what is measured has changed since the run began: the untuned model is measured again")
-    result = measured()
+    result = measure.measure(config, held, tokenizer, program, params, show, "before")
     if jax.process_index() == 0:
         _write(file, tasks.to_json(result, asked))
     return result
+
+
+def _best(checkpoints: checkpoint.Checkpoints, program: Program, outcome: loop.Outcome) -> Params:
+    """The trained parameters with the lowest validation loss; the last where none was measured."""
+    best_step = outcome.progress.best_step
+    best = checkpoints.restore(program.state, best_step) if best_step not in (0, outcome.steps) else None
+    params: Params = best.state.params if best else outcome.state.params
+    return params
+
+
+def _after(
+    config: ConfigDict, held: measure.HeldOut | None, tokenizer: Tokenizer, program: Program, params: Params, show: Any,
+    wall: goodput.Wall,
+) -> tuple[tasks.Result | None, dict[str, tasks.Result]]:  # fmt: skip
+    """The trained model's result on the held-out rows, and what others make of them."""
+    if held is None:
+        return None, {}
+    with wall("evaluation"):
+        after = measure.measure(config, held, tokenizer, program, params, show, "after")
+        return after, measure.beside(config, held)
 
 
 def _resumed(

@@ -100,6 +100,13 @@ class Tracker:
         if self._console:
             self._console.say(text)
 
+    def close_console(self) -> None:
+        """Ends the bar or the lines; what is logged later goes to files alone."""
+        if self._console:
+            self._sinks.remove(self._console)
+            self._console.close()
+            self._console = None
+
     def close(self) -> None:
         """Closes every sink; later calls do nothing."""
         sinks, self._sinks, self._console = self._sinks, [], None
@@ -131,6 +138,15 @@ def set_aside(path: Path) -> Path | None:
         return None
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
     return path.rename(next(other for other in numbered if not other.exists()))
+
+
+def steps_logged(path: Path) -> int:
+    """How many steps a run has taken by its `metrics.jsonl`: its highest step and one; 0 where there is none."""
+    num = 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the last, torn by a crash
+            num = max(num, json.loads(line)["step"] + 1)
+    return num
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ _AT_LEAST: dict[str, float] = {
     "train.router_z_weight": 0, "train.log_every_steps": 1,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
     "plan.num_slices": 1, "plan.confirm": 0,
+    "tracking.profile_start_step": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -61,6 +62,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "optim.b1": (0, 0.999999), "optim.b2": (0, 0.999999), "optim.learning_rate": (0, 1e6), "optim.warmup_steps": (0, 2**31 - 1),
     "train.steps": (0, 2**31 - 1), "train.epochs": (0, 1e9), "train.seed": (0, 2**32 - 1), "generate.seed": (0, 2**32 - 1),
     "tune.alpha": (0, 1e6), "tune.lora_plus_ratio": (0, 1e6), "optim.weight_decay": (0, 1e6), "generate.temperature": (0, 1e6), "train.temperature": (1e-3, 100),
+    "tracking.profile_steps": (0, 100), "compile_cache_gib": (0.001, 1e6),
     "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
     "plan.efficiency": (0.01, 1),
 }  # fmt: skip
@@ -101,6 +103,7 @@ def validate(config: ConfigDict) -> None:
         if not lookup(config, key) > 0:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
+    check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
     if config.train.patience and not config.train.eval_every_steps:
@@ -124,6 +127,21 @@ def validate(config: ConfigDict) -> None:
     if config.data.mask_token_share + config.data.mask_random_share > 1:
         raise UserError(
             "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
+        )
+
+
+def check_profile(config: ConfigDict) -> None:
+    """Refuses to trace steps that the run will not take; says nothing while epochs have not become steps.
+
+    Raises:
+      UserError: with the steps.
+    """
+    first, last, steps = config.tracking.profile_start_step, config.train.steps, config.tracking.profile_steps
+    if steps and 0 < last < first + steps:
+        raise UserError(
+            f"tracking.profile_steps={steps} from tracking.profile_start_step={first} on: the run has {last} steps, 0 to {last - 1}; "
+            f"set tracking.profile_start_step={max(0, last - steps)} or less"
+            + (f" and tracking.profile_steps={last}" if steps > last else "")
         )
 
 

@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             # A part's own last line break belongs to the boundary, so only one is cut from the content.
             content = body.split(mark)[2].lstrip(b"\r\n").split(b"\n\n" if b"\r\n\r\n" not in body else b"\r\n\r\n", 1)
             head = parts[0][-1] if len(parts[0]) > 1 else parts[0][0].split(b"\n\n", 1)[1]
-            return self._answer(200, self.bucket.put(json.loads(head)["name"], re.sub(rb"\r?\n$", b"", content[1])))
+            return self._answer(200, self.bucket.put(json.loads(head)["name"], re.sub(rb"\r?\n\Z", b"", content[1])))
         name = asked["name"]
         held = self.bucket.objects.get(name, (0, b""))[0]
         if asked.get("ifGenerationMatch", str(held)) != str(held):

@@ -673,7 +673,9 @@ def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path: Path, tiny_model: Pa
     run.set("train.on_nonfinite=skip")
     assert launch.main(run.arguments()) == 0
     lines = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [1, 1]
+    assert [line["skipped"] for line in lines if "loss" in line] == [1, 1]
+    assert lines[-1]["goodput/share"] == 0
+    assert lines[-1]["goodput/skipped_seconds"] > 0
     assert lines[0]["learning_rate"] == lines[1]["learning_rate"], "a skipped step moves no schedule"
 
 

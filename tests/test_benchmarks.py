@@ -119,14 +119,14 @@ def test_ratios_are_to_the_faster_peer():
     assert "= 2.50 x PyTorch + PEFT loop (float32)" in best
 
 
-def test_a_row_is_recorded_under_its_table(tmp_path, monkeypatch):
+def test_a_row_is_recorded_under_its_table(tmp_path):
     import cpu_vs_trl
+    import table
 
-    monkeypatch.setattr(cpu_vs_trl, "version", lambda name: "1.0")
     path = tmp_path / "benchmarks.md"
-    path.write_text(cpu_vs_trl.RECORD.read_text())
+    path.write_text(table.RECORD.read_text())
     cpu_vs_trl.record(_results(), path)
-    above, row = path.read_text().split(cpu_vs_trl.MARK)[0].splitlines()[-2:]
+    above, row = path.read_text().split(table.mark("cpu_vs_trl.py"))[0].splitlines()[-2:]
     assert row.endswith("| 150 (1.0 GiB) | 300 (1.0 GiB) | 100 (1.0 GiB) | 10 (1.0 GiB) | 120 (1.0 GiB) | 20 (1.0 GiB) | 2.50 |")  # fmt: skip
     assert above.count("|") == row.count("|")
 
@@ -140,6 +140,54 @@ def test_without_torch_it_says_what_to_install(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "needs torch" in message
     assert "requirements-oracle.lock" in message
+
+
+# ---- loader, loop_overhead ----
+
+
+def test_rows_are_joined_end_to_end():
+    import loader
+
+    from jaxtune.data.batches import Rows
+
+    rows = Rows(np.arange(10, dtype=np.int32), np.ones(10, "f4"), np.array([0, 3, 4, 8, 9, 10]), list("abcde"))
+    joined = loader.joined(rows, 2)
+    assert joined.offsets.tolist() == [0, 4, 9]
+    assert (joined.tokens.tolist(), len(joined)) == (list(range(9)), 2)
+
+
+def test_the_bare_step_runs_between_steps_of_the_loop_and_not_before_the_first(monkeypatch):
+    import loop_overhead
+
+    from jaxtune.train.compiled import Compiled
+
+    ran: list[str] = []
+
+    def run(state, frozen, batch):
+        ran.append(batch)
+        return state + 1, {"loss": jnp.float32(0)}
+
+    monkeypatch.setattr(loop_overhead, "EVERY_STEPS", 2)
+    monkeypatch.setattr(loop_overhead, "BARE_STEPS", 1)
+    bare, state = loop_overhead.Bare(Compiled(run, 0.0, False), 0, {}, "resident"), 0
+    for batch in bare.between(iter("abcd")):
+        state, _ = bare.step().run(state, {}, batch)
+    assert ran == ["a", "b", "resident", "c", "d"]
+    assert (len(bare.step_seconds), state) == (1, 4)
+    assert bare.paused_seconds >= sum(bare.step_seconds) > 0
+
+
+def test_startup_reads_the_parts_of_a_run(tiny_config, tmp_path):
+    import startup
+
+    from jaxtune import config as config_lib
+
+    tiny_config.workdir = ""
+    (tmp_path / "config.json").write_text(config_lib.to_json(tiny_config))
+    found = startup.run(tmp_path / "config.json", tmp_path / "run", tmp_path / "cache", [])
+    assert list(found) == list(startup.SHOWN)
+    assert found["whole"] == pytest.approx(sum(found.values()) - found["whole"] - found["compile_overlapped"], rel=0.2)
+    assert any((tmp_path / "cache").rglob("*-cache"))
 
 
 # ---- step_profile ----

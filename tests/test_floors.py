@@ -10,7 +10,7 @@ from jaxtune.models import FAMILIES
 
 ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
-    {"config", "registry", "types", "fetch", "archives", "indexes", "validation", "workdir"},
+    {"config", "registry", "types", "report_plots", "fetch", "archives", "indexes", "validation", "workdir"},
     {"sharding", "models", "data"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},

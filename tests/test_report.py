@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtune import report
+from jaxtune import report, report_plots
 from jaxtune.evals.statistics import Estimate
 
 EVIL = "<script>alert('x')</script> & \"$\\frac{1\" 日本"
@@ -102,6 +102,18 @@ def test_page_has_every_part_and_asks_nobody_for_anything(tmp_path):
         assert part in words, part
 
 
+def test_every_second_has_a_cause_on_the_page(tmp_path):
+    wall = {"training": 75.0, "data": 5.0, "start": 20.0}
+    start = {"seconds": {"start": 20.0, "load": 3.0, "compile": 1.5, "first_step": 0.5}, "compile_seconds": 4.5,
+             "compile_overlapped_seconds": 3.0, "from_cache": True}  # fmt: skip
+    words = " ".join(Page(_write(tmp_path, FACTS | {"wall": wall, "start": start})).words)
+    for part in ("Goodput 75.0% of 1 min 40 s", "Waiting for data", "5.0%", "To the end of the first step", "25.0 s",
+                 "from the cache", "4.5 s, 3.0 s of it meanwhile"):  # fmt: skip
+        assert part in words, part
+    assert "5 min 40 s" not in words, "the wall time takes the place of the run's parts"
+    assert json.loads((tmp_path / "report.json").read_text())["wall"] == wall
+
+
 def test_json_holds_plain_numbers(tmp_path):
     _write(tmp_path, FACTS | {"after": {"accuracy": Estimate(0.8, float("nan"), 0.85)}})
     found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
@@ -159,8 +171,8 @@ def test_every_part_may_be_missing(tmp_path):
 
 def test_smoothing_keeps_a_straight_line_and_does_not_lag():
     line = np.linspace(3, 1, 200)
-    np.testing.assert_allclose(report._smooth(line)[10:-10], line[10:-10])
-    assert np.std(report._smooth(np.random.default_rng(0).normal(size=400))) < 0.35
+    np.testing.assert_allclose(report_plots._smooth(line)[10:-10], line[10:-10])
+    assert np.std(report_plots._smooth(np.random.default_rng(0).normal(size=400))) < 0.35
 
 
 def test_without_matplotlib_the_page_says_so_and_has_tables(tmp_path):

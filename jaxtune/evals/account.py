@@ -14,8 +14,9 @@ from jaxtune.data import bm25, pipeline
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, tasks
 from jaxtune.models import reading
-from jaxtune.train import loop
+from jaxtune.train import goodput, loop
 from jaxtune.train import state as state_lib
+from jaxtune.train.goodput import Wall
 from jaxtune.train.state import Program
 from jaxtune.weights import source
 from jaxtune.workdir import shown
@@ -37,7 +38,7 @@ def table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
 class Run(NamedTuple):
     """All that an account is made from.
 
-    `data_counts` are rows and tokens by kind; `folder` holds the result; `beside` is what others make of the same rows.
+    `data_counts` are rows and tokens by kind; `wall` the process's stopwatch; `folder` holds the result; `beside` is what others make of the same rows.
     """
 
     model: source.Model
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     outcome: loop.Outcome
     before: tasks.Result | None
     after: tasks.Result | None
-    seconds: dict[str, float]
+    wall: Wall
     folder: Path
     beside: dict[str, tasks.Result]
 
@@ -75,7 +76,7 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
             "confusion": _confusion(before, after),
             "train": _training(run),
             "data": _data(run),
-            "seconds": {part: round(value, 2) for part, value in run.seconds.items()},
+            **_time(run),
             "how_to": _how_to(config, run.model, place),
             "config": config.to_dict(),
             "examples": _examples(run.held, before, after, run.tokenizer),
@@ -108,11 +109,31 @@ def _training(run: Run) -> dict[str, Any]:
         "steps": run.outcome.steps,
         "trained_tokens": told.trained_tokens,
         "tokens_per_second": round(run.outcome.tokens_per_second, 1),
-        "seconds": round(run.seconds["first_step"] + run.seconds["training"], 2),
+        "seconds": round(run.outcome.seconds["first_step"] + run.outcome.seconds["training"], 2),
         "peak_memory_bytes": _peak_memory_bytes(),
+        "mfu": run.outcome.mfu,
         "best_step": told.best_step,
         "best_validation_loss": told.best_loss,
     }
+
+
+_PARTS = ("fetch", "tokenise", "load", "evaluation", "export")  # of a run; the loop counts the others
+
+
+def _time(run: Run) -> dict[str, Any]:
+    """`seconds` by part of the run, what it was resumed from included; `start` and `wall` of this process."""
+    account, started = run.wall.account(), run.wall.started
+    parts = {part: account[part] for part in _PARTS if part in account} | run.outcome.seconds
+    times = {"seconds": {part: round(took, 2) for part, took in parts.items()}}
+    if started is None:
+        return times
+    start = {
+        "seconds": {part: round(took, 3) for part, took in started.seconds.items()},
+        "compile_seconds": round(started.compile_seconds, 3),
+        "compile_overlapped_seconds": round(goodput.overlapped_seconds(started), 3),
+        "from_cache": started.from_cache,
+    }
+    return times | {"start": start, "wall": {cause: round(took, 3) for cause, took in account.items()}}
 
 
 def _data(run: Run) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from jax.experimental import multihost_utils
 from jaxtune import sharding
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import ConfigDict
+from jaxtune.train import goodput, profiling
 from jaxtune.train import step as step_lib
+from jaxtune.train.compiled import Compiling
+from jaxtune.train.goodput import STEP, Wall
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import Batch, UserError
 
@@ -52,6 +55,7 @@ class Progress:
     tokens: int = 0
     capacity_tokens: int = 0  # tokens that the batches had room for
     timed_tokens: int = 0  # tokens of the steps that seconds["training"] counts
+    timed_steps: int = 0  # those steps
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # of this run and those that it goes on from
     skipped_steps: int = 0
     skipped_in_row: int = 0
@@ -70,12 +74,35 @@ class Outcome(NamedTuple):
     tokens_per_second: float
     padding_share: float
     seconds: dict[str, float]
+    mfu: float | None  # model FLOPs utilisation; None where FLOPs or the devices' peak are not known
+
+
+class Flops(NamedTuple):
+    """What model FLOPs utilisation is made of; None = not known.
+
+    `per_step` is the model's own arithmetic in one optimizer step, over all devices; `peak` what they could do in a second.
+    """
+
+    per_step: float | None = None
+    peak: float | None = None
+
+    def utilisation(self, seconds: float) -> dict[str, float]:
+        """The share of the peak that a step of so many seconds reached, as a metric."""
+        return {"mfu": self.per_step / seconds / self.peak} if self.per_step and self.peak else {}
+
+
+_UNKNOWN = Flops()
 
 
 class _Pending(NamedTuple):
     step: int
     metrics: dict[str, jax.Array]
     batch: Batch
+
+
+def _idle(pending: _Pending | None) -> bool:
+    """Whether the device has nothing to do: no step was dispatched, or it has ended."""
+    return pending is None or bool(pending.metrics["loss"].is_ready())  # type: ignore[attr-defined]
 
 
 def train(
@@ -88,10 +115,18 @@ def train(
     checkpoints: Checkpoints,
     workdir: Path,
     progress: Progress,
+    compiling: Compiling | None = None,
+    wall: Wall | None = None,
+    flops: Flops = _UNKNOWN,
 ) -> Outcome:
     """Trains from `state.step` to `config.train.steps`; a run that had stopped early stays as it is.
 
     The metrics of a step are fetched after the next one was dispatched, so the device never waits for the host.
+
+    Args:
+      compiling: the step on its way, if that has begun.
+      wall: the stopwatch of the process; what follows goes to it.
+      flops: of a step, and of the devices.
 
     Raises:
       UserError: a step's loss or gradient was not finite, or its loss exploded (with `on_nonfinite="stop"`; with "skip",
@@ -101,20 +136,17 @@ def train(
     first, last = int(state.step), config.train.steps
     for part in ("compile", "first_step", "training", "validation"):
         progress.seconds.setdefault(part, 0.0)
-    seconds, done = progress.seconds, first
+    seconds, done, wall = progress.seconds, first, wall or Wall()
     if _stops_early(config, progress):
-        return _outcome(state, progress, first)
+        return _outcome(state, progress, first, flops)
     fields, batch_size = step_lib.fields(config, program), config.train.batch_size
     capacity = step_lib.capacity_tokens(config, program)
-    started = time.perf_counter()
-    run_step = (
-        step_lib.make(config, program)
-        .lower(program.state, program.frozen, step_lib.abstract_batch(config, program))
-        .compile()
-    )
-    evaluate = _evaluator(config, program, data)
-    seconds["compile"] += time.perf_counter() - started
-    stop_asked, saver = _Signals(), _Saver(config)
+    compiling = compiling or Compiling(config, program, data.validation is not None)
+    with wall("compile"):
+        run_step, took_compiling, from_cache = compiling.step()
+    seconds["compile"] += took_compiling
+    evaluate = _evaluator(config, program, data, compiling)
+    stop_asked, saver, profile = _Signals(), _Saver(config), profiling.Profile(config, workdir, tracker.say, first)
     pending: _Pending | None = None
     clock, stopped_early = time.perf_counter(), False
 
@@ -127,18 +159,33 @@ def train(
         values = {name: np.asarray(value).item() for name, value in record.metrics.items()}
         now = time.perf_counter()
         took, clock = now - clock, now
+        wall.lap(STEP)
+        more = flops.utilisation(took)
         if record.step == first:
             seconds["first_step"] += took
+            started = wall.first_step(took_compiling, from_cache)
+            more |= goodput.start_metrics(started)
+            tracker.say(goodput.told(started))
         else:
             seconds["training"] += took
             progress.timed_tokens += values["tokens"]
-        _record(config, tracker, progress, record, values, took, capacity, workdir, data.row_id)
+            progress.timed_steps += 1
+        wall.count(record.step, bool(values["ok"]))
+        _record(config, tracker, progress, record, values | more, took, capacity, workdir, data.row_id)
 
-    with stop_asked:
+    with stop_asked, profile:
         for batch in data.train(first, last - first):
             step = done
+            if profile.is_due(step):
+                settle()
+                wall.lap("bookkeeping")
+                profile.turn()
+                wall.lap("profile")
+                clock = time.perf_counter()
             arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, batch_size)
-            state, metrics = run_step(state, frozen, arrays)
+            wall.lap("data" if _idle(pending) else STEP)
+            with profile.marked(step):
+                state, metrics = run_step(state, frozen, arrays)
             settle()  # step n - 1, while step n runs
             pending = _Pending(step, metrics, batch)
             done = step + 1
@@ -147,47 +194,50 @@ def train(
                 done == last or (config.train.eval_every_steps and done % config.train.eval_every_steps == 0)
             ):
                 settle()
-                began = time.perf_counter()
+                wall.lap("bookkeeping")
                 eval_loss = _validate(config, evaluate, state, frozen, tracker, progress, done)
-                seconds["validation"] += time.perf_counter() - began
+                seconds["validation"] += wall.lap("validation")
                 clock = time.perf_counter()
                 stopped_early = _stops_early(config, progress)
                 if stopped_early:
-                    best = (
-                        ""
-                        if progress.best_loss is None
-                        else f" on step {progress.best_step}'s {progress.best_loss:.4f}"
-                    )
-                    progress.notices.append(
-                        f"Stopped early after step {done}: validation loss had not improved{best} for "
-                        f"{config.train.patience} evaluations."
-                    )
+                    progress.notices.append(_early(config, progress, done))
             interrupted = stop_asked.now(done)
             if saver.due(done, final=done == last or stopped_early or interrupted, best=progress.best_step == done):
                 settle()
+                wall.lap("bookkeeping")
                 # One that is not a number would compare as the best.
                 loss = eval_loss if eval_loss is not None and np.isfinite(eval_loss) else None
                 checkpoints.save(done, state, dataclasses.asdict(progress), loss)
+                wall.lap("checkpoint")
                 clock = time.perf_counter()
             if interrupted and done < last:
-                settle()
                 checkpoints.wait()
+                wall.lap("checkpoint")
+                tracker.log(done - 1, wall.metrics())
                 raise Preempted(f"stopped by {stop_asked.by} after step {done} of {last}; saved")
             if stopped_early:
                 break
-    settle()
-    checkpoints.wait()
-    return _outcome(state, progress, done)
+            wall.lap("bookkeeping" if _idle(pending) else STEP)
+        settle()
+    with wall("checkpoint"):
+        checkpoints.wait()
+    return _outcome(state, progress, done, flops)
+
+
+def _early(config: ConfigDict, progress: Progress, done: int) -> str:
+    best = "" if progress.best_loss is None else f" on step {progress.best_step}'s {progress.best_loss:.4f}"
+    return f"Stopped early after step {done}: validation loss had not improved{best} for {config.train.patience} evaluations."
 
 
 def _stops_early(config: ConfigDict, progress: Progress) -> bool:
     return bool(config.train.patience) and progress.evals_without_better >= config.train.patience
 
 
-def _outcome(state: State, progress: Progress, steps: int) -> Outcome:
+def _outcome(state: State, progress: Progress, steps: int, flops: Flops) -> Outcome:
     timed, capacity = progress.seconds["training"], progress.capacity_tokens
     rate = progress.timed_tokens / timed if timed else 0.0
-    return Outcome(state, progress, steps, rate, 1 - progress.tokens / max(1, capacity), progress.seconds)
+    mfu = flops.utilisation(timed / progress.timed_steps).get("mfu") if progress.timed_steps else None
+    return Outcome(state, progress, steps, rate, 1 - progress.tokens / max(1, capacity), progress.seconds, mfu)
 
 
 def _record(
@@ -240,14 +290,17 @@ def _record(
     )
 
 
-def _evaluator(config: ConfigDict, program: Program, data: Data) -> Callable[[Params, Params], dict[str, float]] | None:
+def _evaluator(
+    config: ConfigDict, program: Program, data: Data, compiling: Compiling
+) -> Callable[[Params, Params], dict[str, float]] | None:
     """Returns a function of (params, frozen) -> validation metrics, or None without validation rows."""
     if data.validation is None:
         return None
-    run, fields, batches = step_lib.make_eval(config, program), step_lib.fields(config, program), data.validation
+    fields, batches = step_lib.fields(config, program), data.validation
 
     def evaluate(params: Params, frozen: Params) -> dict[str, float]:
         sums: list[Any] = []
+        run = compiling.evaluate().run
         for batch in batches():
             arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, config.train.batch_size)
             sums.append(run(params, frozen, arrays))

@@ -166,13 +166,28 @@ def _reader(path: Path) -> Any:
     if magic != b"GGUF":
         raise UserError(f"{path} is not a GGUF file: it begins with {magic!r}, expected b'GGUF'")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _plain_reader(gguf)(path)
         for tensor in reader.tensors:
             if tensor.data_offset + tensor.n_bytes > reader.data.nbytes:
                 raise ValueError(f"{tensor.name!r} ends past the end of the file")
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise UserError(f"{path} is cut short or damaged: {error}; fetch it again") from error
     return reader
+
+
+def _plain_reader(gguf: Any) -> Any:
+    """gguf's reader over a plain array: each of its 100,000 little slices of a memmap would make another memmap, slowly."""
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> np.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: np.ndarray) -> None:
+            self._plain = np.asarray(mapped)
+
+    return Reader
 
 
 # ---- llama ----

@@ -21,9 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune import sharding
 from jaxtune.models import naming
 from jaxtune.types import UserError, nearest
+from jaxtune.weights import blocks
+from jaxtune.weights.shards import Shard
 
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
-_BLOCK_BYTES = 32 << 20  # a tensor is read, cast and transposed in blocks of rows of about this size
 _IGNORED = (
     "rotary_emb.inv_freq",
     ".masked_bias",
@@ -70,7 +71,7 @@ class Folder:
             if not isinstance(files, dict) or not files:
                 raise UserError(f"{index} has no weight_map: download it again")
         elif (path / "model.safetensors").is_file():
-            files = dict.fromkeys(_open(path / "model.safetensors").keys(), "model.safetensors")
+            files = dict.fromkeys(Shard(path / "model.safetensors").names(), "model.safetensors")
         else:
             has = ", ".join(sorted(p.name for p in path.iterdir())[:8])
             raise UserError(
@@ -80,31 +81,16 @@ class Folder:
         for file in sorted(set(self._files.values())):
             if not file.is_file():
                 raise UserError(f"{index.name} names the shard {file.name}, which is not in {path}: download it again")
+        self._shard = cache(Shard)  # a file is opened when its first tensor is asked for
 
     def names(self) -> list[str]:
         return sorted(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with _open(self._files[name]) as file:
-            if name not in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                raise UserError(
-                    f"{self._files[name]} lacks the tensor {name!r} that its index places there: download it again"
-                )
-            return tuple(file.get_slice(name).get_shape())
+        return self._shard(self._files[name]).shape(name)
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        # Opened anew for each read: a mapped page stays in this process's memory for as long as the file is open.
-        with _open(self._files[name]) as file:
-            return file.get_slice(name)[rows]
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+        return self._shard(self._files[name]).read(name, rows)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -186,13 +172,14 @@ def load(
     if new_head:
         table, source, arrays = _without_head(source, table, targets)
     check_names(source, table, {path: target.shape for path, target in targets.items()})
+    scratch = blocks.Scratch()
     for name, (weight, place) in (progress or _silent)(table.items(), len(table), "loading weights"):
         target = targets[weight.ours]
         if place and weight.ours not in arrays:
             arrays[weight.ours] = _zeros(target.shape, target.dtype, target.sharding)()
         depth = len(place)
         where = NamedSharding(target.sharding.mesh, PartitionSpec(*tuple(target.sharding.spec)[depth:]))
-        tensor = _tensor(source, name, weight, target.shape[depth:], target.dtype, where)
+        tensor = _tensor(source, name, weight, target.shape[depth:], target.dtype, where, scratch if place else None)
         if place:
             tensor = jax.block_until_ready(_set_at(arrays[weight.ours], tensor, place))
         arrays[weight.ours] = tensor
@@ -266,41 +253,38 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable
 
 @partial(jax.jit, donate_argnums=0)
 def _set_at(stacked: jax.Array, tensor: jax.Array, place: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(stacked, tensor[(None,) * len(place)], (*place, *[0] * tensor.ndim))
+    def put(stacked: jax.Array, tensor: jax.Array, *place: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice(stacked, tensor[(None,) * len(place)], (*place, *[0] * tensor.ndim))
+
+    def put_bits(stacked: jax.Array, tensor: jax.Array, *place: Any) -> jax.Array:
+        as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+        return jax.lax.bitcast_convert_type(put(as_bits(stacked), as_bits(tensor), *place), stacked.dtype)
+
+    # A CPU has no bfloat16 to XLA, which turns the numbers into float32 and back: 16 times slower than moving their bits.
+    on_cpu = put_bits if stacked.dtype == jnp.bfloat16 else put
+    return jax.lax.platform_dependent(stacked, tensor, *place, cpu=on_cpu, default=put)
 
 
 def _tensor(
-    source: Source, name: str, weight: naming.Weight, shape: tuple[int, ...], dtype: Any, where: NamedSharding
-) -> jax.Array:
-    """One tensor as an array in our orientation."""
-    on_disk = source.shape(name)
-    step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(on_disk[1:]))))
+    source: Source, name: str, weight: naming.Weight, shape: tuple[int, ...], dtype: Any, where: NamedSharding,
+    scratch: blocks.Scratch | None = None,
+) -> jax.Array:  # fmt: skip
+    """One tensor as an array in our orientation; of each region that this process's devices hold, one copy is read.
 
-    def region(index: Any) -> np.ndarray:
-        bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-        out = _aligned([stop - start for start, stop in bounds], dtype)
-        if weight.shape:  # dims of size 1, in small tensors
-            out[...] = source.read(name).reshape(shape)[tuple(slice(*b) for b in bounds)]
-            return out
-        theirs, view = bounds, out
-        if weight.transpose:
-            theirs, view = [*bounds[:-2], bounds[-1], bounds[-2]], np.swapaxes(out, -1, -2)
-        (first, last), rest = theirs[0], tuple(slice(*b) for b in theirs[1:])
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            view[start - first : stop - first] = source.read(name, slice(start, stop))[(slice(None), *rest)]
-        return out
+    In `scratch` it lasts until the next one.
+    """
 
-    return jax.make_array_from_callback(shape, where, region)
+    def bounds(index: Any) -> blocks.Bounds:
+        return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
-
-def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """An uninitialised array on a 64-byte boundary, which JAX's CPU client takes over without a copy."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    if weight.shape:  # dims of size 1, in small tensors
+        whole = source.read(name).reshape(shape).astype(dtype)
+        return jax.make_array_from_callback(shape, where, lambda index: whole[index])
+    wanted = dict.fromkeys(map(bounds, where.addressable_devices_indices_map(shape).values()))
+    found = blocks.regions(
+        partial(source.read, name), source.shape(name), list(wanted), dtype, weight.transpose, scratch
+    )
+    return jax.make_array_from_callback(shape, where, lambda index: found[bounds(index)])
 
 
 def tensors(

@@ -1,0 +1,144 @@
+"""The report's plots: SVG that stands in the page, in its colours, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+# Plots are drawn in colours that stand for these CSS variables, so that one SVG follows light and dark.
+INK, _MUTED, _LINE, BEFORE, AFTER = (f"#0a0b0{i}" for i in range(1, 6))
+_VARIABLES = {INK: "ink", _MUTED: "muted", _LINE: "line", BEFORE: "before", AFTER: "after"}
+_STYLE: Any = {
+    "svg.fonttype": "none", "font.size": 9, "text.parse_math": False,
+    "axes.edgecolor": _LINE, "axes.labelcolor": _MUTED,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlecolor": INK, "text.color": INK,
+    "xtick.color": _LINE, "ytick.color": _LINE, "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": _LINE, "grid.linewidth": 0.6, "axes.linewidth": 0.8,
+    "lines.solid_capstyle": "round", "lines.linewidth": 1.8,
+}  # fmt: skip
+
+
+def training(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Draws loss, learning rate and speed over the steps of a metrics.jsonl."""
+    plots = []
+    steps, losses = _series(lines, "loss")
+    eval_steps, eval_losses = _series(lines, "eval/loss")
+    if len(steps) or len(eval_steps):
+        canvas, (axes,) = figure(8, 3)
+        if len(steps):
+            axes.plot(steps, losses, color=BEFORE, linewidth=0.7, alpha=0.45)
+            axes.plot(steps, _smooth(losses), color=BEFORE, label="training, smoothed", marker=_dot(steps))
+        if len(eval_steps):
+            axes.plot(eval_steps, eval_losses, color=AFTER, marker="o", markersize=4, label="validation")
+        if len(losses) > 10:  # the first steps' heights would flatten all the rest
+            axes.set_ylim(top=max([*np.quantile(losses, [0.99]), *eval_losses]) * 1.08)
+        axes.legend(loc="upper right", frameon=False, labelcolor=INK, fontsize=9)
+        axes.set_xlabel("step")
+        final = "; ".join(
+            f"{n} ends at {v[-1]:.4g}" for n, v in (("training", losses), ("validation", eval_losses)) if len(v)
+        )
+        plots.append(svg(canvas, "Loss", f"Loss over steps: {final}", wide=True))
+    for key, title in (("learning_rate", "Learning rate"), ("tokens_per_second", "Tokens per second")):
+        steps, values = _series(lines, key)
+        if len(steps):
+            canvas, (axes,) = figure(4.2, 2.1)
+            axes.plot(steps, values, color=BEFORE, linewidth=1.4, marker=_dot(steps))
+            axes.set_ylim(bottom=0)
+            if key == "tokens_per_second":
+                axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.set_xlabel("step")
+            plots.append(svg(canvas, title, f"{title} over steps, from {min(values):.3g} to {max(values):.3g}"))
+    return plots
+
+
+def heat_map(counts_CC: np.ndarray, labels: Sequence[str], side: str) -> Markup:
+    """Draws a confusion matrix; a cell is as dark as its share of its row, so that rare answers show too."""
+    num = len(labels)
+    share_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
+    size = min(6.0, max(4.2, 0.5 * num + 1.2))
+    canvas, (axes,) = figure(size, size * 0.85)
+    for i, j in np.ndindex(num, num):
+        shade = 0.04 + 0.56 * share_CC[i, j]  # never so dark that the count on it is hard to read
+        axes.add_patch(_rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=AFTER, edgecolor="none", alpha=shade))
+        if num <= 12:
+            weight = "bold" if i == j else "normal"
+            axes.text(j, i, f"{counts_CC[i, j]:,}", ha="center", va="center", color=INK, fontweight=weight)
+    names = [label if len(label) <= 16 else f"{label[:8]}…{label[-7:]}" for label in map(str, labels)]
+    turn: dict[str, Any] = {"rotation": 90} if num > 8 else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    turn = turn if max(map(len, names)) * num > 30 else {}
+    axes.set(xlim=(-0.5, num - 0.5), ylim=(num - 0.5, -0.5), aspect="equal", xlabel="prediction", ylabel="answer")
+    axes.set_xticks(range(num), names, **turn)
+    axes.set_yticks(range(num), names)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    right = f"{np.trace(counts_CC):,} of {counts_CC.sum():,} right"
+    return svg(
+        canvas, f"Confusion {side}: {right}", f"Confusion matrix {side}, answers down, predictions across: {right}"
+    )
+
+
+def figure(width_inches: float, height_inches: float, rows: int = 1) -> tuple[Any, list[Any]]:
+    """Returns an empty figure and its axes, one below another."""
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: no window system, no state that outlives the page
+
+    with matplotlib.rc_context(_STYLE):
+        made = Figure(figsize=(width_inches, height_inches), layout="constrained", facecolor="none")
+        all_axes = list(made.subplots(rows, squeeze=False)[:, 0])
+    for axes in all_axes:
+        axes.set_facecolor("none")
+    return made, all_axes
+
+
+def _rectangle(*args: Any, **kwargs: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(*args, **kwargs)
+
+
+def svg(drawn: Any, title: str, text: str, wide: bool = False) -> Markup:
+    """Returns an HTML figure with the plot inline: text as text, colours as CSS variables, ids its own."""
+    import matplotlib
+
+    key = re.sub(r"\W+", "-", title.lower())
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser's fonts draw it; ours only measures it
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    picture = buffer.getvalue()
+    picture = re.sub(r"<metadata>.*?</metadata>", "", picture[picture.index("<svg") :], flags=re.DOTALL)
+    picture = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", picture)
+    for color, variable in _VARIABLES.items():
+        picture = picture.replace(color, f"var(--{variable})")
+    picture = re.sub(r"font: (?:(bold|700) )?([\d.]+)px [^;\"]*", r"font-size: \2px; font-weight: \1", picture)
+    head, body = picture[: picture.index(">") + 1], picture[picture.index(">") + 1 :]
+    view_box = re.search(r'viewBox="([^"]*)"', head)
+    assert view_box, head
+    return Markup(
+        '<figure class="{}"><figcaption>{}</figcaption><svg viewBox="{}" role="img" aria-labelledby="{key}-title">'
+        '<title id="{key}-title">{}</title>{}</figure>\n'
+    ).format("wide" if wide else "", title, view_box[1], text, Markup(body), key=key)
+
+
+def _series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Returns the centred mean over about a twentieth of the points, so that the curve does not lag."""
+    num, half = len(values), len(values) // 40
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    start, stop = np.maximum(np.arange(num) - half, 0), np.minimum(np.arange(num) + half + 1, num)
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _dot(points: Sequence[float]) -> str | None:
+    return "o" if len(points) == 1 else None  # one point makes no line
