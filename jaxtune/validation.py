@@ -49,7 +49,7 @@ _AT_LEAST: dict[str, float] = {
     "train.eval_every_steps": 0,
     "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
     "train.router_z_weight": 0, "train.log_every_steps": 1,
-    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
+    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -59,6 +59,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "train.steps": (0, 2**31 - 1), "train.epochs": (0, 1e9), "train.seed": (0, 2**32 - 1), "generate.seed": (0, 2**32 - 1),
     "tune.alpha": (0, 1e6), "tune.lora_plus_ratio": (0, 1e6), "optim.weight_decay": (0, 1e6), "generate.temperature": (0, 1e6), "train.temperature": (1e-3, 100),
     "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
+    "mesh.max_unsharded": (0, 1),
 }  # fmt: skip
 
 _ABOVE_ZERO = {

@@ -10,7 +10,7 @@ from jaxtune.models import FAMILIES
 
 ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
-    {"config", "registry", "types", "fetch", "archives", "indexes", "validation", "workdir"},
+    {"config", "registry", "types", "fetch", "archives", "indexes", "validation", "workdir", "hosts"},
     {"sharding", "models", "data"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},
@@ -28,6 +28,7 @@ TOGETHER = {
     "registry": {"types"},
     "archives": {"types"},
     "workdir": {"types"},
+    "hosts": {"types"},
 }
 
 

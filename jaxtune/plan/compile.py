@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import sharding
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
 from jaxtune.plan.chips import chip_of
-from jaxtune.train import start, state, step
+from jaxtune.train import layout, start, state, step
 from jaxtune.types import UserError
 
 
@@ -77,9 +76,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
     Peak HBM = arguments + temporaries + outputs that are not donated arguments + the program itself.
     """
     devices, chip = topology_devices(config.plan.topology), chip_of(config.plan.topology)
-    mesh = sharding.make_mesh(config, devices)
-    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
-    program = state.abstract(config, hf_config, mesh, max(1, config.train.steps), adapter)
+    program = layout.program(config, hf_config, devices, adapter)
     start.check_length(config, program)
     started = time.perf_counter()
     lowered = step.make(config, program).lower(program.state, program.frozen, step.abstract_batch(config, program))
@@ -99,7 +96,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         topology=config.plan.topology,
         num_chips=len(devices) // chip.devices,
         num_devices=len(devices),
-        mesh=dict(mesh.shape),
+        mesh=dict(program.mesh.shape),
         peak_hbm_bytes=peak,
         hbm_bytes=hbm,
         fits=peak <= hbm,

@@ -6,6 +6,7 @@ plan compiles exactly what training runs.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtune import optim, registry, sharding
 from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
-from jaxtune.models import FAMILIES, layers
+from jaxtune.models import FAMILIES, layers, spec
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.train import routers
@@ -59,6 +60,7 @@ class Program(NamedTuple):
     frozen: Params
     pool: str  # which state stands for a whole text: first | last | mean
     optimizer: optax.GradientTransformation
+    layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
 def runtime(config: ConfigDict, mesh: Mesh) -> Runtime:
@@ -90,6 +92,7 @@ def abstract(
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
     model_config, run = family.from_hf(hf_config), runtime(config, mesh)
     routers.check(config.train, model_config)
+    _check_mixers(mesh, model_config)
     sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
@@ -107,6 +110,7 @@ def abstract(
         )
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
+    moved = _check_sharding(config, mesh, variables, params)
     trainable, frozen = partition.split(params, labels)
     optimizer = optim.make(config, labels, num_steps)
     whole = sharding.replicated(mesh)
@@ -135,7 +139,33 @@ def abstract(
         frozen=frozen,
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
+        layout=moved,
     )
+
+
+def _check_mixers(mesh: Mesh, model_config: Any) -> None:
+    if mesh.shape["context"] > 1 and any(isinstance(block.attention, spec.Delta) for block, _ in model_config.blocks):
+        raise UserError(
+            f"mesh.context={mesh.shape['context']} splits the tokens of a row, which this model's gated delta rule reads one after the "
+            "other: set mesh.context=1, and give the devices to mesh.fsdp or mesh.tensor"
+        )
+
+
+def _check_sharding(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], params: Params) -> str:
+    """Refuses too many whole weights; returns, in words, which weights another dim than the rules' is split of."""
+    base = {path: value for path, value in params.items() if ".adapter." not in path}
+    axes = {path: variables[path].get_metadata()["axes"] for path in base}
+    matrices = {path: value for path, value in base.items() if len(axes[path]) > 1}
+    sharding.check_sharded(matrices, num_params(base), mesh, config.mesh)
+    asked = [pattern for pattern, _ in config.mesh.rules]
+    moved = [
+        path
+        for path, value in matrices.items()
+        if not any(re.fullmatch(pattern, path) for pattern in asked)
+        and sharding.moved(value.shape, axes[path], mesh, value.sharding)
+    ]
+    named = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
+    return f"split along another dim, for the mesh does not divide the usual one: {named}" if moved else ""
 
 
 def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any]) -> dict[str, str]:

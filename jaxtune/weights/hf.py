@@ -52,7 +52,7 @@ class Source(Protocol):
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray: ...
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray: ...
 
 
 class Folder:
@@ -92,10 +92,10 @@ class Folder:
                 )
             return tuple(file.get_slice(name).get_shape())
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray:
         # Opened anew for each read: a mapped page stays in this process's memory for as long as the file is open.
         with _open(self._files[name]) as file:
-            return file.get_slice(name)[rows]
+            return file.get_slice(name)[(rows, *rest)] if rest else file.get_slice(name)[rows]
 
 
 def _open(path: Path) -> Any:
@@ -211,8 +211,8 @@ class _Renamed:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(self._names[name])
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        return self._source.read(self._names[name], rows)
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray:
+        return self._source.read(self._names[name], rows, *rest)
 
 
 def _with_prefix(source: Source, table: Mapping[str, Any]) -> Source:
@@ -275,20 +275,25 @@ def _tensor(
     """One tensor as an array in our orientation."""
     on_disk = source.shape(name)
     step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(on_disk[1:]))))
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def region(index: Any) -> np.ndarray:
-        bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         out = _aligned([stop - start for start, stop in bounds], dtype)
+        if bounds in read:  # by another device that holds the same
+            out[...] = read[bounds]
+            return out
+        read[bounds] = out
         if weight.shape:  # dims of size 1, in small tensors
             out[...] = source.read(name).reshape(shape)[tuple(slice(*b) for b in bounds)]
             return out
         theirs, view = bounds, out
         if weight.transpose:
-            theirs, view = [*bounds[:-2], bounds[-1], bounds[-2]], np.swapaxes(out, -1, -2)
+            theirs, view = (*bounds[:-2], bounds[-1], bounds[-2]), np.swapaxes(out, -1, -2)
         (first, last), rest = theirs[0], tuple(slice(*b) for b in theirs[1:])
         for start in range(first, last, step):
             stop = min(start + step, last)
-            view[start - first : stop - first] = source.read(name, slice(start, stop))[(slice(None), *rest)]
+            view[start - first : stop - first] = source.read(name, slice(start, stop), *rest)
         return out
 
     return jax.make_array_from_callback(shape, where, region)
