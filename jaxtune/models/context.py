@@ -13,7 +13,7 @@ therefore swap half of their queries for the time of attention: of 2 C chunks de
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jaxtune.models.layers import Embed, Runtime, unconstrained
 
 AXIS = "context"
 TILE_TOKENS = 128  # of the splash kernel
+_FUSED_BLOCKS = 8  # of keys: the fused backward kernel keeps a gradient of the queries for each, until they are summed
 
 
 def num_shards(run: Runtime) -> int:
@@ -140,15 +141,19 @@ def _kernels(rule: Any, run: Runtime, shape: tuple[int, ...], balanced: bool) ->
     chunk = T // (2 * num if balanced else num)
     starts = _starts(num, chunk) if balanced else np.arange(num)[:, None] * chunk
     block, kv_block = (next(b for b in (1024, 512, 256, TILE_TOKENS) if tokens % b == 0) for tokens in (chunk, T))
+    fused = T // kv_block <= _FUSED_BLOCKS
     sizes = splash.BlockSizes(
         block_q=block, block_kv=kv_block, block_kv_compute=min(kv_block, 512), block_q_dkv=block, block_kv_dkv=kv_block,
-        block_kv_dkv_compute=min(kv_block, 512), use_fused_bwd_kernel=True,
+        block_kv_dkv_compute=min(kv_block, 512), use_fused_bwd_kernel=fused, block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else kv_block,
     )  # fmt: skip
 
     def mask(window: int) -> Any:
         if not rule.causal:  # the same for all queries, so for all devices
             return masks.FullMask((chunk, T))
-        one = masks.LocalMask((T, T), (window - 1, 0), 0) if 0 < window < T else masks.CausalMask((T, T))
+        local = 0 < window < T
+        kind = _by_block(masks.LocalMask if local else masks.CausalMask, window if local else T)
+        one = kind((T, T), (window - 1, 0), 0) if local else kind((T, T))
         one.q_sequence = (starts.reshape(-1, 1) + np.arange(chunk)[None]).reshape(-1).astype(np.int32)
         return one
 
@@ -160,6 +165,28 @@ def _kernels(rule: Any, run: Runtime, shape: tuple[int, ...], balanced: bool) ->
         )  # fmt: skip
 
     return tuple(kernel(window) for window in rule.windows)
+
+
+def _by_block(kind: Any, window: int) -> Any:
+    """A splash mask whose blocks wholly seen, or not at all, are told by their corners: most are, and rows are long."""
+
+    class Mask(kind):  # type: ignore[misc]
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            rows, keys = self.q_sequence[index[0]], np.arange(self.shape[1])[index[1]]
+            nearest, farthest = rows.min() - keys[-1], rows.max() - keys[0]
+            if farthest < 0 or nearest >= window:
+                return _constant(False, len(rows), len(keys))
+            if nearest >= 0 and farthest < window:
+                return _constant(True, len(rows), len(keys))
+            found: np.ndarray = super().__getitem__(index)
+            return found
+
+    return Mask
+
+
+@cache
+def _constant(value: bool, *shape: int) -> np.ndarray:
+    return np.full(shape, value)
 
 
 def _by_kernel(

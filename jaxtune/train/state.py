@@ -92,8 +92,7 @@ def abstract(
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
     model_config, run = family.from_hf(hf_config), runtime(config, mesh)
     routers.check(config.train, model_config)
-    _check_mixers(mesh, model_config)
-    sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
+    _check_dims(mesh, model_config)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
     plain = run._replace(remat="none", attention="xla", constrain=layers.unconstrained)
@@ -110,19 +109,10 @@ def abstract(
         )
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
-    moved = _check_sharding(config, mesh, variables, params)
+    layout = _check_sharding(config, mesh, variables, params)
     trainable, frozen = partition.split(params, labels)
     optimizer = optim.make(config, labels, num_steps)
-    whole = sharding.replicated(mesh)
-    scalar = partial(jax.ShapeDtypeStruct, (), sharding=whole)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = State(
-        step=scalar(jnp.int32),
-        params=trainable,
-        opt_state=_optimizer_shapes(optimizer, trainable, whole),
-        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        loss_mean=scalar(jnp.float32),
-    )
+    state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     return Program(
         family=family,
         hf_config=hf_config,
@@ -139,11 +129,12 @@ def abstract(
         frozen=frozen,
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
-        layout=moved,
+        layout=layout,
     )
 
 
-def _check_mixers(mesh: Mesh, model_config: Any) -> None:
+def _check_dims(mesh: Mesh, model_config: Any) -> None:
+    sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
     if mesh.shape["context"] > 1 and any(isinstance(block.attention, spec.Delta) for block, _ in model_config.blocks):
         raise UserError(
             f"mesh.context={mesh.shape['context']} splits the tokens of a row, which this model's gated delta rule reads one after the "
@@ -195,6 +186,18 @@ def _shapes(
         return model
 
     return layers.flatten(nnx.eval_shape(build))
+
+
+def _state_shapes(optimizer: optax.GradientTransformation, trainable: Params, whole: NamedSharding) -> State:
+    scalar = partial(jax.ShapeDtypeStruct, (), sharding=whole)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return State(
+        step=scalar(jnp.int32),
+        params=trainable,
+        opt_state=_optimizer_shapes(optimizer, trainable, whole),
+        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        loss_mean=scalar(jnp.float32),
+    )
 
 
 def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Params, whole: NamedSharding) -> Any:
