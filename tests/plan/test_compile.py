@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxtune import config as config_lib
 from jaxtune import launch
 from jaxtune.plan import compile as plan_compile
+from jaxtune.train import layout, step
 from jaxtune.types import UserError
 from jaxtune.weights.source import hf_preset
 
@@ -44,6 +46,20 @@ def test_the_step_compiles(config: ConfigDict, topology: str, mesh: dict[str, in
     assert 0 < plan.peak_hbm_bytes < plan.hbm_bytes
     assert plan.fits
     assert plan.alias_bytes >= 0.99 * plan.output_bytes - 65536  # the state is donated, not copied
+
+
+def test_a_row_in_shards_compiles_with_its_kernel(config: ConfigDict) -> None:
+    """Llama-3.1-8B's shape: of a row's tokens the devices gather keys and values (8 heads of 128), and nothing else."""
+    config.data.max_length, config.train.batch_size, config.mesh.context, config.mesh.fsdp = 2048, 4, 4, 4
+    settings = hf_preset("llama3_1_8b") | {"num_hidden_layers": 2, "vocab_size": 4096}
+    program = layout.program(config, settings, plan_compile.topology_devices("v5e:4x4"))
+    abstract = (program.state, program.frozen, step.abstract_batch(config, program))
+    compiled = step.make(config, program).lower(*abstract).compile()
+    text = compiled.as_text()
+    assert "splash" in text
+    gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
+    of_rows = {re.sub(r"\[[14],", "[", shape) for shape in gathered if re.match(r"\w+\[(1,|4,)?2048[,\]]", shape)}
+    assert of_rows == {"bf16[2048,8,128]", "s32[2048]"}
 
 
 def test_too_large_is_said(config: ConfigDict) -> None:
