@@ -111,8 +111,8 @@ def choose(need: Need, num_devices: int, num_slices: int, memory_bytes: int) -> 
             said.append(f"{rows} rows of {need.row_tokens:,} tokens for {num_devices} devices")
         else:  # nothing fits: `sharding.check_batch` says what would
             spread = num_devices
-    held = f"{need.state_bytes / _GIB:.1f} GiB of weights, optimizer state and gradients"
-    device = f"{memory_bytes / _GIB:.0f} GiB of a device"
+    held = f"{_size(need.state_bytes)} of weights, optimizer state and gradients"
+    device = f"{_size(memory_bytes)} of a device"
     if need.state_bytes <= share_bytes:
         sizes |= {"data": spread}
         said.append(f"{held} leave room in {device}")
@@ -138,3 +138,7 @@ def memory_bytes(devices: Sequence[jax.Device]) -> int:
 
         found = int(multihost_utils.process_allgather(np.int32(found >> 20)).min()) << 20
     return found
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes >> 20} MiB"

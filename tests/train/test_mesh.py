@@ -207,7 +207,7 @@ SMALL = layout.Need(2 * GIB, 16, 2048, 0, 8, True)
 @pytest.mark.parametrize(
     ("need", "devices", "slices", "sizes", "words"),
     [
-        (SMALL, 16, 1, {"data": 16}, "2.0 GiB .* leave room in 16 GiB"),
+        (SMALL, 16, 1, {"data": 16}, "2.0 GiB .* leave room in 16.0 GiB"),
         (SMALL._replace(state_bytes=16 * GIB), 16, 1, {"fsdp": 16}, "too much for replicas"),
         (SMALL._replace(state_bytes=16 * GIB, rows=4), 16, 1, {"fsdp": 4, "tensor": 4}, "4 rows of 2,048 tokens for 16 devices"),
         (SMALL._replace(rows=1, row_tokens=131072), 16, 1, {"context": 16}, "1 rows of 131,072"),
