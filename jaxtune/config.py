@@ -145,6 +145,17 @@ def _mesh() -> ConfigDict:
     c.expert = 1  # experts of a mixture are sharded over this axis, batch rows too
     c.tensor = 1  # heads and feed-forward dims are sharded over this axis
     c.rules = ()  # overrides: ((regex over parameter paths, (mesh axis or "" per dim, …)), …)
+    c.context = 1  # tokens of a row are sharded over this axis, weights too: for rows too long for one device
+    c.dcn_data = 1  # between slices, joined by the data centre's network, as data is within one; one of these may be -1
+    c.dcn_fsdp = 1  # likewise: weights are gathered over that network
+    c.dcn_expert = 1  # likewise
+    c.dcn_tensor = 1  # likewise: slow
+    c.dcn_context = 1  # likewise: slow
+    c.auto = True  # where none of the sizes above was changed, choose them from model, batch and topology
+    c.max_unsharded = (
+        0.02  # share of the parameters that may stay whole on every device unasked, vectors and adapters apart
+    )
+    c.heartbeat_seconds = 60  # a process that is silent for so long is lost, and ends the others
     return c
 
 

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxtune import config as config_lib
-from jaxtune import fetch, validation, workdir
+from jaxtune import fetch, hosts, validation, workdir
 from jaxtune.types import RESUME_EXIT_CODE, UserError, nearest
 
 VERBS = {
@@ -50,6 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     _forgive_terminals()
+    try:
+        code = _run(arguments)
+    except BaseException:
+        if hosts.joined():
+            traceback.print_exc()
+            hosts.leave(1)
+        raise
+    hosts.leave(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """The verb's exit code, and one line for what went wrong."""
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
@@ -102,11 +115,11 @@ def _dispatch(arguments: list[str]) -> int:
     quiet_libraries()
     verb, options, values = _parse(arguments)
     _without_accelerator()
-    _distribute(values)
+    validation.validate(options)
+    hosts.join(values.coordinator, values.num_processes, values.process_id, options.mesh.heartbeat_seconds)
     from jaxtune import run
     from jaxtune.train import compiled, goodput
 
-    validation.validate(options)
     options.workdir = values.workdir or options.workdir or str(Path("runs") / options.name)
     for section, key in ((options, "workdir"), (options.export, "output"), (options.generate, "output")):
         section[key] = os.path.expanduser(section[key])  # shells leave the ~ of --workdir=~/runs alone
@@ -318,20 +331,6 @@ def _without_accelerator() -> None:
     accelerators = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd")
     if not any(True for pattern in accelerators for _ in Path("/dev").glob(pattern)):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def _distribute(values: flags.FlagValues) -> None:
-    """Joins the other processes of a multi-host run: by flags, or by what Cloud TPU tells each host."""
-    import jax
-
-    if values.coordinator:
-        if values.num_processes < 1 or not 0 <= values.process_id < values.num_processes:
-            raise UserError(
-                f"--coordinator needs --num_processes=N and --process_id=0..N-1; got {values.num_processes} and {values.process_id}"
-            )
-        jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
-    elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-        jax.distributed.initialize()
 
 
 def script() -> NoReturn:

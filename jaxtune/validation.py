@@ -51,9 +51,9 @@ _AT_LEAST: dict[str, float] = {
     "train.eval_every_steps": 0,
     "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
     "train.router_z_weight": 0, "train.log_every_steps": 1,
-    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
     "plan.num_slices": 1, "plan.confirm": 0,
     "tracking.profile_start_step": 0,
+    "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -65,6 +65,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "tracking.profile_steps": (0, 100), "compile_cache_gib": (0.001, 1e6),
     "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
     "plan.efficiency": (0.01, 1),
+    "mesh.max_unsharded": (0, 1),
 }  # fmt: skip
 
 _RANGES = (

@@ -377,7 +377,7 @@ _MODELS = [
     row("mesh that does not divide the heads", "--config.mesh.tensor=8", r"mesh\.tensor=8 does not divide the model's 4 kv_heads"),
     row("mesh that does not divide a dim", lambda r: (r.copy_model(intermediate_size=98), r.set("mesh.tensor=4")), "mesh axis tensor=4 does not divide dim", r"mesh\.rules"),
     row("rule that does not divide a dim", lambda r: r.get_config(r"c.mesh.rules = (('norm\\.scale', ('data', 'fsdp')),)"), r"mesh\.rules", r"norm\.scale"),
-    row("batch that does not divide", "--config.train.batch_size=12", r"train\.batch_size=12 does not divide", "e.g. 16"),
+    row("batch that does not divide", "--config.train.batch_size=12 --config.mesh.fsdp=8", r"train\.batch_size=12 does not divide", "e.g. 16"),
 ]  # fmt: skip
 
 _DATA = [

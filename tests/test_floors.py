@@ -10,7 +10,7 @@ from jaxtune.models import FAMILIES
 
 ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
-    {"config", "registry", "types", "report_plots", "fetch", "archives", "indexes", "validation", "workdir"},
+    {"config", "registry", "types", "report_plots", "hosts", "fetch", "archives", "indexes", "validation", "workdir"},
     {"sharding", "models", "data"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},
@@ -28,6 +28,7 @@ TOGETHER = {
     "registry": {"types"},
     "archives": {"types"},
     "workdir": {"types"},
+    "hosts": {"types"},
 }
 
 

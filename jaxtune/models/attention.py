@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune.models import context
 from jaxtune.models.layers import Runtime, recomputed
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite too
@@ -55,6 +56,11 @@ def attend(
     is a learnt score per head that takes its share of the softmax and gives nothing (arXiv:2309.17453). `self_attention`
     says that keys are the queries' own tokens (S = T, offset 0): the form that the TPU kernel takes.
     """
+    if self_attention and context.num_shards(run) > 1:
+        by_kernel = _use_splash(run, rule, q_BTNH, v_BSKH)
+        return context.attend(
+            attend, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, rule, run, window_index, sinks_N, by_kernel
+        )
     if self_attention and _use_splash(run, rule, q_BTNH, v_BSKH):
         return _splash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, rule, run, window_index, sinks_N)
     num_tokens = q_BTNH.shape[1]
@@ -107,7 +113,9 @@ def _dense(
 
 def _use_splash(run: Runtime, rule: Rule, q_BTNH: jax.Array, v_BSKH: jax.Array) -> bool:
     on_tpu = run.mesh is not None and run.mesh.devices.flat[0].platform == "tpu"
-    fits = q_BTNH.shape[1] % 128 == 0  # the kernel's tile; rows of other lengths take the XLA form
+    fits = (
+        q_BTNH.shape[1] % (context.TILE_TOKENS * context.num_shards(run)) == 0
+    )  # the kernel's tile; rows of other lengths take the XLA form
     can = not rule.slopes and (rule.causal or not any(rule.windows))
     return can and (run.attention == "splash" or (run.attention == "auto" and on_tpu and fits))
 

@@ -174,7 +174,7 @@ class Experts(nnx.Module):
             y = self._on_device(x, weights, chosen, w, num_local, jax.lax.axis_index("tensor") == 0)
             return jax.lax.psum_scatter(jax.lax.psum(y, "tensor"), axis, tiled=True)
 
-        rows = run.spec(("batch", None, None))
+        rows = run.spec(("batch", "length", None))
         places = {name: {k: run.spec(linears[name].device_axes(k)) for k in arrays} for name, arrays in w.items()}
         specs = (rows, rows, rows, places)
         split = jax.shard_map(on_device, mesh=run.mesh, in_specs=specs, out_specs=rows, check_vma=False)

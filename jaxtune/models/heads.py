@@ -40,7 +40,7 @@ def gathered(hidden_D: jax.Array, run: Runtime) -> jax.Array:
     """
     if not run.spread_head or hidden_D.ndim != 3:
         return hidden_D
-    return moved(hidden_D, run, ("batch", "length", None), ("batch_gathered", "length", None))
+    return moved(hidden_D, run, ("head_rows", None, None), ("head_rows_gathered", None, None))
 
 
 def capped(logits_V: jax.Array, softcap: float | None) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.models import rope, spec
+from jaxtune.models import context, rope, spec
 from jaxtune.models.experts import Experts
 from jaxtune.models.grouped import At, Attention, Cache, Where, distinct
 from jaxtune.models.heads import LMHead, ScoreHead, TaskHead, TiedHead
@@ -235,7 +235,7 @@ class Model(nnx.Module):
 
     def _embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None) -> jax.Array:
         c = self.c
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = context.embedded(self.embed, tokens_BT, self.run)
         if c.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
         if self.project_in is not None:

@@ -16,12 +16,14 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight), divid
 class Head(NamedTuple):
     """An output projection: `apply(params, hidden (..., D)) -> float32 logits (..., V)`.
 
-    `chunk_tokens` is how many tokens of each row are projected at a time.
+    `chunk_tokens` is how many tokens of each row are projected at a time, of each of the `num_shards` shards in which a
+    row's tokens lie on the mesh.
     """
 
     params: Any
     apply: Callable[[Any, jax.Array], jax.Array]
     chunk_tokens: int
+    num_shards: int = 1
 
 
 class Policy(NamedTuple):
@@ -83,6 +85,7 @@ def cross_entropy(
     chunk, w * (softmax - onehot) pulled back through the head, is taken while its logits are at hand, so the backward
     pass recomputes nothing; it exists for the head's parameters only where they train.
     """
+    hidden_BTD, targets_BT, weights_BT = (shards_as_rows(head, x) for x in (hidden_BTD, targets_BT, weights_BT))
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
     targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
@@ -181,8 +184,16 @@ def _chunked_bwd(apply: Any, chunk: int, saved: Any, cotangents: Any) -> Any:
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
 
 
+def shards_as_rows(head: Head, x: jax.Array) -> jax.Array:
+    """(B, T, …) -> (shards x B, T / shards, …): what lies on other devices is another row, so no token has to move."""
+    B, T, C = *x.shape[:2], head.num_shards
+    return x if C == 1 else x.reshape(B, C, T // C, *x.shape[2:]).swapaxes(0, 1).reshape(C * B, T // C, *x.shape[2:])
+
+
 def token_nll(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log p(target) of every token, float32 (B, T), a chunk of the projection at a time."""
+    shape, num_shards = targets_BT.shape, head.num_shards
+    hidden_BTD, targets_BT = shards_as_rows(head, hidden_BTD), shards_as_rows(head, targets_BT)
     T = targets_BT.shape[1]
     chunk = min(head.chunk_tokens, T)
     pad = -T % chunk
@@ -198,7 +209,8 @@ def token_nll(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.A
         return jax.nn.logsumexp(logits_V, axis=-1) - target_logits
 
     out = jnp.moveaxis(jax.lax.map(jax.checkpoint(one), (chunks(hidden_BTD), chunks(targets_BT))), 0, 1)
-    return out.reshape(out.shape[0], T + pad)[:, :T]
+    out = out.reshape(out.shape[0], T + pad)[:, :T]
+    return out if num_shards == 1 else out.reshape(num_shards, shape[0], T).swapaxes(0, 1).reshape(shape)
 
 
 def segment_mean(hidden_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune import sharding
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
 from jaxtune.plan import chips, cpu, flops, hlo
 from jaxtune.plan.chips import Slice
-from jaxtune.train import start, state, step
+from jaxtune.train import layout, start, state, step
 from jaxtune.types import UserError
 
 
@@ -118,9 +117,7 @@ def program_of(
     config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Options | None, devices: list[Any]
 ) -> state.Program:
     """The training program of this config on these devices, as shapes: all that counting and compiling need."""
-    mesh = sharding.make_mesh(config, devices)
-    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
-    program = state.abstract(config, hf_config, mesh, max(1, config.train.steps), adapter)
+    program = layout.program(config, hf_config, devices, adapter)
     start.check_length(config, program)
     return program
 

@@ -16,8 +16,8 @@ from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, reading
+from jaxtune.train import layout, step
 from jaxtune.train import state as state_lib
-from jaxtune.train import step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
 from jaxtune.weights import embedder, hf, peft, peft_read, source
@@ -28,12 +28,10 @@ _TILE_TOKENS = 128  # splash attention cuts a row into blocks of a multiple of t
 
 
 def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
-    """The training program on this machine's mesh, and the starting adapter's values if there is one."""
+    """The training program on this machine's devices, and the starting adapter's values if there is one."""
     check_head(config, model)
-    mesh = sharding.make_mesh(config)
-    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
     options, values = adapter(config, model)
-    return state_lib.abstract(config, model.hf_config, mesh, max(1, config.train.steps), options, model.pooling), values
+    return layout.program(config, model.hf_config, None, options, model.pooling), values
 
 
 # Objectives that train what stands on a model for one task: (that task, what makes it).
@@ -119,10 +117,15 @@ def check_length(config: ConfigDict, program: Program) -> None:
             f"data.{key}={max_length} exceeds the model's {max_positions} positions (max_position_embeddings): "
             f"lower it, or give the model's config.json a rope_scaling that reaches so far"
         )
-    if config.model.attention == "splash" and max_length % _TILE_TOKENS:
+    passages = {"max_passage_length": config.data.max_passage_length}
+    rows = {"max_length": config.data.max_length}
+    sharding.check_tokens(program.mesh, **rows | (passages if config.train.objective == "contrastive" else {}))
+    tile = _TILE_TOKENS * program.mesh.shape["context"]
+    if config.model.attention == "splash" and max_length % tile:
+        shards = f" times mesh.context={program.mesh.shape['context']}" if tile > _TILE_TOKENS else ""
         raise UserError(
-            f"data.{key}={max_length} is no multiple of {_TILE_TOKENS}, the tile of model.attention='splash': make it "
-            f"{-(-max_length // _TILE_TOKENS) * _TILE_TOKENS}, or set model.attention='auto'"
+            f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention='splash'{shards}: make it "
+            f"{-(-max_length // tile) * tile}, or set model.attention='auto'"
         )
 
 
@@ -211,4 +214,5 @@ def summary(model: Model, program: Program) -> str:
     """One line on what trains, for the terminal."""
     total, trained = state_lib.num_params(program.base), state_lib.num_params(program.state.params)
     mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
-    return f"{model.uri}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}); mesh {mesh}"
+    why = f" ({program.layout})" if program.layout else ""
+    return f"{model.uri}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}); mesh {mesh}{why}"

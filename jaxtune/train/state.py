@@ -6,6 +6,7 @@ plan compiles exactly what training runs.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtune import optim, registry, sharding
 from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
-from jaxtune.models import FAMILIES, layers
+from jaxtune.models import FAMILIES, layers, spec
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.train import routers
@@ -62,12 +63,13 @@ class Program(NamedTuple):
     frozen: Params
     pool: str  # which state stands for a whole text: first | last | mean
     optimizer: optax.GradientTransformation
+    layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
 def runtime(config: ConfigDict, mesh: Mesh, model_config: Any) -> Runtime:
     """How this config runs a model on this mesh."""
     per_step = config.train.batch_size // config.train.accumulation * config.data.max_length
-    gathered_tokens = per_step // (mesh.shape["data"] * mesh.shape["expert"])
+    gathered_tokens = per_step // (mesh.shape["data"] * mesh.shape["expert"] * mesh.shape["context"])
     return Runtime(
         param_dtype=jnp.dtype(config.model.param_dtype),
         compute_dtype=jnp.dtype(config.model.compute_dtype),
@@ -86,7 +88,7 @@ def runtime(config: ConfigDict, mesh: Mesh, model_config: Any) -> Runtime:
 
 def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
     """In how many blocks of a row's tokens the feed-forward layers work, for `train.mlp_block_tokens` on each device."""
-    train, length = config.train, config.data.max_length
+    train, length = config.train, config.data.max_length // mesh.shape["context"]
     if not train.mlp_block_tokens:
         return 1
     rows = max(1, train.batch_size // train.accumulation // sharding.num_batch_shards(mesh))
@@ -110,7 +112,7 @@ def abstract(
     model_config = family.from_hf(hf_config)
     run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
-    sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
+    _check_dims(mesh, model_config)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     graphdef, variables = _shapes(family, model_config, run, options)
     plain = run._replace(
@@ -135,18 +137,10 @@ def abstract(
         )
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
+    layout = _check_sharding(config, mesh, variables, params)
     trainable, frozen = partition.split(params, labels)
     optimizer = optim.make(config, labels, num_steps)
-    whole = sharding.replicated(mesh)
-    scalar = partial(jax.ShapeDtypeStruct, (), sharding=whole)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = State(
-        step=scalar(jnp.int32),
-        params=trainable,
-        opt_state=_optimizer_shapes(optimizer, trainable, whole),
-        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        loss_mean=scalar(jnp.float32),
-    )
+    state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     return Program(
         family=family,
         hf_config=hf_config,
@@ -163,7 +157,34 @@ def abstract(
         frozen=frozen,
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
+        layout=layout,
     )
+
+
+def _check_dims(mesh: Mesh, model_config: Any) -> None:
+    sharding.check_dims(mesh, attention_heads=model_config.num_heads, kv_heads=model_config.num_kv_heads)
+    if mesh.shape["context"] > 1 and any(isinstance(block.attention, spec.Delta) for block, _ in model_config.blocks):
+        raise UserError(
+            f"mesh.context={mesh.shape['context']} splits the tokens of a row, which this model's gated delta rule reads one after the "
+            "other: set mesh.context=1, and give the devices to mesh.fsdp or mesh.tensor"
+        )
+
+
+def _check_sharding(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], params: Params) -> str:
+    """Refuses too many whole weights; returns, in words, which weights another dim than the rules' is split of."""
+    base = {path: value for path, value in params.items() if ".adapter." not in path}
+    axes = {path: variables[path].get_metadata()["axes"] for path in base}
+    matrices = {path: value for path, value in base.items() if len(axes[path]) > 1}
+    sharding.check_sharded(matrices, num_params(base), mesh, config.mesh)
+    asked = [pattern for pattern, _ in config.mesh.rules]
+    moved = [
+        path
+        for path, value in matrices.items()
+        if not any(re.fullmatch(pattern, path) for pattern in asked)
+        and sharding.moved(value.shape, axes[path], mesh, value.sharding)
+    ]
+    named = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
+    return f"split along another dim, for the mesh does not divide the usual one: {named}" if moved else ""
 
 
 def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any]) -> dict[str, str]:
@@ -193,6 +214,18 @@ def _shapes(
         return model
 
     return layers.flatten(nnx.eval_shape(build))
+
+
+def _state_shapes(optimizer: optax.GradientTransformation, trainable: Params, whole: NamedSharding) -> State:
+    scalar = partial(jax.ShapeDtypeStruct, (), sharding=whole)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return State(
+        step=scalar(jnp.int32),
+        params=trainable,
+        opt_state=_optimizer_shapes(optimizer, trainable, whole),
+        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        loss_mean=scalar(jnp.float32),
+    )
 
 
 def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Params, whole: NamedSharding) -> Any:

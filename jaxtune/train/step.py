@@ -40,7 +40,7 @@ def policy(program: Program, params: Params, chunk_tokens: int, reports: list[Ar
         return found
 
     graphdef, head_params = nnx.split(model.head)
-    head = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens)
+    head = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
     return Policy(hidden, head, program.pool)
 
 
@@ -71,16 +71,20 @@ def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
 
 def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch as shapes, of each field the objective reads: a field's name ends in its dims."""
-    head, where = program.model_config.head, sharding.batch_sharding(program.mesh)
-    data = config.data
+    head, data = program.model_config.head, config.data
     sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
     sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])
 
-    names = fields(config, program)
-    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where) for name in names}
+    where = batch_shardings(config, program)
+    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where[name]) for name in where}
+
+
+def batch_shardings(config: ConfigDict, program: Program) -> dict[str, Any]:
+    """Where each batch field that goes to the devices lies."""
+    return {name: sharding.batch_sharding(program.mesh, name) for name in fields(config, program)}
 
 
 def capacity_tokens(config: ConfigDict, program: Program) -> int:
@@ -157,11 +161,10 @@ def make(config: ConfigDict, program: Program) -> Any:
         }
         return State(state.step + 1, params, opt_state, state.key, mean), metrics
 
-    batch_shardings = dict.fromkeys(fields(config, program), sharding.batch_sharding(program.mesh))
     where = shardings(program.state)
     return jax.jit(
         step,
-        in_shardings=(where, shardings(program.frozen), batch_shardings),
+        in_shardings=(where, shardings(program.frozen), batch_shardings(config, program)),
         out_shardings=(where, sharding.replicated(program.mesh)),
         donate_argnums=0,
     )
@@ -170,11 +173,11 @@ def make(config: ConfigDict, program: Program) -> Any:
 def _micro_batches(batch: Arrays, accumulation: int, program: Program) -> Arrays:
     """(B, …) -> (A, B / A, …). Row i goes to micro-batch i mod A, so every device keeps its own rows."""
 
-    def one(x: jax.Array) -> jax.Array:
+    def one(name: str, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        return program.run.constrain(x, (None, "batch", *[None] * (x.ndim - 2)))
+        return program.run.constrain(x, (None, *sharding.batch_axes(name)))
 
-    return {name: one(x) for name, x in batch.items()} if accumulation > 1 else batch
+    return {name: one(name, x) for name, x in batch.items()} if accumulation > 1 else batch
 
 
 def _summed_gradients(
@@ -209,9 +212,8 @@ def make_eval(config: ConfigDict, program: Program) -> Any:
     def evaluate(params: Params, frozen: Params, batch: Arrays) -> Any:
         return total({**frozen, **params}, batch, None)[1]
 
-    batch_shardings = dict.fromkeys(fields(config, program), sharding.batch_sharding(program.mesh))
     return jax.jit(
         evaluate,
-        in_shardings=(shardings(program.state.params), shardings(program.frozen), batch_shardings),
+        in_shardings=(shardings(program.state.params), shardings(program.frozen), batch_shardings(config, program)),
         out_shardings=sharding.replicated(program.mesh),
     )

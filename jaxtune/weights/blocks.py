@@ -20,7 +20,7 @@ Bounds = tuple[tuple[int, int], ...]  # of a region: (first, last + 1) per dim
 
 
 def regions(
-    read: Callable[[slice], np.ndarray],
+    read: Callable[..., np.ndarray],
     on_disk: Sequence[int],
     bounds: Sequence[Bounds],
     dtype: Any,
@@ -30,7 +30,7 @@ def regions(
     """Reads regions of one tensor, each block of rows once, whichever regions it goes to.
 
     Args:
-      read: some rows of the tensor, as stored.
+      read: some rows of the tensor, as stored; and of its other dims, where further slices are given.
       on_disk: its shape there.
       bounds: of each region, in our orientation.
       dtype: of the arrays.
@@ -46,12 +46,21 @@ def regions(
     step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(on_disk[1:]))))
     wanted = [start for start in range(0, on_disk[0], step) if _met(views, start, start + step)]
 
+    hull = [
+        (min(low for low, _ in dim), max(high for _, high in dim))
+        for dim in zip(*[t[1:] for t, _ in views], strict=True)
+    ]
+    partly = any(span != (0, size) for span, size in zip(hull, on_disk[1:], strict=True))
+    rest = [slice(*span) for span in hull] if partly else []
+    origin = [low if partly else 0 for low, _ in hull]
+
     def one(start: int) -> None:
-        block = read(slice(start, min(start + step, on_disk[0])))
+        block = read(slice(start, min(start + step, on_disk[0])), *rest)
         for theirs, view in views:
             first, last = max(start, theirs[0][0]), min(start + len(block), theirs[0][1])
             if first < last:
-                part = block[(slice(first - start, last - start), *(slice(*dim) for dim in theirs[1:]))]
+                columns = (slice(low - at, high - at) for (low, high), at in zip(theirs[1:], origin, strict=True))
+                part = block[(slice(first - start, last - start), *columns)]
                 copy(view[first - theirs[0][0] : last - theirs[0][0]], part)
 
     if len(wanted) == 1:

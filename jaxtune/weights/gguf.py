@@ -98,13 +98,13 @@ class GGUFSource:
         """Returns a tensor's shape, (out, in) for a matrix."""
         return self.stored_shape(self._lookup(name))
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Returns a tensor's values, or some of its rows, in Hugging Face's layout: rotary halves apart, not interleaved."""
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray:
+        """Returns a tensor's values, or some of its rows and columns, in Hugging Face's layout: rotary halves apart, not interleaved."""
         stored = self._lookup(name)
         for suffix, heads in self._architecture.rotary.items():
             if name.removesuffix(".weight").removesuffix(".bias").endswith(suffix):
-                return split_rotary(self.values(stored), self.hf_config[heads])[rows]
-        return self.values(stored, rows)
+                return split_rotary(self.values(stored), self.hf_config[heads])[(rows, *rest)]
+        return self.values(stored, rows)[(slice(None), *rest)]
 
     def _lookup(self, name: str) -> str:
         if name not in self._tensors:

@@ -53,7 +53,7 @@ class Source(Protocol):
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray: ...
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray: ...
 
 
 class Folder:
@@ -89,8 +89,8 @@ class Folder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shard(self._files[name]).shape(name)
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        return self._shard(self._files[name]).read(name, rows)
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray:
+        return self._shard(self._files[name]).read(name, rows, *rest)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -198,8 +198,8 @@ class _Renamed:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(self._names[name])
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        return self._source.read(self._names[name], rows)
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray:
+        return self._source.read(self._names[name], rows, *rest)
 
 
 def _with_prefix(source: Source, table: Mapping[str, Any]) -> Source:

@@ -59,8 +59,8 @@ class Shard:
             raise UserError(f"{self.path} lacks the tensor {name!r} that its index places there: download it again")
         return tuple(self._tensors[name]["shape"])
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor's values, or some of its rows, as stored.
+    def read(self, name: str, rows: slice = slice(None), *rest: slice) -> np.ndarray:
+        """A tensor's values, or some of its rows and, by `rest`, of its other dims, as stored.
 
         Raises:
           UserError: no such tensor, a dtype that is not known, or the file has become shorter.
@@ -69,9 +69,13 @@ class Shard:
         if kind not in _DTYPES:
             raise UserError(f"{self.path}: {name!r} is stored as {kind}; expected one of {', '.join(_DTYPES)}")
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+        offset = self._start + self._tensors[name]["data_offsets"][0]
+        if rest:  # mapped for as long as the copy takes: only the pages that hold them are read
+            mapped = np.memmap(self.path, np.uint8, "r", offset, (int(np.prod(shape)) * _DTYPES[kind].itemsize,))
+            return np.array(mapped.view(np.ndarray).view(_DTYPES[kind]).reshape(shape)[(slice(first, last), *rest)])
         out = np.empty((last - first, *shape[1:]) if shape else (), _DTYPES[kind])
         row_bytes = out.nbytes // max(1, last - first)
-        self._fill(out, self._start + self._tensors[name]["data_offsets"][0] + first * row_bytes)
+        self._fill(out, offset + first * row_bytes)
         return out
 
     def _fill(self, out: np.ndarray, offset: int) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import launch
+from jaxtune import launch, sharding
 from jaxtune.plan import compile as plan_compile
+from jaxtune.train import layout, step
 from jaxtune.types import UserError
 from jaxtune.weights.source import hf_preset
 
@@ -64,6 +66,36 @@ def _assert_adds_up(plan: plan_compile.Plan, method: str) -> None:
     each = 2 * (plan.num_params - 1024 * 512) / plan.mesh["tensor"] * (1 - 1 / plan.mesh["fsdp"])
     assert 1.5 * each < sent < 12 * each  # forward and backward; full fine-tuning scatters gradients too
     assert plan.hbm_traffic_bytes > plan.argument_bytes
+
+
+def test_a_row_in_shards_compiles_with_its_kernel(config: ConfigDict) -> None:
+    """Llama-3.1-8B's shape: of a row's tokens the devices gather keys and values (8 heads of 128), and nothing else."""
+    config.data.max_length, config.train.batch_size, config.mesh.context, config.mesh.fsdp = 2048, 4, 4, 4
+    settings = hf_preset("llama3_1_8b") | {"num_hidden_layers": 2, "vocab_size": 4096}
+    program = layout.program(config, settings, plan_compile.topology_devices("v5e:4x4"))
+    abstract = (program.state, program.frozen, step.abstract_batch(config, program))
+    compiled = step.make(config, program).lower(*abstract).compile()
+    text = compiled.as_text()
+    assert "splash" in text
+    gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
+    of_rows = {re.sub(r"\[[14],", "[", shape) for shape in gathered if re.match(r"\w+\[(1,|4,)?2048[,\]]", shape)}
+    assert of_rows == {"bf16[2048,8,128]", "s32[2048]"}
+
+
+def test_slices_are_joined_by_the_axes_that_say_so(config: ConfigDict) -> None:
+    from jax.experimental import topologies
+
+    plan_compile.topology_devices("v5e:2x2")  # what libtpu must be told first
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    chosen = layout.program(config, shallow(), devices)
+    assert chosen.layout.startswith("2 slices split the rows; ")
+    config.mesh.update({"dcn_fsdp": 2, "tensor": 2})
+    given = sharding.make_mesh(config, devices)
+    assert given.shape == {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
+    assert [device.slice_index for device in given.devices[0, :, 0, 0, 0]] == [0, 0, 1, 1]
+    config.mesh.dcn_fsdp = 1
+    with pytest.raises(UserError, match=r"dcn_fsdp=1.* does not fit 2 slices: the sizes must multiply to 2"):
+        sharding.make_mesh(config, devices)
 
 
 def test_too_large_is_said(config: ConfigDict) -> None:

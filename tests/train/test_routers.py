@@ -90,6 +90,7 @@ def test_the_weights_reach_the_gradient(weighted: Any) -> None:
 
 LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "experts over 4": (8, {"expert": 4, "data": 2}, {}),
+    "experts, tokens and heads over 2": (8, {"expert": 2, "context": 2, "tensor": 2}, {}),
     "equal micro-batches over fsdp 4, dots": (4, {"fsdp": 4}, {"accumulation": 2, "remat": "dots"}),
 }
 
