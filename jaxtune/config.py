@@ -155,7 +155,7 @@ def _mesh() -> ConfigDict:
     c.max_unsharded = (
         0.02  # share of the parameters that may stay whole on every device unasked, vectors and adapters apart
     )
-    c.heartbeat_seconds = 60  # a process that is silent for so long is lost, and ends the others
+    c.heartbeat_seconds = 100  # a process that is silent for so long is lost, and ends the others
     return c
 
 
