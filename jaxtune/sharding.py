@@ -123,6 +123,17 @@ def param_sharding(
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
+def fitting(where: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """`where` for an array of another shape: a dim that its mesh axes do not divide stays whole."""
+    parts = [*where.spec, *[None] * (len(shape) - len(where.spec))]
+
+    def ways(part: Any) -> int:
+        return math.prod(where.mesh.shape[axis] for axis in ((part,) if isinstance(part, str) else part or ()))
+
+    kept = [part if size % ways(part) == 0 else None for part, size in zip(parts, shape, strict=True)]
+    return NamedSharding(where.mesh, PartitionSpec(*kept))
+
+
 def check_rules(overrides: Sequence[tuple[str, Sequence[str]]], paths: Sequence[str]) -> None:
     """Refuses an override whose regex matches no parameter.
 

@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash"),
+    "model.quantize": ("", "int8", "int4", "nf4"),
     "tune.method": ("lora", "full", "head"),
     "tune.dtype": ("float32", "bfloat16"),
     "data.format": (
@@ -50,6 +51,7 @@ _AT_LEAST: dict[str, float] = {
     "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
     "train.router_z_weight": 0, "train.log_every_steps": 1,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1,
+    "model.quantize_block": -1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -137,7 +139,11 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
             )
-    for key, pattern in [("data.split_regex", config.data.split_regex), *(("mesh.rules", rule[0]) for rule in rules)]:
+    for key, pattern in [
+        ("data.split_regex", config.data.split_regex),
+        ("model.quantize_targets", config.model.quantize_targets),
+        *(("mesh.rules", rule[0]) for rule in rules),
+    ]:
         try:
             re.compile(pattern)
         except re.error as error:

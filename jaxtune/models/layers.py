@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtune.models import quantised
 from jaxtune.models.spec import Norm
 from jaxtune.types import UserError
 
@@ -56,9 +57,10 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with W (in, out). Adapters (and, later, quantised weights) hook in here and nowhere else.
+    """y = x W + b, with W (in, out). Adapters and quantised weights hook in here and nowhere else.
 
     `axes` are the logical axes of W. `adapter`, when set, is called as `adapter(x, y, kernel, key)` and returns the new y.
+    `kernel` is a parameter or, once `quantised.attach` has been here, a `quantised.Kernel`.
     """
 
     def __init__(
@@ -74,16 +76,22 @@ class Linear(nnx.Module):
     ):
         self.run = run
         kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * std
-        self.kernel = nnx.Param(kernel.astype(run.param_dtype), axes=axes)
+        self.kernel: Any = nnx.data(nnx.Param(kernel.astype(run.param_dtype), axes=axes))
         self.bias = nnx.Param(jnp.zeros((out_dim,), run.param_dtype), axes=(axes[1],)) if use_bias else None
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x: (..., in) -> (..., out) in the compute dtype. `key` feeds the adapter's dropout; None switches it off."""
         dtype = self.run.compute_dtype
-        y = jnp.matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        if isinstance(self.kernel, quantised.Kernel):
+            packed, run = self.kernel.packed, self.run
+            y = quantised.matmul(x.astype(dtype), packed, self.kernel.axes, run.constrain)
+            kernel = quantised.dequantize(packed, dtype)  # no work where no adapter looks at it
+        else:
+            kernel = self.kernel[...]
+            y = jnp.matmul(x.astype(dtype), kernel.astype(dtype))
         if self.adapter is not None:
-            y = self.adapter(x.astype(dtype), y, self.kernel[...], key)
+            y = self.adapter(x.astype(dtype), y, kernel, key)
         return y if self.bias is None else y + along_last(self.bias[...].astype(dtype), y)
 
 

@@ -110,7 +110,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         program_bytes=memory.generated_code_size_in_bytes,
         lower_seconds=round(lowered_at - started, 2),
         compile_seconds=round(time.perf_counter() - lowered_at, 2),
-        num_params=state.num_params(program.base) + state.num_params(program.adapter),
+        num_params=state.num_base_params(program) + state.num_params(program.adapter),
         num_trainable_params=state.num_params(program.state.params),
     )
 

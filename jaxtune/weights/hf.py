@@ -8,7 +8,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import sharding
-from jaxtune.models import naming
+from jaxtune.models import naming, quantised
 from jaxtune.types import UserError, nearest
+from jaxtune.weights import pack
 
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 _BLOCK_BYTES = 32 << 20  # a tensor is read, cast and transposed in blocks of rows of about this size
@@ -170,8 +171,9 @@ def load(
     targets: Mapping[str, jax.ShapeDtypeStruct],
     progress: Progress | None = None,
     new_head: bool = False,
+    packed: quantised.Base | None = None,
 ) -> dict[str, jax.Array]:
-    """Streams every weight into arrays of `targets`' shape, dtype and sharding.
+    """Streams every weight into arrays of `targets`' shape, dtype and sharding; kernels of `packed` into their codes and scales.
 
     A base model stored without its prefix ("wte.weight" for "transformer.wte.weight"), or a prefixed one read as a bare
     model, is found all the same. With `new_head` the weights of a task head may be missing, and are then made anew
@@ -183,16 +185,21 @@ def load(
     table = naming.hf_names(family.weights(model_config))
     source = _with_prefix(source, table)
     arrays: dict[str, jax.Array] = {}
+    kernels = packed.kernels if packed else {}
+    targets = {**targets, **kernels}
     if new_head:
         table, source, arrays = _without_head(source, table, targets)
     check_names(source, table, {path: target.shape for path, target in targets.items()})
     for name, (weight, place) in (progress or _silent)(table.items(), len(table), "loading weights"):
         target = targets[weight.ours]
-        if place and weight.ours not in arrays:
-            arrays[weight.ours] = _zeros(target.shape, target.dtype, target.sharding)()
+        if place and weight.ours not in arrays and weight.ours not in kernels:
+            arrays[weight.ours] = pack.zeros(target.shape, target.dtype, target.sharding)()
         depth = len(place)
         where = NamedSharding(target.sharding.mesh, PartitionSpec(*tuple(target.sharding.spec)[depth:]))
         tensor = _tensor(source, name, weight, target.shape[depth:], target.dtype, where)
+        if packed and weight.ours in kernels:
+            arrays |= pack.put(packed, weight.ours, arrays, targets, tensor, place)
+            continue
         if place:
             tensor = jax.block_until_ready(_set_at(arrays[weight.ours], tensor, place))
         arrays[weight.ours] = tensor
@@ -257,11 +264,6 @@ def _without_head(
 
 def _silent(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
     return iter(items)
-
-
-@cache
-def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable[[], jax.Array]:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
 
 
 @partial(jax.jit, donate_argnums=0)
