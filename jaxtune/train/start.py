@@ -227,7 +227,8 @@ class _Merged(Mapping[str, jax.Array]):
         kernel: Any = base.packed(params, path) if base else params[path]
         dtype = program.run.param_dtype if base else kernel.dtype
         if program.lora is None or f"{linear}.adapter.lora_a" not in program.adapter:
-            return jnp.asarray(_dequantized(kernel, dtype) if base else kernel)
+            whole: jax.Array = _dequantized(kernel, dtype) if base else kernel
+            return whole
         factors = [params.get(f"{linear}.adapter.{kind}") for kind in ("lora_a", "lora_b", "magnitude")]
         return self._fold(kernel, *factors, scale=program.lora.scale(linear), dtype=dtype)
 
