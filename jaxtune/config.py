@@ -27,6 +27,9 @@ def _model() -> ConfigDict:
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
     c.attention = "auto"  # auto (by platform) | xla | splash
+    c.quantize = ""  # storage of the frozen weights of linear layers: "" (param_dtype) | int8 | int4 | nf4 (QLoRA, arXiv:2305.14314)
+    c.quantize_block = 64  # inputs that share a scale (fewer where it does not divide them); 0 = all of an output's
+    c.quantize_targets = r"layers\.(?!.*\brouter\b).*"  # regex, full match, over the paths of linear layers; none but those of blocks are quantised
     return c
 
 

@@ -24,7 +24,11 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations, and the batch
     "batch": BATCH_AXES,
     "head_rows": ("context", *BATCH_AXES),  # of the loss: objectives.ops.shards_as_rows
-    "head_rows_gathered": ("context", "data", "expert"),  # while the head is spread over what shards it: models.heads.gathered
+    "head_rows_gathered": (
+        "context",
+        "data",
+        "expert",
+    ),  # while the head is spread over what shards it: models.heads.gathered
     "vocab_spread": ("fsdp", "tensor"),
     "length": ("context",),
     "batch_replicas": ("data",),  # on the way from the table to the rows: see models.context.embedded
@@ -223,6 +227,17 @@ def moved(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh, where:
 
     lies = tuple(where.spec)[len(shape) - len(axes) :]
     return any(not names(own) <= names(rule) for own, rule in zip(lies, spec(axes), strict=True))
+
+
+def fitting(where: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """`where` for an array of another shape: a dim that its mesh axes do not divide stays whole."""
+    parts = [*where.spec, *[None] * (len(shape) - len(where.spec))]
+
+    def ways(part: Any) -> int:
+        return math.prod(where.mesh.shape[axis] for axis in ((part,) if isinstance(part, str) else part or ()))
+
+    kept = [part if size % ways(part) == 0 else None for part, size in zip(parts, shape, strict=True)]
+    return NamedSharding(where.mesh, PartitionSpec(*kept))
 
 
 def check_rules(overrides: Sequence[tuple[str, Sequence[str]]], paths: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash"),
+    "model.quantize": ("", "int8", "int4", "nf4"),
     "tune.method": ("lora", "full", "head"),
     "tune.dtype": ("float32", "bfloat16"),
     "data.format": (
@@ -54,6 +55,7 @@ _AT_LEAST: dict[str, float] = {
     "plan.num_slices": 1, "plan.confirm": 0,
     "tracking.profile_start_step": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
+    "model.quantize_block": -1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -177,7 +179,11 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
             )
-    for key, pattern in [("data.split_regex", config.data.split_regex), *(("mesh.rules", rule[0]) for rule in rules)]:
+    for key, pattern in [
+        ("data.split_regex", config.data.split_regex),
+        ("model.quantize_targets", config.model.quantize_targets),
+        *(("mesh.rules", rule[0]) for rule in rules),
+    ]:
         try:
             re.compile(pattern)
         except re.error as error:

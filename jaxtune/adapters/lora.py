@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.config import ConfigDict
+from jaxtune.models import quantised
 from jaxtune.models.experts import ExpertLinear
 from jaxtune.models.layers import Linear, along_last
 from jaxtune.types import UserError, nearest
@@ -58,8 +60,7 @@ class LowRank(nnx.Module):
     """
 
     def __init__(self, linear: Linear | ExpertLinear, path: str, options: Options):
-        *stacked, in_dim, out_dim = linear.kernel.shape
-        lead = linear.kernel.get_metadata()["axes"][:-2]
+        (*stacked, in_dim, out_dim), (*lead, _, _) = quantised.shape_and_axes(linear.kernel)
         rank = dict(options.rank_pattern).get(path, options.rank)
         self.scale, self.dropout = options.scale(path), options.dropout
         self.salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # each linear drops its own elements
@@ -151,27 +152,41 @@ def attach(model: nnx.Module, options: Options) -> None:
         found[path].adapter = LowRank(found[path], path, options)
 
 
-def initial(path: str, shape: tuple[int, ...], dtype: Any, key: jax.Array, kernel: jax.Array | None) -> jax.Array:
-    """PEFT's initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, DoRA's m = ||W|| per output."""
+def initial(path: str, shape: tuple[int, ...], dtype: Any, key: jax.Array, kernel: Any) -> jax.Array:
+    """PEFT's initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, DoRA's m = ||W|| per output of `kernel`, quantised or not."""
     kind = path.rsplit(".", 1)[-1]
     if kind == "lora_a":
         bound = 1 / math.sqrt(shape[-2])
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
     if kind == "magnitude":
         assert kernel is not None, "a magnitude starts from its kernel"
+        if isinstance(kernel, quantised.Packed):
+            dequantized = partial(quantised.dequantize, dtype=jnp.float32)
+            return quantised.of_layers(lambda layer: jnp.linalg.norm(dequantized(layer), axis=-2), kernel).astype(dtype)
         return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2).astype(dtype)
     return jnp.zeros(shape, dtype)
 
 
-def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, scale: float) -> jax.Array:
-    """W' = W + s A B, columns rescaled to m with DoRA; computed in float32, a layer of a stack at a time, in W's dtype."""
+def merged(
+    kernel: jax.Array | quantised.Packed,
+    a: jax.Array,
+    b: jax.Array,
+    magnitude: jax.Array | None,
+    scale: float,
+    dtype: Any = None,
+) -> jax.Array:
+    """W' = W + s A B, columns rescaled to m with DoRA; computed in float32, a layer of a stack at a time.
 
-    def one(layer: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+    Its dtype is W's, unless `dtype` says otherwise: a quantised W has none.
+    """
+
+    def one(layer: tuple[Any, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         kernel, a, b, magnitude = layer
-        total = kernel.astype(jnp.float32) + jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
+        whole = kernel if isinstance(kernel, jax.Array) else quantised.dequantize(kernel, jnp.float32)
+        total = whole.astype(jnp.float32) + jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
         if magnitude is not None:
             total = total * (magnitude.astype(jnp.float32) / jnp.linalg.norm(total, axis=-2))[..., None, :]
-        return total.astype(kernel.dtype)
+        return total.astype(dtype or whole.dtype)
 
     layers = (kernel, a, b, magnitude)
-    return jax.lax.map(one, layers) if kernel.ndim > 2 else one(layers)
+    return jax.lax.map(one, layers) if len(kernel.shape) > 2 else one(layers)

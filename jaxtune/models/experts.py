@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtune.models import spec
+from jaxtune.models import quantised, spec
 from jaxtune.models.layers import Axes, Linear, RMSNorm, Runtime, activation, along_last, unconstrained
 
 
@@ -26,24 +26,41 @@ class ExpertLinear(nnx.Module):
     ):
         self.run, self.axes = run, axes
         kernel = jax.random.normal(rngs.params(), (num, in_dim, out_dim), jnp.float32) * 0.02
-        self.kernel = nnx.Param(kernel.astype(run.param_dtype), axes=("expert", *axes))
+        self.kernel: Any = nnx.data(nnx.Param(kernel.astype(run.param_dtype), axes=("expert", *axes)))
         bias = jnp.zeros((num, out_dim), run.param_dtype)
         self.bias = nnx.Param(bias, axes=("expert", axes[1])) if use_bias else nnx.data(None)
         self.adapter: Any = nnx.data(None)
 
-    def arrays(self) -> dict[str, jax.Array]:
-        found = {"kernel": self.kernel[...]}
+    def arrays(self) -> dict[str, Any]:
+        """What is used, in the compute dtype; a quantised kernel as it is, for each device to dequantise its own."""
+        dtype, packed = self.run.compute_dtype, None
+        if isinstance(self.kernel, quantised.Kernel):
+            packed = self.kernel.packed
+            kernel = quantised.dequantize(packed, dtype)  # no work where no adapter looks at it
+        else:
+            kernel = self.kernel[...]
+        found = {"kernel": kernel}
         if self.bias is not None:
             found["bias"] = self.bias[...]
         if self.adapter is not None:
-            found |= self.adapter.arrays(self.kernel[...])
-        return {name: array.astype(self.run.compute_dtype) for name, array in found.items()}
+            found |= self.adapter.arrays(kernel)
+        arrays = {name: array.astype(dtype) for name, array in found.items()}
+        return arrays if packed is None else {**arrays, "kernel": packed}
 
     def device_axes(self, name: str) -> Axes:
         """The logical axes by which one of `arrays` lies on devices while in use: whole over "embed" and over ranks."""
         into, out = (axis if axis == "mlp" else None for axis in self.axes)
         parts = {"kernel": (into, out), "bias": (out,), "lora_a": (into, None), "lora_b": (None, out), "gain": (out,)}
         return ("expert", *parts[name])
+
+    def place(self, name: str, array: Any) -> Any:
+        """`device_axes` as mesh axes; for a quantised kernel, of each of its parts."""
+        assert self.run.spec is not None
+        where = self.run.spec(self.device_axes(name))
+        if not isinstance(array, quantised.Packed):
+            return where
+        expert, _, out = self.device_axes(name)
+        return quantised.Packed(where, where, self.run.spec((expert, None, out)), array.kind)
 
 
 # x_n . W_e(n) over W's last dim, (E, out, in). In the form of `ragged_dot` XLA's kernel for TPUs asks for more scratch memory
@@ -53,15 +70,16 @@ _OVER_LAST = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def apply(
-    w: dict[str, jax.Array], x_NI: jax.Array, sizes_E: jax.Array, expert_N: jax.Array, with_bias: Any = 1
-) -> jax.Array:
+def apply(w: dict[str, Any], x_NI: jax.Array, sizes_E: jax.Array, expert_N: jax.Array, with_bias: Any = 1) -> jax.Array:
     """x: rows sorted by expert; `sizes_E` how many each has; `expert_N` whose each is. Returns (rows, out).
 
     (x W + x A B) * gain + b: linear in x but for b, so partial sums over x's width add up.
     """
-    x_NI = x_NI.astype(w["kernel"].dtype)
-    y_NO = jax.lax.ragged_dot(x_NI, w["kernel"], sizes_E)
+    if isinstance(w["kernel"], quantised.Packed):
+        y_NO = _dequantised_dot(x_NI, w["kernel"], sizes_E)
+    else:
+        x_NI = x_NI.astype(w["kernel"].dtype)
+        y_NO = jax.lax.ragged_dot(x_NI, w["kernel"], sizes_E)
     if "lora_a" in w:
         h_NR, b_EOR = jax.lax.ragged_dot(x_NI, w["lora_a"], sizes_E), jnp.swapaxes(w["lora_b"], 1, 2)
         y_NO += jax.lax.ragged_dot_general(h_NR, b_EOR, sizes_E, _OVER_LAST)
@@ -70,10 +88,20 @@ def apply(
     return y_NO + w["bias"][expert_N] * with_bias if "bias" in w else y_NO
 
 
-def halves(w: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+@jax.checkpoint
+def _dequantised_dot(x_NI: jax.Array, kernel: quantised.Packed, sizes_E: jax.Array) -> jax.Array:
+    """`ragged_dot` of which the backward pass keeps the codes, and dequantises again."""
+    return jax.lax.ragged_dot(x_NI, quantised.dequantize(kernel, x_NI.dtype), sizes_E)
+
+
+def halves(w: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A linear layer whose outputs are two halves, as two; they share the adapter's inner factor."""
-    pairs = {name: (array, array) if name == "lora_a" else jnp.split(array, 2, -1) for name, array in w.items()}
-    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+    def half(number: int) -> dict[str, Any]:
+        part = {name: jax.tree.map(lambda array: jnp.split(array, 2, -1)[number], value) for name, value in w.items()}
+        return part | ({"lora_a": w["lora_a"]} if "lora_a" in w else {})
+
+    return half(0), half(1)
 
 
 class Experts(nnx.Module):
@@ -175,7 +203,7 @@ class Experts(nnx.Module):
             return jax.lax.psum_scatter(jax.lax.psum(y, "tensor"), axis, tiled=True)
 
         rows = run.spec(("batch", "length", None))
-        places = {name: {k: run.spec(linears[name].device_axes(k)) for k in arrays} for name, arrays in w.items()}
+        places = {name: {k: linears[name].place(k, array) for k, array in arrays.items()} for name, arrays in w.items()}
         specs = (rows, rows, rows, places)
         split = jax.shard_map(on_device, mesh=run.mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return split(x_BTD, weights_BTK, chosen_BTK, w)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.models import quantised
 from jaxtune.models.spec import Norm
 from jaxtune.types import SAVED_NAMES, UserError
 
@@ -119,9 +120,10 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with W (in, out). Adapters (and, later, quantised weights) hook in here and nowhere else.
+    """y = x W + b, with W (in, out). Adapters and quantised weights hook in here and nowhere else.
 
     `axes` are the logical axes of W. `adapter`, when set, is called as `adapter(x, y, kernel, key)` and returns the new y.
+    `kernel` is a parameter or, once `quantised.attach` has been here, a `quantised.Kernel`.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class Linear(nnx.Module):
     ):
         self.run = run
         kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * std
-        self.kernel = nnx.Param(kernel.astype(run.param_dtype), axes=axes)
+        self.kernel: Any = nnx.data(nnx.Param(kernel.astype(run.param_dtype), axes=axes))
         self.bias = nnx.Param(jnp.zeros((out_dim,), run.param_dtype), axes=(axes[1],)) if use_bias else None
         self.adapter: Any = nnx.data(None)
 
@@ -150,12 +152,18 @@ class Linear(nnx.Module):
         lies while it is used, where they are not those along which it is kept.
         """
         dtype = self.run.compute_dtype
-        kernel = self.kernel[...].astype(dtype)
-        if kernel_axes is not None:
-            kernel = self.run.constrain(kernel, kernel_axes)
-        y = jnp.matmul(x.astype(dtype), kernel, preferred_element_type=out_dtype)
+        if isinstance(self.kernel, quantised.Kernel):
+            packed, run = self.kernel.packed, self.run
+            y = quantised.matmul(x.astype(dtype), packed, self.kernel.axes, run.constrain)
+            y = y if out_dtype is None else y.astype(out_dtype)
+            kernel = quantised.dequantize(packed, dtype)  # no work where no adapter looks at it
+        else:
+            kernel = self.kernel[...]
+            used = kernel.astype(dtype)
+            used = used if kernel_axes is None else self.run.constrain(used, kernel_axes)
+            y = jnp.matmul(x.astype(dtype), used, preferred_element_type=out_dtype)
         if self.adapter is not None:
-            y = self.adapter(x.astype(dtype), y, self.kernel[...], key)
+            y = self.adapter(x.astype(dtype), y, kernel, key)
         return y if self.bias is None else y + along_last(self.bias[...].astype(y.dtype), y)
 
 

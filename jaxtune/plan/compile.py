@@ -185,7 +185,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         collectives={kind: found._asdict() for kind, found in moved.collectives.items()},
         lower_seconds=round(lowered_at - started, 2),
         compile_seconds=round(compile_seconds, 2),
-        num_params=state.num_params(program.base) + state.num_params(program.adapter),
+        num_params=state.num_base_params(program) + state.num_params(program.adapter),
         num_trainable_params=state.num_params(program.state.params),
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.models import FAMILIES, reading
+from jaxtune.models import FAMILIES, quantised, reading
 from jaxtune.train import layout, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
@@ -148,7 +149,8 @@ def load(
         base = state_lib.random_base(program, config.train.seed)
     else:
         new_head = bool(config.model.head)
-        base = hf.load(model.tensors, program.family, program.model_config, program.base, progress, new_head)
+        found = (program.family, program.model_config, program.base)
+        base = hf.load(model.tensors, *found, progress, new_head, program.quantised)
     return state_lib.create(program, base, config.train.seed, values)
 
 
@@ -197,22 +199,57 @@ def _exported(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return config
 
 
-def merged(program: Program, params: Params, frozen: Params) -> Params:
-    """Base weights with what was trained in their place: adapters folded into their kernels."""
-    everything = {**frozen, **params}
-    base = {path: everything[path] for path in program.base}
-    if program.lora is None:
-        return base
-    fold = jax.jit(lora.merged, static_argnames="scale")
-    for linear in sorted({path.split(".adapter.")[0] for path in program.adapter}):
-        factors = [everything.get(f"{linear}.adapter.{kind}") for kind in ("lora_a", "lora_b", "magnitude")]
-        base[f"{linear}.kernel"] = fold(base[f"{linear}.kernel"], *factors, scale=program.lora.scale(linear))
-    return base
+def merged(program: Program, params: Params, frozen: Params) -> Mapping[str, jax.Array]:
+    """Base weights with what was trained in their place: adapters folded into their kernels, codes dequantised."""
+    return _Merged(program, {**frozen, **params})
+
+
+class _Merged(Mapping[str, jax.Array]):
+    """Made as they are asked for, the last one kept: a dequantised model is never whole."""
+
+    def __init__(self, program: Program, everything: Params):
+        self._program, self._everything = program, everything
+        self._fold = jax.jit(lora.merged, static_argnames=("scale", "dtype"))
+        self._last: tuple[str, Any] = ("", None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(quantised.kernel_of(path) or path for path in self._program.base))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, path: str) -> jax.Array:
+        if path != self._last[0]:
+            self._last = ("", None)
+            self._last = (path, self._made(path))
+        return self._last[1]
+
+    def _made(self, path: str) -> jax.Array:
+        program, params, linear = self._program, self._everything, path.removesuffix(".kernel")
+        base = program.quantised if program.quantised and path in program.quantised.kernels else None
+        kernel: Any = base.packed(params, path) if base else params[path]
+        dtype = program.run.param_dtype if base else kernel.dtype
+        if program.lora is None or f"{linear}.adapter.lora_a" not in program.adapter:
+            whole: jax.Array = _dequantized(kernel, dtype) if base else kernel
+            return whole
+        factors = [params.get(f"{linear}.adapter.{kind}") for kind in ("lora_a", "lora_b", "magnitude")]
+        return self._fold(kernel, *factors, scale=program.lora.scale(linear), dtype=dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _dequantized(packed: quantised.Packed, dtype: Any) -> jax.Array:
+    return quantised.of_layers(lambda layer: quantised.dequantize(layer, dtype), packed)
 
 
 def summary(model: Model, program: Program) -> str:
     """One line on what trains, for the terminal."""
-    total, trained = state_lib.num_params(program.base), state_lib.num_params(program.state.params)
+    total, trained = state_lib.num_base_params(program), state_lib.num_params(program.state.params)
     mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
+    kept = ""
+    if program.quantised:
+        weights = sum(like.size for like in program.quantised.kernels.values())
+        leaves = [like for path, like in program.base.items() if quantised.kernel_of(path)]
+        bits = 8 * sum(like.size * like.dtype.itemsize for like in leaves) / weights
+        kept = f", {weights:,} of them in {program.quantised.options.kind} ({bits:.2f} bits each)"
     why = f" ({program.layout})" if program.layout else ""
-    return f"{model.uri}: {total:,} parameters, {trained:,} trained ({trained / total:.2%}); mesh {mesh}{why}"
+    return f"{model.uri}: {total:,} parameters{kept}, {trained:,} trained ({trained / total:.2%}); mesh {mesh}{why}"

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtune import optim, registry, sharding
 from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
-from jaxtune.models import FAMILIES, layers, spec
+from jaxtune.models import FAMILIES, layers, quantised, spec
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.train import routers
@@ -63,6 +63,7 @@ class Program(NamedTuple):
     frozen: Params
     pool: str  # which state stands for a whole text: first | last | mean
     optimizer: optax.GradientTransformation
+    quantised: quantised.Base | None  # which kernels are kept in codes, where any are
     layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
@@ -114,7 +115,8 @@ def abstract(
     routers.check(config.train, model_config)
     _check_dims(mesh, model_config)
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
-    graphdef, variables = _shapes(family, model_config, run, options)
+    quantize = quantised.Options.from_config(config.model)
+    graphdef, variables = _shapes(family, model_config, run, options, quantize)
     plain = run._replace(
         remat="none",
         save=(),
@@ -124,14 +126,18 @@ def abstract(
         mlp_blocks=1,
         spread_head=False,
     )
-    inference, _ = _shapes(family, model_config, plain, options)
+    inference, _ = _shapes(family, model_config, plain, options, quantize)
     labels = _labels(config, model_config, variables)
-    sharding.check_rules(config.mesh.rules, list(variables))
+    sharding.check_rules(config.mesh.rules, sorted({quantised.kernel_of(path) or path for path in variables}))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
     def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
-        axes = variable.get_metadata()["axes"]
-        where = sharding.param_sharding(path, variable.shape, axes, mesh, config.mesh.rules)
+        kernel, axes = quantised.kernel_of(path), variable.get_metadata()["axes"]
+        like = variables[f"{kernel}.codes"] if kernel else variable
+        where = sharding.param_sharding(kernel or path, like.shape, axes, mesh, config.mesh.rules)
+        if kernel:
+            _check_frozen(config, kernel, labels[path])
+            where = sharding.fitting(where, variable.shape)
         return jax.ShapeDtypeStruct(
             variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where
         )
@@ -157,6 +163,7 @@ def abstract(
         frozen=frozen,
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
+        quantised=_quantised(quantize, params, run, mesh),
         layout=layout,
     )
 
@@ -187,6 +194,38 @@ def _check_sharding(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any]
     return f"split along another dim, for the mesh does not divide the usual one: {named}" if moved else ""
 
 
+def _check_frozen(config: ConfigDict, kernel: str, label: str) -> None:
+    if label != "frozen":
+        raise UserError(
+            f"tune.method={config.tune.method!r} trains {kernel}, which model.quantize={config.model.quantize!r} keeps in codes that "
+            "have no gradient: set tune.method='lora', or model.quantize=''"
+        )
+
+
+def _quantised(options: quantised.Options | None, params: Params, run: Runtime, mesh: Mesh) -> quantised.Base | None:
+    """Which kernels are quantised, each as if it were not.
+
+    Raises:
+      UserError: a tensor axis would cut through the blocks of an expert's weights, which each device dequantises for itself.
+    """
+    if options is None:
+        return None
+    kernels = {}
+    for path in params:
+        kernel = quantised.kernel_of(path)
+        if kernel is None or kernel in kernels:
+            continue
+        packed, where = quantised.collect(params, kernel, options.kind), params[f"{kernel}.codes"].sharding
+        kernels[kernel] = jax.ShapeDtypeStruct(packed.shape, run.param_dtype, sharding=where)
+        blocks = packed.scales.shape[-2]
+        if "experts" in kernel and where.spec[-2] and blocks % mesh.shape["tensor"]:
+            raise UserError(
+                f"mesh.tensor={mesh.shape['tensor']} does not divide the {blocks} blocks of {packed.shape[-2] // blocks} inputs of {kernel}: "
+                f"lower model.quantize_block, or mesh.tensor"
+            )
+    return quantised.Base(options, kernels)
+
+
 def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any]) -> dict[str, str]:
     """What trains; no head where the objective reads none."""
     reads_head = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.reads_head
@@ -205,10 +244,16 @@ def _pool(config: ConfigDict, model_config: Any, of_folder: str) -> str:
 
 
 def _shapes(
-    family: ModuleType, model_config: Any, run: Runtime, options: lora.Options | None
+    family: ModuleType,
+    model_config: Any,
+    run: Runtime,
+    options: lora.Options | None,
+    quantize: quantised.Options | None,
 ) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     def build() -> nnx.Module:
         model = family.Model(model_config, run, nnx.Rngs(0))
+        if quantize is not None:
+            quantised.attach(lora.linears(model), quantize)
         if options is not None:
             lora.attach(model, options)
         return model
@@ -246,7 +291,11 @@ def shardings(shapes: Any) -> Any:
 
 
 def random_base(program: Program, seed: int) -> Params:
-    """Random base weights for a preset, made in place on their shards: N(0, 0.02), norms 1, biases 0."""
+    """Random base weights for a preset, made in place on their shards: N(0, 0.02), norms 1, biases 0.
+
+    Those that are quantised are so as they are made, a layer at a time.
+    """
+    plain = {path: like for path, like in program.base.items() if quantised.kernel_of(path) is None}
 
     def make(key: jax.Array) -> Params:
         def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -255,9 +304,27 @@ def random_base(program: Program, seed: int) -> Params:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
             return (jax.random.normal(own, like.shape, jnp.float32) * 0.02).astype(like.dtype)
 
-        return {path: one(path, like) for path, like in program.base.items()}
+        return {path: one(path, like) for path, like in plain.items()}
 
-    return jax.jit(make, out_shardings=shardings(program.base))(jax.random.key(seed))
+    key = jax.random.key(seed)
+    return jax.jit(make, out_shardings=shardings(plain))(key) | _random_quantised(program, key)
+
+
+def _random_quantised(program: Program, key: jax.Array) -> Params:
+    made: Params = {}
+    for path, like in program.quantised.kernels.items() if program.quantised else ():
+        where = {leaf: program.base[leaf].sharding for leaf in program.base if quantised.kernel_of(leaf) == path}
+        num_layers, *shape = like.shape
+
+        def make(key: jax.Array, path: str = path, shape: Any = shape, num_layers: int = num_layers) -> Params:
+            def one(key: jax.Array) -> quantised.Packed:
+                assert program.quantised is not None
+                return program.quantised.quantize(jax.random.normal(key, shape, jnp.float32) * 0.02)
+
+            return quantised.spread(path, jax.lax.map(one, jax.random.split(key, num_layers)))
+
+        made |= jax.jit(make, out_shardings=where)(jax.random.fold_in(key, zlib.crc32(path.encode())))
+    return made
 
 
 def create(
@@ -303,11 +370,18 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
 
         return {path: one(path, like) for path, like in program.adapter.items()}
 
-    needed = {
-        path: base[path.split(".adapter.")[0] + ".kernel"] for path in program.adapter if path.endswith(".magnitude")
-    }
+    def kernel(linear: str) -> Any:
+        path = f"{linear}.kernel"
+        return base[path] if path in base or not program.quantised else program.quantised.packed(base, path)
+
+    needed = {path: kernel(path.split(".adapter.")[0]) for path in program.adapter if path.endswith(".magnitude")}
     return jax.jit(make, out_shardings=shardings(program.adapter))(jax.random.key(seed), needed)
 
 
 def num_params(shapes: Mapping[str, Any]) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
+
+
+def num_base_params(program: Program) -> int:
+    """Weights of the base model, however they are kept."""
+    return program.quantised.num_params(program.base) if program.quantised else num_params(program.base)

@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import sharding
-from jaxtune.models import naming
+from jaxtune.models import naming, quantised
 from jaxtune.types import UserError, nearest
-from jaxtune.weights import blocks
+from jaxtune.weights import blocks, pack
 from jaxtune.weights.shards import Shard
 
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
@@ -156,8 +156,9 @@ def load(
     targets: Mapping[str, jax.ShapeDtypeStruct],
     progress: Progress | None = None,
     new_head: bool = False,
+    packed: quantised.Base | None = None,
 ) -> dict[str, jax.Array]:
-    """Streams every weight into arrays of `targets`' shape, dtype and sharding.
+    """Streams every weight into arrays of `targets`' shape, dtype and sharding; kernels of `packed` into their codes and scales.
 
     A base model stored without its prefix ("wte.weight" for "transformer.wte.weight"), or a prefixed one read as a bare
     model, is found all the same. With `new_head` the weights of a task head may be missing, and are then made anew
@@ -169,17 +170,22 @@ def load(
     table = naming.hf_names(family.weights(model_config))
     source = _with_prefix(source, table)
     arrays: dict[str, jax.Array] = {}
+    kernels = packed.kernels if packed else {}
+    targets = {**targets, **kernels}
     if new_head:
         table, source, arrays = _without_head(source, table, targets)
     check_names(source, table, {path: target.shape for path, target in targets.items()})
     scratch = blocks.Scratch()
     for name, (weight, place) in (progress or _silent)(table.items(), len(table), "loading weights"):
         target = targets[weight.ours]
-        if place and weight.ours not in arrays:
-            arrays[weight.ours] = _zeros(target.shape, target.dtype, target.sharding)()
+        if place and weight.ours not in arrays and weight.ours not in kernels:
+            arrays[weight.ours] = pack.zeros(target.shape, target.dtype, target.sharding)()
         depth = len(place)
         where = NamedSharding(target.sharding.mesh, PartitionSpec(*tuple(target.sharding.spec)[depth:]))
         tensor = _tensor(source, name, weight, target.shape[depth:], target.dtype, where, scratch if place else None)
+        if packed and weight.ours in kernels:
+            arrays |= pack.put(packed, weight.ours, arrays, targets, tensor, place)
+            continue
         if place:
             tensor = jax.block_until_ready(_set_at(arrays[weight.ours], tensor, place))
         arrays[weight.ours] = tensor
@@ -244,11 +250,6 @@ def _without_head(
 
 def _silent(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
     return iter(items)
-
-
-@cache
-def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable[[], jax.Array]:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
 
 
 @partial(jax.jit, donate_argnums=0)
