@@ -15,20 +15,18 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import table
+
 ROOT = Path(__file__).resolve().parents[1]
-RECORD, MARK = ROOT / "docs" / "benchmarks.md", "<!-- rows of cpu_vs_trl.py end here -->"
 BATCH_TOKENS, MAX_ROW_TOKENS = 1024, 128  # slots of a jaxtune batch; rows longer than this (0.2%) stay out everywhere
 RATE, RANK, ALPHA = 1e-3, 16, 32.0
 LAYOUTS = {"jaxtune": ("T128", "T256"), "trl": ("grouped", "packed"), "bare": ("grouped",)}
@@ -343,26 +341,15 @@ def ratios(results: list[Any]) -> list[str]:
     return lines
 
 
-def machine() -> str:
-    """Processor, cores and memory."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, {gib:.0f} GiB"
-
-
-def record(results: list[Any], path: Path = RECORD) -> None:
+def record(results: list[Any], path: Path = table.RECORD) -> None:
     """Adds the results as one row of the table in docs/benchmarks.md."""
-    packages = ("jax", "torch", "trl", "peft", "transformers")
-    cells = [datetime.now(UTC).strftime("%Y-%m-%d"), machine(), ", ".join(f"{p} {version(p)}" for p in packages)]
+    cells = table.origin("jax", "torch", "trl", "peft", "transformers")
     for side in NAMES:
         for r in (r for r in results if r["side"] == side):
             cells.append(f"{r['tokens_per_second']:.0f} ({r['peak_rss_bytes'] / (1 << 30):.1f} GiB)")
     ours, peer = fastest(results, ("jaxtune",)), fastest(results, ("trl", "bare"))
     cells.append(f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}")
-    text = path.read_text()
-    assert MARK in text, f"{path} lost the line {MARK}"
-    path.write_text(text.replace(MARK, "| " + " | ".join(cells) + " |\n" + MARK))
+    table.append("cpu_vs_trl.py", cells, path=path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -388,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     num_steps, seconds = (2, 1.0) if options.quick else (options.steps, options.seconds)
     os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        print(f"SmolLM2-135M-Instruct, LoRA r{RANK}, about {BATCH_TOKENS} tokens a step; {machine()}", flush=True)
+        print(f"SmolLM2-135M-Instruct, LoRA r{RANK}, about {BATCH_TOKENS} tokens a step; {table.machine()}", flush=True)
         results = compare(write_rows(quickstart(), Path(folder)), num_steps, seconds)
     print("\n".join(ratios(results)))
     if not (options.quick or options.no_record):

@@ -119,14 +119,14 @@ def test_ratios_are_to_the_faster_peer():
     assert "= 2.50 x PyTorch + PEFT loop (float32)" in best
 
 
-def test_a_row_is_recorded_under_its_table(tmp_path, monkeypatch):
+def test_a_row_is_recorded_under_its_table(tmp_path):
     import cpu_vs_trl
+    import table
 
-    monkeypatch.setattr(cpu_vs_trl, "version", lambda name: "1.0")
     path = tmp_path / "benchmarks.md"
-    path.write_text(cpu_vs_trl.RECORD.read_text())
+    path.write_text(table.RECORD.read_text())
     cpu_vs_trl.record(_results(), path)
-    above, row = path.read_text().split(cpu_vs_trl.MARK)[0].splitlines()[-2:]
+    above, row = path.read_text().split(table.mark("cpu_vs_trl.py"))[0].splitlines()[-2:]
     assert row.endswith("| 150 (1.0 GiB) | 300 (1.0 GiB) | 100 (1.0 GiB) | 10 (1.0 GiB) | 120 (1.0 GiB) | 20 (1.0 GiB) | 2.50 |")  # fmt: skip
     assert above.count("|") == row.count("|")
 
