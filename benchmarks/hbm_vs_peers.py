@@ -8,7 +8,8 @@ peers/requirements.txt (Python 3.12, 2 GB, under --cache), ours --ours-python. P
 environment and compiled again by --again alone. libtpu's version moves all figures by up to 30%: only figures of one
 libtpu compare, and the table says which.
 
-"longest" searches the longest row that one v5e chip holds with QLoRA, over powers of two and one step between.
+Exits with 1 where ours needs more than a peer's. "longest" searches the longest row that one v5e chip holds with QLoRA,
+over powers of two and one step between.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def peers_python(cache: Path, python: str) -> Path:
     return made
 
 
-def is_python312(python: str | None) -> bool:
-    code = "import sys; sys.exit(sys.version_info[:2] != (3, 12))"
-    return bool(python) and subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
+def has(python: str, code: str) -> bool:
+    """Whether this interpreter is there and runs `code` without an error."""
+    return bool(shutil.which(python)) and subprocess.run([python, "-c", code], capture_output=True).returncode == 0
 
 
 # ---- one compilation ----
@@ -139,14 +140,14 @@ def cell(found: Found | None) -> str:
     return f"{found['peak_bytes'] / GIB:.2f}" if "peak_bytes" in found else "does not fit"
 
 
-def against(found: dict[str, Found]) -> str:
-    """Ours over the best peer's."""
-    ours, peers = found.get("jaxtune", {}), [found[side] for side in SIDES[1:] if side in found]
-    name = "longest_tokens" if "longest_tokens" in ours else "peak_bytes"
-    values = [peer[name] for peer in peers if peer.get(name)]
-    if not values or name not in ours:
-        return ""
-    return f"{ours[name] / (max(values) if name == 'longest_tokens' else min(values)):.2f}"
+def against(found: dict[str, Found]) -> float | None:
+    """Ours over the best peer's: of bytes the fewest, of the longest rows the longest; None with nothing to compare."""
+    ours, name = found.get("jaxtune", {}), "peak_bytes"
+    best: Callable[..., int] = min
+    if "longest_tokens" in ours:
+        name, best = "longest_tokens", max
+    values = [found[side][name] for side in SIDES[1:] if found.get(side, {}).get(name)]
+    return ours[name] / best(values) if values and name in ours else None
 
 
 def versions(found: dict[str, Found]) -> str:
@@ -163,7 +164,8 @@ def row(work: Work | str, found: dict[str, Found], settings: list[str]) -> list[
     """One row of the table in docs/benchmarks.md."""
     sides = [cell(found.get(side)) for side in SIDES]
     ours = " ".join(settings) or "as the config has it"
-    return [*table.origin()[:2], versions(found), f"`{work}`", *sides, against(found), ours]
+    ratio = against(found)
+    return [*table.origin()[:2], versions(found), f"`{work}`", *sides, f"{ratio:.2f}" if ratio else "", ours]
 
 
 # ---- the run ----
@@ -205,8 +207,13 @@ class Run(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     sides, python = options.sides.split(","), None
-    if any(side != "jaxtune" for side in sides):
-        if not is_python312(options.python):
+    if "jaxtune" in sides and not has(options.ours_python, "import libtpu"):
+        print(
+            f"{options.ours_python} has no libtpu, which compiles for TPUs: pip install 'jaxtune[tpu]'", file=sys.stderr
+        )
+        return 2
+    if sides != ["jaxtune"]:
+        if not has(options.python, "import sys; sys.exit(sys.version_info[:2] != (3, 12))"):
             print("hbm_vs_peers.py needs a Python 3.12 for the peers: --python PATH", file=sys.stderr)
             return 2
         python = peers_python(options.cache, options.python)
@@ -223,7 +230,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(error, file=sys.stderr, flush=True)
                 failed = True
         shown = ", ".join(f"{side} {cell(found.get(side)) or 'failed'}" for side in sides)
-        print(f"{work}: {shown}; x the best peer: {against(found) or 'none'}", flush=True)
+        ratio = against(found)
+        print(f"{work}: {shown}; {f'{ratio:.2f} x the best peer' if ratio else 'nothing to compare'}", flush=True)
+        failed |= work != LONGEST and ratio is not None and ratio > 1
         if found and not options.no_record:
             table.append("hbm_vs_peers.py", row(work, found, options.set))
     return 1 if failed else 0
@@ -239,9 +248,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quantize", default="nf4", help="model.quantize of ours where the work is QLoRA")
     parser.add_argument("--ours-python", default=sys.executable, help="the interpreter of our step")
-    parser.add_argument(
-        "--python", default=shutil.which("python3.12"), help="a Python 3.12, for the peers' environment"
-    )
+    parser.add_argument("--python", default="python3.12", help="a Python 3.12, for the peers' environment")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the peers' environment and results are kept")
     parser.add_argument("--again", action="store_true", help="compile the peers' steps again")
     parser.add_argument("--no-record", action="store_true", help="leave docs/benchmarks.md as it is")
