@@ -31,7 +31,8 @@ ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve().paren
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxtune-benchmarks"
 SIDES = ("jaxtune", "tunix", "maxtext")
 GIB, RANK, NUM_LAYERS = 1 << 30, 16, 32
-LENGTHS = tuple(size for power in range(10, 18) for size in (1 << power, 3 << (power - 1)))  # 1024, 1536, 2048, 3072 …
+V5E_BYTES = int(15.75 * GIB)  # of a v5e chip's 16 GiB, what libtpu leaves to a program
+LENGTHS = tuple(size for power in range(8, 18) for size in (1 << power, 3 << (power - 1)))  # 256, 384, 512, 768 …
 Found = dict[str, Any]
 
 
@@ -199,7 +200,7 @@ class Run(NamedTuple):
 
         def fits(length: int) -> bool:
             tried[length] = self.measure(side, Work("qlora", "v5e:1x1", 1, length))
-            return tried[length]["fits"]
+            return tried[length]["fits"] and tried[length]["peak_bytes"] <= V5E_BYTES
 
         return {"longest_tokens": longest(fits), "versions": next(iter(tried.values()))["versions"]}
 

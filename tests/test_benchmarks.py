@@ -200,11 +200,24 @@ def test_a_work_reads_as_it_is_written():
 def test_the_longest_row_is_found_by_few_compilations():
     import hbm_vs_peers
 
-    for limit in (0, 1024, 1500, 3072, 100_000, 1 << 30):
+    for limit in (0, 256, 1500, 3072, 100_000, 1 << 30):
         asked = []
         found = hbm_vs_peers.longest(lambda length, limit=limit, asked=asked: asked.append(length) or length <= limit)
         assert found == max((length for length in hbm_vs_peers.LENGTHS if length <= limit), default=0)
         assert len(asked) <= 5
+
+
+def test_a_row_that_compiles_but_exceeds_the_chip_does_not_fit(monkeypatch):
+    import hbm_vs_peers
+
+    def measure(self, side, work):
+        if work.row_tokens > 8192:
+            return {"fits": False, "versions": {}}
+        return {"fits": True, "peak_bytes": work.row_tokens * hbm_vs_peers.GIB // 256, "versions": {}}
+
+    monkeypatch.setattr(hbm_vs_peers.Run, "measure", measure)
+    run = hbm_vs_peers.Run(Path("python"), None, {}, None)
+    assert run.find("jaxtune", "longest")["longest_tokens"] == 3072  # 12 GiB; 4096 would be 16 of 15.75
 
 
 def test_peers_results_are_compiled_once(tmp_path):
