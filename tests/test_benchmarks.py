@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -236,26 +235,95 @@ def test_profile_of_a_step(rows):
     assert 0 < found["achieved"] < found["peak"]
 
 
-# ---- plan_hbm ----
+# ---- hbm_vs_peers ----
 
 
-def test_plan_shapes_and_line():
-    import plan_hbm
+def test_a_work_reads_as_it_is_written():
+    import hbm_vs_peers
 
-    config = plan_hbm.load_config("v5e:4x4", 16, 2048)
-    assert (config.train.batch_size, config.data.max_length, config.tune.rank) == (16, 2048, 16)
-    made = SimpleNamespace(
-        peak_hbm_bytes=int(3.18 * plan_hbm.GIB), argument_bytes=0, temporary_bytes=0, program_bytes=0, compile_seconds=1
-    )
-    assert plan_hbm.line("v5e:4x4", 16, 8192, made).split()[-3:] == ["fit", "6.36", "0.50"]
-    assert plan_hbm.line("v5p:2x2x4", 16, 64, made).split()[4] == "3.18"
+    for work in hbm_vs_peers.WORKS:
+        assert hbm_vs_peers.Work.parse(str(work)) == work
+
+
+def test_the_longest_row_is_found_by_few_compilations():
+    import hbm_vs_peers
+
+    for limit in (0, 256, 1500, 3072, 100_000, 1 << 30):
+        asked = []
+        found = hbm_vs_peers.longest(lambda length, limit=limit, asked=asked: asked.append(length) or length <= limit)
+        assert found == max((length for length in hbm_vs_peers.LENGTHS if length <= limit), default=0)
+        assert len(asked) <= 5
+
+
+def test_a_row_that_compiles_but_exceeds_the_chip_does_not_fit(monkeypatch):
+    import hbm_vs_peers
+
+    def measure(self, side, work):
+        if work.row_tokens > 8192:
+            return {"fits": False, "versions": {}}
+        return {"fits": True, "peak_bytes": work.row_tokens * hbm_vs_peers.GIB // 256, "versions": {}}
+
+    monkeypatch.setattr(hbm_vs_peers.Run, "measure", measure)
+    run = hbm_vs_peers.Run(Path("python"), None, {}, None)
+    assert run.find("jaxtune", "longest")["longest_tokens"] == 3072  # 12 GiB; 4096 would be 16 of 15.75
+
+
+def test_peers_results_are_compiled_once(tmp_path):
+    import hbm_vs_peers
+
+    path, made = tmp_path / "new" / "results.json", []
+
+    def get(again):
+        return hbm_vs_peers.Results(path, again).get("tunix:work", lambda: made.append(1) or {"peak_bytes": len(made)})
+
+    assert [get(False), get(False), get(True), get(False)] == [{"peak_bytes": n} for n in (1, 1, 2, 2)]
+
+
+def test_a_row_of_hbm_compares_with_the_leanest_peer(tmp_path):
+    import hbm_vs_peers
+    import table
+
+    gib = hbm_vs_peers.GIB
+    found = {
+        "jaxtune": {"peak_bytes": 2 * gib, "versions": {"jax": "2", "libtpu": "1"}},
+        "tunix": {"fits": False, "says": "Used 20G of 15.75G hbm", "versions": {"jax": "1", "libtpu": "1"}},
+        "maxtext": {"peak_bytes": 4 * gib},
+    }
+    row = hbm_vs_peers.row(hbm_vs_peers.WORKS[0], found, ["train.remat='none'"])
+    assert row[2:] == ["jax 2 and 1, libtpu 1", "`lora:v5e:2x4:8x2048`", "2.00", "does not fit", "4.00", "0.50", "train.remat='none'"]  # fmt: skip
+    tokens = {"jaxtune": {"longest_tokens": 6144}, "tunix": {"longest_tokens": 0}, "maxtext": {"longest_tokens": 2048}}
+    assert hbm_vs_peers.row("longest", tokens, [])[4:] == ["6,144 tokens", "0 tokens", "2,048 tokens", "3.00", "as the config has it"]  # fmt: skip
+    path = tmp_path / "benchmarks.md"
+    path.write_text(table.RECORD.read_text())
+    table.append("hbm_vs_peers.py", row, path=path)
+    above, new = path.read_text().split(table.mark("hbm_vs_peers.py"))[0].splitlines()[-2:]
+    assert above.count("|") == new.count("|")
+
+
+def test_our_step_is_asked_for_by_work(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER / "peers"))
+    import jaxtune_step
+
+    work = {"topology": "v5p:2x2x4", "num_rows": 16, "row_tokens": 4096, "rank": 16, "quantize": "nf4"}
+    config = jaxtune_step.config_of(work | {"method": "full", "settings": {"train.remat": "none"}})
+    assert (config.plan.topology, config.train.batch_size, config.data.max_length) == ("v5p:2x2x4", 16, 4096)
+    assert (config.tune.method, config.tune.dtype, config.train.remat) == ("full", "bfloat16", "none")
+    assert jaxtune_step.config_of(work | {"method": "lora", "settings": {}}).tune.method == "lora"
+
+
+def test_peers_need_a_python_of_their_own(capsys):
+    import hbm_vs_peers
+
+    assert hbm_vs_peers.main(["--python", sys.executable + "-not", "--sides", "tunix"]) == 2
+    assert "--python" in capsys.readouterr().err
+    assert not hbm_vs_peers.has(sys.executable, "import sys; sys.exit(1)")
 
 
 def test_without_libtpu_it_says_so(monkeypatch, capsys):
-    import plan_hbm
+    import hbm_vs_peers
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert plan_hbm.main([]) == 2
+    monkeypatch.setattr(hbm_vs_peers, "has", lambda python, code: False)
+    assert hbm_vs_peers.main(["--sides", "jaxtune"]) == 2
     assert "jaxtune[tpu]" in capsys.readouterr().err
 
 
@@ -275,3 +343,106 @@ def test_a_plan_for_this_cpu_beside_a_run(monkeypatch):
     assert found["time"][1] > 0
     assert planned["num_devices"] == 1
     assert planned["seconds_by_resource"]["compute"] > 0
+
+
+def test_more_than_a_peer_needs_is_a_failure(monkeypatch):
+    import hbm_vs_peers
+
+    peaks = {"jaxtune": 5, "tunix": 7, "maxtext": 4}
+    monkeypatch.setattr(hbm_vs_peers, "has", lambda python, code: True)
+    monkeypatch.setattr(hbm_vs_peers, "peers_python", lambda cache, python: Path(python))
+    monkeypatch.setattr(hbm_vs_peers.Run, "find", lambda self, side, work: {"peak_bytes": peaks[side]})
+    asked = ["--no-record", "--python", "python", "--only", "lora:v5e:4x4:16x2048", "--sides"]
+    assert hbm_vs_peers.main([*asked, "jaxtune,tunix"]) == 0
+    assert hbm_vs_peers.main([*asked, "jaxtune,tunix,maxtext"]) == 1
+
+
+# ---- gpu ----
+
+
+def _dry(capsys, methods, side):
+    import gpu
+
+    assert gpu.main(["--dry", "--methods", ",".join(methods), "--sides", side]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("dry: ")
+    assert len(lines) == len(methods)
+    for method, line in zip(methods, lines, strict=True):
+        assert line.startswith(f"dry {method} {gpu.NAMES[side]}: 2 steps of 256 tokens")  # documents fill both rows
+        assert abs(float(line.split()[-1]) - math.log(256)) < 1  # random weights: about chance
+
+
+def test_gpu_dry_form_of_jaxtune(capsys):
+    _dry(capsys, ["lora", "full"], "jaxtune")
+
+
+@pytest.mark.oracle
+def test_gpu_dry_form_of_trl(capsys):
+    _dry(capsys, ["lora"], "trl")
+
+
+def test_flops_of_llama3_8b():
+    import gpu
+
+    from jaxtune.weights.source import hf_preset
+
+    asked = gpu.Asked("full", hf_preset("llama3_8b"), 4096, 1, True, 1, "gpu")
+    weights = 8_030_261_248 - 128_256 * 4096 - (32 * 2 + 1) * 4096  # published parameters, less embedding and norms
+    attention = 6 * 32 * 4096 * (2048**2 + 1024**2 + 512**2 + 2 * 256**2) / 4096
+    assert gpu.flops(asked) == {"6N": 6 * weights + attention}
+    lora = gpu.flops(asked._replace(method="lora"))
+    assert lora["6N"] == 6 * weights + attention
+    assert lora["4N"] == 4 * weights + attention + 6 * 41_943_040  # LoRA r16 on all linear layers of Llama-3-8B
+
+
+def test_utilisation_is_of_the_devices_peak():
+    import gpu
+
+    from jaxtune.weights.source import hf_preset
+
+    asked = gpu.Asked("full", hf_preset("llama3_8b"), 4096, 1, True, 1, "gpu")
+    speed = 0.5 * 989e12 / gpu.flops(asked)["6N"]
+    used = gpu.utilisation(asked, {"device": "NVIDIA H100 80GB HBM3", "tokens_per_second": speed})
+    assert used["6N"] == pytest.approx(0.5)
+    assert gpu.peak("NVIDIA H100 PCIe") == 756e12
+    assert gpu.utilisation(asked, {"device": "cpu", "tokens_per_second": 1.0}) == {}
+
+
+def test_the_fastest_layout_that_fits_is_measured(monkeypatch):
+    import gpu
+
+    speeds = {1: 100, 2: 200, 4: None}
+
+    def measure(python, side, asked):
+        speed = speeds[asked.num_rows]
+        return {"tokens_per_second": speed * (1 if asked.remat else 1.5)} if speed else None
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    asked = gpu.Asked("lora", {}, 4096, 0, False, 10, "gpu")
+    layouts = [gpu.Layout(rows, remat) for rows in (1, 2, 4) for remat in (False, True)]
+    chosen, _ = gpu.best("python", "jaxtune", asked, layouts)
+    assert (chosen.num_rows, chosen.remat, chosen.num_steps) == (2, False, 10)
+    assert gpu.best("python", "jaxtune", asked, layouts[-2:]) is None
+
+
+def test_gpu_row_has_the_tables_columns(tmp_path):
+    import gpu
+    import table
+
+    asked = gpu.Asked("lora", {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 8}, 4096, 2, False, 1, "gpu")  # fmt: skip
+    result = {"tokens_per_second": 2.0, "peak_bytes": 1 << 30, "device": "NVIDIA H200", "attention": "sdpa", "versions": {"jax": "1"}}  # fmt: skip
+    made = gpu.row("lora", gpu.SHAPES["lora"][0], {"jaxtune": (asked, result), "trl": (asked, result | {"tokens_per_second": 1.0})})  # fmt: skip
+    assert made[-1] == "2.00"
+    path = tmp_path / "benchmarks.md"
+    path.write_text(table.RECORD.read_text())
+    table.append("gpu.py", made, path=path)
+    above, new = path.read_text().split(table.mark("gpu.py"))[0].splitlines()[-2:]
+    assert above.count("|") == new.count("|")
+
+
+def test_without_a_gpu_it_offers_the_dry_form(monkeypatch, capsys):
+    import gpu
+
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+    assert gpu.main([]) == 2
+    assert "--dry" in capsys.readouterr().err
