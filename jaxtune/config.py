@@ -230,6 +230,7 @@ def _tracking() -> ConfigDict:
     c.profile_start_step = (
         5  # first of them, as metrics.jsonl counts; a resumed run traces what of them is still to come
     )
+    c.peak_tflops = 0.0  # of one device in the compute dtype, 1e12 FLOP/s, for model FLOPs utilisation; 0 = by its kind, where that is a TPU's
     c.profile_all_processes = False  # trace on every process of a multi-host run; False = on the first alone
     return c
 

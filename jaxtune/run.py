@@ -27,6 +27,7 @@ from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
+from jaxtune.plan import utilisation
 from jaxtune.train import compiled, goodput, loop, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
@@ -78,9 +79,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
             arrays = (state, frozen, rows_lib.for_loop(config, rows, tokenizer, program))
-            outcome = loop.train(
-                config, program, *arrays, tracker, checkpoints, workdir, remembered, compiling, wall, loop.Flops()
-            )
+            known = (compiling, wall, utilisation.of(config, program))
+            outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
             params = _best(checkpoints, program, outcome)
             tracker.close_console()
             after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)

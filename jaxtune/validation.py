@@ -53,7 +53,7 @@ _AT_LEAST: dict[str, float] = {
     "train.eval_batches": 0, "train.patience": 0, "train.max_skipped_steps": 0, "train.explode_factor": 0, "train.router_balance_weight": 0,
     "train.router_z_weight": 0, "train.log_every_steps": 1,
     "plan.num_slices": 1, "plan.confirm": 0,
-    "tracking.profile_start_step": 0,
+    "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1,
 }  # fmt: skip

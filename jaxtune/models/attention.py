@@ -120,6 +120,19 @@ def _use_splash(run: Runtime, rule: Rule, q_BTNH: jax.Array, v_BSKH: jax.Array) 
     return can and (run.attention == "splash" or (run.attention == "auto" and on_tpu and fits))
 
 
+def _blocks(num_tokens: int) -> dict[str, Any]:
+    """How splash attention cuts a row into blocks.
+
+    One backward kernel writes the queries' gradient once for each block of keys, to be summed outside; two kernels compute
+    the scores once more, and need no such room.
+    """
+    block = next(b for b in (1024, 512, 256, 128) if num_tokens % b == 0)
+    fused, inner = num_tokens // block <= _FUSED_BLOCKS, min(block, 512)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", *(() if fused else ("block_q_dq", "block_kv_dq")))
+    inside = {"block_kv_compute": inner, "block_kv_dkv_compute": inner}
+    return {**dict.fromkeys(names, block), **inside, "use_fused_bwd_kernel": fused}
+
+
 def _splash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, rule: Rule, run: Runtime,
     window_index: jax.Array | int, sinks_N: jax.Array | None,
@@ -135,16 +148,7 @@ def _splash(
     assert run.spec is not None, "splash attention needs the rules of the mesh"
     T = q_BTNH.shape[1]
     interpret = run.mesh.devices.flat[0].platform != "tpu"
-    block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
-    inner = min(block, 512)
-    # One backward kernel writes the queries' gradient once for each block of keys, to be summed outside; two kernels compute
-    # the scores once more, and need no such room.
-    fused = T // block <= _FUSED_BLOCKS
-    own = None if fused else block
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=inner, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=inner, block_q_dq=own, block_kv_dq=own, use_fused_bwd_kernel=fused,
-    )  # fmt: skip
+    sizes = splash.BlockSizes(**_blocks(T))
 
     def mask(window: int) -> Any:
         if not rule.causal:

@@ -87,6 +87,12 @@ def runtime(config: ConfigDict, mesh: Mesh, model_config: Any) -> Runtime:
     )
 
 
+def _free(run: Runtime) -> Runtime:
+    """The same without what only a training step of its batch and mesh may ask for."""
+    lean: dict[str, Any] = {"remat": "none", "save": (), "offload": (), "mlp_blocks": 1, "spread_head": False}
+    return run._replace(attention="xla", constrain=layers.unconstrained, **lean)
+
+
 def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
     """In how many blocks of a row's tokens the feed-forward layers work, for `train.mlp_block_tokens` on each device."""
     train, length = config.train, config.data.max_length // mesh.shape["context"]
@@ -117,16 +123,7 @@ def abstract(
     options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
-    plain = run._replace(
-        remat="none",
-        save=(),
-        offload=(),
-        attention="xla",
-        constrain=layers.unconstrained,
-        mlp_blocks=1,
-        spread_head=False,
-    )
-    inference, _ = _shapes(family, model_config, plain, options, quantize)
+    inference, _ = _shapes(family, model_config, _free(run), options, quantize)
     labels = _labels(config, model_config, variables)
     sharding.check_rules(config.mesh.rules, sorted({quantised.kernel_of(path) or path for path in variables}))
     trained_dtype = jnp.dtype(config.tune.dtype)
