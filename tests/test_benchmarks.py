@@ -255,17 +255,24 @@ def test_the_longest_row_is_found_by_few_compilations():
         assert len(asked) <= 5
 
 
-def test_a_row_that_compiles_but_exceeds_the_chip_does_not_fit(monkeypatch):
+def test_a_row_that_compiles_but_exceeds_the_chip_does_not_fit(monkeypatch, tmp_path):
     import hbm_vs_peers
 
+    asked = []
+
     def measure(self, side, work):
-        if work.row_tokens > 8192:
-            return {"fits": False, "versions": {}}
+        asked.append(work.row_tokens)
         return {"fits": True, "peak_bytes": work.row_tokens * hbm_vs_peers.GIB // 256, "versions": {}}
 
     monkeypatch.setattr(hbm_vs_peers.Run, "measure", measure)
-    run = hbm_vs_peers.Run(Path("python"), None, {}, None)
-    assert run.find("jaxtune", "longest")["longest_tokens"] == 3072  # 12 GiB; 4096 would be 16 of 15.75
+    results = hbm_vs_peers.Results(tmp_path / "results.json", False)
+    results.held = {"tunix:qlora:v5e:1x1:1x6144": {"fits": False, "says": "RESOURCE_EXHAUSTED", "versions": {}}}
+    run = hbm_vs_peers.Run(Path("python"), None, {}, results)
+    assert run.find("tunix", "longest")["longest_tokens"] == 3072  # 12 GiB; 4096 would be 16 of 15.75
+    assert max(asked) == 4096  # known: 6144 does not fit
+    asked.clear()
+    assert run.find("jaxtune", "longest")["longest_tokens"] == 3072
+    assert max(asked) == 8192
 
 
 def test_peers_results_are_compiled_once(tmp_path):
