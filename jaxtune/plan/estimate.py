@@ -63,7 +63,7 @@ def traced(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, device: 
 
 def _stacked_bytes(scan: Any) -> int:
     """Bytes of what a scan stacks up on the device, one row a round."""
-    stacked = [var.aval for var in scan.outvars[scan.params["num_carry"] :]]
+    stacked = [var.aval for var in scan.outvars[flops.scanned(scan.params)[1] :]]
     on_device = [a for a in stacked if "host" not in str(getattr(a, "memory_space", "")).lower()]
     return sum(a.size * a.dtype.itemsize for a in on_device if hasattr(a.dtype, "itemsize"))
 

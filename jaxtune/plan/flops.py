@@ -163,8 +163,7 @@ class _Walk:
         return _Walk(self.backward)._body(*body)
 
     def _scan(self, eqn: Any, dots: Dots, known: dict[Any, Any], reached: list[bool]) -> list[bool]:
-        closed, num_consts = eqn.params["jaxpr"], eqn.params["num_consts"]
-        num_carry = eqn.params["num_carry"]
+        closed, (num_consts, num_carry) = eqn.params["jaxpr"], scanned(eqn.params)
         fixed = {v: known[v] for v in eqn.invars[:num_consts] if _is_var(v) and v in known}
         while True:  # what a round makes active is active in the next
             once, flags = self._apart(closed.jaxpr, closed.consts, eqn.invars, fixed, reached)
@@ -226,6 +225,14 @@ class _Walk:
         for dot, count in _Walk().jaxpr(eqn.params["jaxpr"], {}, set()).items():
             dots[dot._replace(kind="kernel")] += count * times  # type: ignore[assignment]
         return dots
+
+
+def scanned(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands every round sees, and how many go from round to round."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(list(consts)), len(list(carry))
 
 
 def _computed_share(eqn: Any, known: dict[Any, Any]) -> float:
