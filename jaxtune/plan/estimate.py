@@ -99,10 +99,17 @@ def weights(config: ConfigDict, program: state.Program, num_rounds: int) -> Weig
     return Weights(arguments, layer, gathered, outside, gradients)
 
 
+def _kv_numbers(c: Any) -> int:
+    """Keys and values of a token in one layer, as numbers; what a context axis gathers."""
+    attention = c.blocks[0][0].attention
+    return 2 * attention.num_kv_heads * getattr(attention, "head_dim", c.dim // attention.num_heads)
+
+
 def _ways(mesh: Any, part: Any) -> tuple[int, int]:
-    """(how often a dim is split over axes of batch rows, over others)."""
+    """(how often a dim is split over axes that have tokens of their own, over others); experts stay where they are."""
     axes = (part,) if isinstance(part, str) else tuple(part or ())
-    rows = math.prod(mesh.shape[axis] for axis in axes if axis in sharding.BATCH_AXES and axis != "expert")
+    own = () if axes == ("expert",) else (*sharding.BATCH_AXES, "context")
+    rows = math.prod(mesh.shape[axis] for axis in axes if axis in own)
     return rows, math.prod(mesh.shape[axis] for axis in axes) // rows
 
 
@@ -130,6 +137,7 @@ def estimate(
     sent = _PASSES * accumulation * held.gathered + 2 * sums * (mesh["tensor"] - 1) / mesh["tensor"]
     reduced = held.gradients * 2 * (shards > 1)
     sent += c.num_layers * tokens_each * c.dim * width * 4 * (mesh.get("expert", 1) > 1)
+    sent += _PASSES * c.num_layers * tokens_each * _kv_numbers(c) * width * (mesh.get("context", 1) - 1)
     hbm = _PASSES * accumulation * (held.gathered + held.arguments) + 4 * most.saved_bytes / devices
     crossing = reduced / max(place.num_slices, 1) if place.num_slices > 1 else 0.0
     work = Work(seen.flops_by_dtype, seen.model_flops, hbm, sent + reduced, crossing, most.tokens)
