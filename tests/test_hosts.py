@@ -137,7 +137,8 @@ def test_a_lost_process_ends_the_others_and_the_restart_goes_on_exactly(
     processes = together(runs, name, 2, "--config.checkpoint.every_steps=1", "--config.checkpoint.resume=True")
     metrics = runs.folder / name / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count('"loss"') < 4:
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        if any(process.poll() is not None for process in processes):
+            pytest.fail("\n".join(process.communicate()[0] for process in processes))
         time.sleep(0.02)
     processes[lost].send_signal(signal.SIGKILL)
     killed = time.monotonic()

@@ -2,9 +2,9 @@
 
 Each device gathers keys and values of the whole row and attends with its own queries. Gathering, and not passing them
 around a ring: grouped-query keys and values are a small part of a layer's activations (Llama-3.1-8B: 2 x 1024 of 4096 + 2 x
-14336 numbers a token), one collective carries them while queries are projected, a query's softmax is taken at once as on
-one device (so the result is the same, and every rule of `attention.Rule` holds as it stands), and the kernels for one
-device serve. What a ring would save is their memory: 4 KiB a token of that model in bfloat16, one layer at a time.
+14336 numbers a token), a query's softmax is taken at once as on one device (so the result is the same, and every rule of
+`attention.Rule` holds as it stands), and the kernels for one device serve. What a ring would save is their memory: 4 KiB a
+token of that model in bfloat16, one layer at a time.
 
 Causal queries see ever more keys towards the end of a row, so equal stretches of a row would be unequal work. Devices
 therefore swap half of their queries for the time of attention: of 2 C chunks device d takes d and 2 C - 1 - d.
