@@ -33,7 +33,7 @@ NF4 = (
 KINDS = {"int8": 8, "int4": 4, "nf4": 4}  # bits of a code
 LEAVES = ("codes", "scales", "columns")
 _LEAF = re.compile(rf"(.*\.kernel)\.({'|'.join(LEAVES)})")
-_INT8, _INT4, _SCALE = 127, 7, 255  # the largest codes
+_INT8, _INT4, _SCALE = 127, 7.5, 255  # codes of 1; in int4, -8 … 7, it lies between two
 
 
 class Options(NamedTuple):
@@ -99,10 +99,11 @@ def dequantize(packed: Packed, dtype: Any) -> jax.Array:
     if KINDS[packed.kind] == 8:
         unit = packed.codes.reshape(*lead, num_blocks, -1, num_out).astype(jnp.float32) / _INT8
         return (unit * scale[..., None, :]).reshape(packed.shape).astype(dtype)
-    bytes_ = packed.codes.reshape(*lead, num_blocks, 1, num_rows // num_blocks, num_out).astype(jnp.int32)
-    shift = jnp.array([0, 4], jnp.int32).reshape(*[1] * len(lead), 1, 2, 1, 1)
-    codes = (bytes_ >> shift) & 15
-    unit = (codes - _INT4 - 1).astype(jnp.float32) / _INT4 if packed.kind == "int4" else _looked_up(codes)
+    # Taken apart as bytes: of wider numbers XLA for TPUs would write the whole kernel out before it is multiplied.
+    bytes_ = packed.codes.reshape(*lead, num_blocks, 1, num_rows // num_blocks, num_out)
+    shift = jnp.array([0, 4], jnp.uint8).reshape(*[1] * len(lead), 1, 2, 1, 1)
+    codes = ((bytes_ >> shift) & 15).astype(jnp.int32)
+    unit = (codes - 8).astype(jnp.float32) / _INT4 if packed.kind == "int4" else _looked_up(codes)
     return (unit * scale[..., None, None, :]).reshape(packed.shape).astype(dtype)
 
 
@@ -115,7 +116,7 @@ def _encoded(unit: jax.Array, kind: str) -> jax.Array:
     if kind == "int8":
         return jnp.clip(jnp.round(unit * _INT8), -_INT8, _INT8).astype(jnp.int8)
     if kind == "int4":
-        return (jnp.clip(jnp.round(unit * _INT4), -_INT4, _INT4) + _INT4 + 1).astype(jnp.uint8)
+        return (jnp.clip(jnp.round(unit * _INT4), -8, 7) + 8).astype(jnp.uint8)
     above = [(unit > (low + high) / 2).astype(jnp.uint8) for low, high in zip(NF4, NF4[1:], strict=False)]
     return sum(above[1:], above[0])
 

@@ -26,7 +26,7 @@ from tests.families import CASES
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-HALF_GAP = {"int8": 0.5 / 127, "int4": 0.5 / 7, "nf4": np.diff(quantised.NF4).max() / 2}  # of a scale
+HALF_GAP = {"int8": 0.5 / 127, "int4": 0.5 / 7.5, "nf4": np.diff(quantised.NF4).max() / 2}  # of a scale
 quantize = jax.jit(quantised.quantize, static_argnums=(1, 2))
 dequantize = jax.jit(quantised.dequantize, static_argnums=1)
 
@@ -52,7 +52,8 @@ def test_codes_by_hand() -> None:
     assert packed.shape == (4, 2)
     np.testing.assert_array_equal(packed.codes, [[15 | 9 << 4, 8 | 8 << 4], [6 | 8 << 4, 8 | 8 << 4]])
     np.testing.assert_allclose(packed.columns, [[0.7, 0.0]])
-    np.testing.assert_allclose(dequantize(packed, jnp.float32), kernel_IO, atol=1e-7)
+    levels_IO = np.asarray([[7, 0], [-2, 0], [1, 0], [0, 0]]) / 7.5 * 0.7
+    np.testing.assert_allclose(dequantize(packed, jnp.float32), levels_IO, atol=1e-7)
     packed = quantize(jnp.asarray([[-2.0], [0.5], [0.0], [2.0]]), "nf4", 4)
     np.testing.assert_array_equal(packed.codes, [[0 | 7 << 4], [10 | 15 << 4]])  # 0.25 is nearest to 0.2461
     np.testing.assert_allclose(dequantize(packed, jnp.float32)[:, 0], [-2.0, 2 * quantised.NF4[10], 0.0, 2.0])
@@ -88,7 +89,7 @@ def test_error_of_normal_weights_is_that_of_the_paper() -> None:
         found = dequantize(quantize(kernel, kind, 64), jnp.float32)
         return float(np.sqrt(np.square(found - kernel).mean() / np.square(kernel).mean()))
 
-    assert 0.085 < miss("nf4") < 0.095 < miss("int4") < 0.115
+    assert 0.085 < miss("nf4") < 0.095 < miss("int4") < 0.105
     assert miss("int8") < 0.0065
 
 

@@ -30,6 +30,6 @@ def test_the_step_compiles_over_codes(topology: str, mesh: dict[str, int], kind:
     kernels = 2 * (2048 * 2048 * 2 + 2048 * 1024 * 2 + 3 * 2048 * 8192)
     assert plan.num_params == kernels + 512 * 2048 + 5 * 2048 + plan.num_trainable_params
     assert plan.fits
-    adapter_and_slots = 3 * 4 * plan.num_trainable_params / plan.num_devices
-    base_bytes = plan.argument_bytes - adapter_and_slots - 2 * 512 * 2048 / plan.num_devices
+    trained_and_slots = 3 * 4 * plan.num_trainable_params / plan.mesh["fsdp"]
+    base_bytes = plan.argument_bytes - trained_and_slots - 2 * 512 * 2048 / plan.num_devices
     assert base_bytes < ratio * 2 * kernels / plan.num_devices + 2**19
