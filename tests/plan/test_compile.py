@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
 from jaxtune import launch, sharding
+from jaxtune.plan import chips
 from jaxtune.plan import compile as plan_compile
 from jaxtune.train import layout, step
 from jaxtune.types import UserError
@@ -44,6 +45,7 @@ def shallow(**changes) -> dict:
 )
 def test_the_step_compiles(config: ConfigDict, topology: str, mesh: dict[str, int], method: str) -> None:
     config.plan.topology, config.tune.method = topology, method
+    config.mesh.auto = False
     for axis, size in mesh.items():
         config.mesh[axis] = size
     plan = plan_compile.compile_step(config, shallow())
@@ -72,7 +74,7 @@ def test_a_row_in_shards_compiles_with_its_kernel(config: ConfigDict) -> None:
     """Llama-3.1-8B's shape: of a row's tokens the devices gather keys and values (8 heads of 128), and nothing else."""
     config.data.max_length, config.train.batch_size, config.mesh.context, config.mesh.fsdp = 2048, 4, 4, 4
     settings = hf_preset("llama3_1_8b") | {"num_hidden_layers": 2, "vocab_size": 4096}
-    program = layout.program(config, settings, plan_compile.topology_devices("v5e:4x4"))
+    program = layout.program(config, settings, plan_compile.devices_of(chips.slice_of("v5e:4x4", chips.table())))
     abstract = (program.state, program.frozen, step.abstract_batch(config, program))
     compiled = step.make(config, program).lower(*abstract).compile()
     text = compiled.as_text()
@@ -83,10 +85,7 @@ def test_a_row_in_shards_compiles_with_its_kernel(config: ConfigDict) -> None:
 
 
 def test_slices_are_joined_by_the_axes_that_say_so(config: ConfigDict) -> None:
-    from jax.experimental import topologies
-
-    plan_compile.topology_devices("v5e:2x2")  # what libtpu must be told first
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    devices = plan_compile.devices_of(chips.slice_of("v5e:2x2", chips.table(), num_slices=2))
     chosen = layout.program(config, shallow(), devices)
     assert chosen.layout.startswith("2 slices split the rows; ")
     config.mesh.update({"dcn_fsdp": 2, "tensor": 2})

@@ -13,6 +13,7 @@ from jaxtune.weights.source import hf_preset
 @pytest.mark.parametrize(
     ("topology", "mesh", "kind", "ratio"),
     [
+        ("v4:2x2x1", {"fsdp": -1}, "nf4", 0.27),
         ("v5e:2x4", {"fsdp": 4, "tensor": 2}, "nf4", 0.27),
         ("v5p:2x2x1", {"fsdp": -1}, "int8", 0.52),
         ("v6e:2x2", {"fsdp": -1}, "int4", 0.27),
@@ -24,6 +25,7 @@ def test_the_step_compiles_over_codes(topology: str, mesh: dict[str, int], kind:
     config.model.param_dtype = config.model.compute_dtype = "bfloat16"
     config.data.max_length, config.train.batch_size, config.train.steps, config.tune.dropout = 512, 8, 10, 0.0
     config.plan.topology, config.model.quantize = topology, kind
+    config.mesh.auto = False
     config.mesh.update(mesh)
     shape = hf_preset("llama3_2_1b") | {"num_hidden_layers": 2, "vocab_size": 512, "num_attention_heads": 16}
     plan = plan_compile.compile_step(config, shape | {"head_dim": 128})
