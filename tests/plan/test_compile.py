@@ -66,7 +66,9 @@ def _assert_adds_up(plan: plan_compile.Plan, method: str) -> None:
     assert plan.model_flops < plan.hardware_flops < 2 * plan.model_flops
     sent = sum(found["bytes"] for found in plan.collectives.values())
     each = 2 * (plan.num_params - 1024 * 512) / plan.mesh["tensor"] * (1 - 1 / plan.mesh["fsdp"])
-    assert 1.5 * each < sent < 12 * each  # forward and backward; full fine-tuning scatters gradients too
+    hidden = 8 * 512 * 512 * 2 / plan.mesh["tensor"]  # of the batch: to where the vocabulary's parts lie, and back
+    # Forward and backward; full fine-tuning scatters gradients too.
+    assert 1.5 * each < sent < 12 * each + 4 * hidden
     assert plan.hbm_traffic_bytes > plan.argument_bytes
 
 
