@@ -50,7 +50,7 @@ def traced(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, device: 
     """Traces the step of this config's remat choice, on one device and in one micro-batch."""
     config = config.copy_and_resolve_references()
     for axis in sharding.AXES:
-        config.mesh[axis] = 1
+        config.mesh[axis] = config.mesh[f"dcn_{axis}"] = 1
     config.train.accumulation = 1
     program = program_of(config, hf_config, adapter, [device])
     traced_step, hardware, model = counted(config, program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxtune import sharding
@@ -48,11 +48,17 @@ class Found(NamedTuple):
     why: str
 
 
+def lay(config: ConfigDict, sizes: Mapping[str, int]) -> None:
+    """Sets a mesh by the whole size of each axis; slices split its "data"."""
+    slices = config.plan.num_slices
+    for axis, size in sizes.items():
+        config.mesh[axis], config.mesh[f"dcn_{axis}"] = (size // slices, slices) if axis == "data" else (size, 1)
+
+
 def changed(config: ConfigDict, choice: Estimate) -> ConfigDict:
     """This config with a candidate's mesh, accumulation and remat."""
     config = config.copy_and_resolve_references()
-    for axis, size in choice.mesh.items():
-        config.mesh[axis] = size
+    lay(config, choice.mesh)
     config.train.accumulation, config.train.remat = choice.accumulation, choice.remat
     return config
 
@@ -166,8 +172,7 @@ class Table:
         for mesh in show(shapes, len(shapes), "meshes"):
             one = config.copy_and_resolve_references()
             one.train.accumulation = 1
-            for axis, size in mesh.items():
-                one.mesh[axis] = size
+            lay(one, mesh)
             try:
                 program = program_of(one, hf_config, adapter, devices)
             except UserError as error:

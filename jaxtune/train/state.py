@@ -176,7 +176,8 @@ def _check_dims(mesh: Mesh, model_config: Any) -> None:
 
 def _check_sharding(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], params: Params) -> str:
     """Refuses too many whole weights; returns, in words, which weights another dim than the rules' is split of."""
-    base = {path: value for path, value in params.items() if ".adapter." not in path}
+    small = (".kernel.scales", ".kernel.columns")  # of a quantised kernel, beside its codes
+    base = {path: value for path, value in params.items() if ".adapter." not in path and not path.endswith(small)}
     axes = {path: variables[path].get_metadata()["axes"] for path in base}
     matrices = {path: value for path, value in base.items() if len(axes[path]) > 1}
     sharding.check_sharded(matrices, num_params(base), mesh, config.mesh)

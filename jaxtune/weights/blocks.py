@@ -44,8 +44,8 @@ def regions(
         theirs = (*region[:-2], region[-1], region[-2]) if transpose else region
         views.append((theirs, np.swapaxes(array, -1, -2) if transpose else array))
     step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(on_disk[1:]))))
-    wanted = [start for start in range(0, on_disk[0], step) if _met(views, start, start + step)]
-
+    low, high = min(t[0][0] for t, _ in views), max(t[0][1] for t, _ in views)
+    wanted = [start for start in range(low, high, step) if _met(views, start, start + step)]
     hull = [
         (min(low for low, _ in dim), max(high for _, high in dim))
         for dim in zip(*[t[1:] for t, _ in views], strict=True)
@@ -55,7 +55,7 @@ def regions(
     origin = [low if partly else 0 for low, _ in hull]
 
     def one(start: int) -> None:
-        block = read(slice(start, min(start + step, on_disk[0])), *rest)
+        block = read(slice(start, min(start + step, high)), *rest)
         for theirs, view in views:
             first, last = max(start, theirs[0][0]), min(start + len(block), theirs[0][1])
             if first < last:

@@ -127,7 +127,7 @@ def config_of(kind: str, mesh: dict[str, int], **changes: Any) -> ConfigDict:
 
 
 def program_of(case: dict[str, Any], config: ConfigDict) -> state.Program:
-    sizes = {axis: size for axis, size in config.mesh.items() if axis != "rules"}
+    sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     return state.abstract(
         config, case, sharding.make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))]), 1
     )

@@ -83,7 +83,8 @@ def test_a_row_in_shards_compiles_with_its_kernel(config: ConfigDict) -> None:
     assert "splash" in text
     gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
     of_rows = {re.sub(r"\[[14],", "[", shape) for shape in gathered if re.match(r"\w+\[(1,|4,)?2048[,\]]", shape)}
-    assert of_rows == {"bf16[2048,8,128]", "s32[2048]"}
+    # Beside them, of each of the four rows its 512 hidden states of one device, to where a part of the vocabulary lies.
+    assert of_rows - {"bf16[2048,4096]"} == {"bf16[2048,8,128]", "s32[2048]"}
 
 
 def test_slices_are_joined_by_the_axes_that_say_so(config: ConfigDict) -> None:
@@ -116,7 +117,7 @@ def test_plan_writes_its_file(tmp_path: Path, capsys) -> None:
     path = tmp_path / "c.py"
     path.write_text(
         "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.model.source = 'preset:llama_tiny'\n"
-        "  c.data.max_length = 128\n  c.plan.topology, c.plan.num_slices, c.mesh.data = 'v6e:2x2', 2, 2\n  return c\n"
+        "  c.data.max_length = 128\n  c.plan.topology, c.plan.num_slices, c.mesh.dcn_data = 'v6e:2x2', 2, 2\n  return c\n"
     )
     assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}"]) == 0
     written = json.loads((tmp_path / "w" / "plan.json").read_text())

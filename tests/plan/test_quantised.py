@@ -17,7 +17,7 @@ from jaxtune.weights.source import hf_preset
         ("v5e:2x4", {"fsdp": 4, "tensor": 2}, "nf4", 0.27),
         ("v5p:2x2x1", {"fsdp": -1}, "int8", 0.52),
         ("v6e:2x2", {"fsdp": -1}, "int4", 0.27),
-        ("tpu7x:2x2x1", {"fsdp": -1}, "nf4", 0.27),
+        ("tpu7x:2x2x1", {"fsdp": -1}, "int8", 0.52),
     ],
 )
 def test_the_step_compiles_over_codes(topology: str, mesh: dict[str, int], kind: str, ratio: float) -> None:
