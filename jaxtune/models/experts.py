@@ -98,8 +98,10 @@ def halves(w: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A linear layer whose outputs are two halves, as two; they share the adapter's inner factor."""
 
     def half(number: int) -> dict[str, Any]:
-        part = {name: jax.tree.map(lambda array: jnp.split(array, 2, -1)[number], value) for name, value in w.items()}
-        return part | ({"lora_a": w["lora_a"]} if "lora_a" in w else {})
+        def of(name: str, value: Any) -> Any:
+            return value if name == "lora_a" else jax.tree.map(lambda array: jnp.split(array, 2, -1)[number], value)
+
+        return {name: of(name, value) for name, value in w.items()}
 
     return half(0), half(1)
 

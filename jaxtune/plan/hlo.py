@@ -108,6 +108,9 @@ class _Program:
             return _Sum(0, 0, 0, {})
         if kind in KINDS:
             return self._collective(where, instruction, kind)
+        if opcode == "send" and "xla_megascale_runtime" in instruction.rest:  # a collective's part between slices
+            crossing = float(array_bytes(self._type(where, instruction.operands[0])))
+            return _Sum(crossing, 0, 0, {f"{where}/{instruction.name}": ("send", 1.0, 0.0, crossing)})
         if opcode == "while":
             body, times = self.total(attribute(instruction, "body")), self.trips(where, instruction)
             channels = {c: (k, n * times, b, d) for c, (k, n, b, d) in body.channels.items()}
