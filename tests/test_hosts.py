@@ -21,7 +21,7 @@ from jaxtune import run, sharding
 from jaxtune.weights import hf
 from tests.train.test_exactness import finished, launched, logged, write_config
 
-STEPS, HEARTBEAT_SECONDS = 12, 30
+STEPS, HEARTBEAT_SECONDS = 12, 60
 
 
 class Runs(NamedTuple):

@@ -166,8 +166,8 @@ def test_names_of_no_slice(name: str) -> None:
 
 
 def test_this_machine_is_measured() -> None:
-    place = cpu.machine("cpu:2")
-    assert place.num_devices == 2
+    place = cpu.machine("cpu:8")
+    assert place.num_devices == 8
     assert place.chip.peak("float32") > 1e9
     dots = flops.Dots({flops.Dot("dot", 1, 256, 256, 256, "float32"): 10, flops.Dot("dot", 4, 32, 8, 32, "float32"): 1})
     alone = cpu.dot_seconds(flops.Dots({flops.Dot("dot", 1, 256, 256, 256, "float32"): 10}))
