@@ -210,7 +210,7 @@ def _plan() -> ConfigDict:
         4  # at most so many candidates are compiled: of a search, the best; of a ranking, the cheapest until one fits
     )
     c.efficiency = 0.6  # share of the limiting roof that real steps reach on a TPU (MaxText publishes 0.5 to 0.7 of peak FLOP/s for v5e and v5p)
-    c.prices = ""  # TOML file of yours that overrides jaxtune/plan/chips.toml: prices, and any other figure of a chip
+    c.prices = ""  # TOML file of yours that overrides jaxtune/chips.toml: prices, and any other figure of a chip
     # A hosted service, beside or (with topology "" or no model) instead: each one number, or (low, high).
     c.api_training_usd_per_1k_tokens = ()  # price of 1,000 training tokens; () = none
     c.api_training_tokens = ()  # tokens that are trained on; () = those of data.train times epochs, else of all steps

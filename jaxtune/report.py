@@ -153,8 +153,7 @@ def _start(start: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if not start:
         return []
     parts = {part: took for part, took in start["seconds"].items() if took >= 0.005}
-    names = {"start": "Python and JAX", "compile": "Waiting for the compiler"}
-    rows = [(names.get(part, _words(part)), _duration(took)) for part, took in parts.items()]
+    rows = [(_CAUSES.get(part, _words(part)), _duration(took)) for part, took in parts.items()]
     cached = ", from the cache" if start["from_cache"] else ""
     compiling = (
         f"{_duration(start['compile_seconds'])}, {_duration(start['compile_overlapped_seconds'])} of it meanwhile"

@@ -65,7 +65,9 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     lacking = [] if held else [measure.nothing_held(config)]
     _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
-    with wall("load"):  # while a thread compiles
+    with wall("program"):  # while a thread compiles, as what follows
+        counted = utilisation.of(config, program)
+    with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
@@ -79,7 +81,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
             arrays = (state, frozen, rows_lib.for_loop(config, rows, tokenizer, program))
-            known = (compiling, wall, utilisation.of(config, program))
+            known = (compiling, wall, counted)
             outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
             params = _best(checkpoints, program, outcome)
             tracker.close_console()
@@ -239,15 +241,16 @@ def plan(config: ConfigDict, workdir: Path) -> None:
 
     result: dict[str, Any] = {}
     lines, show = [], partial(tracking.progress, mode=config.tracking.progress)
-    priced = cost.wants_api(config)
-    if not priced or (config.model.source and (config.plan.topology or config.plan.topologies)):
+    priced, steps = cost.wants_api(config), config.train.steps
+    counts = priced and not config.plan.api_training_tokens
+    planned = not priced or bool(config.model.source and (config.plan.topology or config.plan.topologies))
+    # On this machine's CPU what training's process would hold is part of the forecast, and its rows are.
+    needs_rows = counts or (planned and (cpu.is_cpu(config.plan.topology) or not steps))
+    rows = _counted(config, show) if needs_rows else None
+    if planned:
         model = source.find(config)
         where = ", ".join(config.plan.topologies) or config.plan.topology
         print(f"compiling {model.uri} for {where} …", file=sys.stderr, flush=True)
-        here = cpu.is_cpu(
-            config.plan.topology
-        )  # what this process holds is part of the forecast: what training's would
-        rows = _counted(config, show) if here or not config.train.steps else None  # noqa: F841
         config.train.steps = config.train.steps or 1000
         given = (config, model.hf_config, start.adapter(config, model)[0])
         say = partial(print, file=sys.stderr, flush=True)
@@ -259,7 +262,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
             result, text = account.one(*given)
         lines.append(text)
     if priced:
-        found = cost.api(config, None if config.plan.api_training_tokens else _training_tokens(config, show))
+        found = cost.api(config, _training_tokens(config, steps, rows) if counts else None)
         result = {**found, **result, "api": found}
         lines.append(account.api_table(found))
     _write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
@@ -299,12 +302,11 @@ def _counted(config: ConfigDict, show: Callable[..., Iterator[Any]]) -> rows_lib
     return rows_lib.read(config, tokenizer, show, start.reader(config, model, tokenizer) if model.uri else readers.NEXT)
 
 
-def _training_tokens(config: ConfigDict, show: Callable[..., Iterator[Any]]) -> int:
-    """Tokens of all epochs' rows; of all steps' batches where there are no rows to count."""
-    epochs, steps = config.train.epochs, config.train.steps
-    rows = _counted(config, show)
+def _training_tokens(config: ConfigDict, steps: int, rows: rows_lib.Rows | None) -> int:
+    """Tokens of all epochs' rows, or of the `steps` that were asked for; of their batches where there are no rows to count."""
     if rows is not None:
-        return round(rows.train.counts["tokens"] * (steps / rows.batches.steps_per_epoch if steps else epochs))
+        epochs = steps / rows.batches.steps_per_epoch if steps else config.train.epochs
+        return round(rows.train.counts["tokens"] * epochs)
     if config.data.train:
         raise UserError(
             "counting the tokens of data.train needs a tokenizer: set model.tokenizer, or plan.api_training_tokens"

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -208,6 +209,8 @@ def quiet_libraries() -> None:
     for name in ("absl", "jax._src.xla_bridge", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints each retry's traceback, and raises at the end
+    # A program that cannot be kept, or read again, is compiled anew: nobody has to do anything about it.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     if not getattr(sys.excepthook, "quiet", False):
         _without_closed_loops()
 

@@ -160,6 +160,11 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key} names what a rematerialised step keeps, and train.remat='none' keeps all: set train.remat='block'"
             )
+    if config.train.mlp_block_tokens and "mlp" in (*config.train.save, *config.train.offload):
+        raise UserError(
+            "train.save and train.offload cannot keep 'mlp' of blocks that are recomputed one by one: leave it out, or set "
+            "train.mlp_block_tokens=0"
+        )
     rules, bins = config.mesh.rules, config.data.label_bins
     for rule in rules:
         if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], tuple | list):

@@ -10,7 +10,19 @@ from jaxtune.models import FAMILIES
 
 ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
-    {"config", "registry", "types", "report_plots", "hosts", "fetch", "archives", "indexes", "validation", "workdir"},
+    {
+        "config",
+        "registry",
+        "types",
+        "report_plots",
+        "hosts",
+        "chips",
+        "fetch",
+        "archives",
+        "indexes",
+        "validation",
+        "workdir",
+    },
     {"sharding", "models", "data"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},
@@ -29,6 +41,7 @@ TOGETHER = {
     "archives": {"types"},
     "workdir": {"types"},
     "hosts": {"types"},
+    "chips": {"types"},
 }
 
 

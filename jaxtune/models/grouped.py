@@ -77,7 +77,6 @@ class Attention(nnx.Module):
             cos, sin = where.rotary(at.rope)
             q_BTNH = rope.rotate(q_BTNH, cos, sin, a.rope_dims, a.interleaved)
             k_BTKH = k_BTKH if k_BTKH is None else rope.rotate(k_BTKH, cos, sin, a.rope_dims, a.interleaved)
-        q_BTNH, k_BTKH, v_BTKH = named((q_BTNH, k_BTKH, v_BTKH), "qkv")
         scale = a.head_dim**-0.5 if a.scale is None else a.scale
         rule = Rule(scale, a.softcap, a.causal, a.slopes, self.windows)
         sinks = None if self.sinks is None else self.sinks[...]
@@ -134,6 +133,7 @@ def attend_cached(
     """
     options: dict[str, Any] = {"window_index": at.window, "sinks_N": sinks_N}
     segments_BT = where.segment_ids_BT
+    q_BTNH, k_BTKH, v_BTKH = named((q_BTNH, k_BTKH, v_BTKH), "qkv")
     if cache is None:
         k_BTKH, v_BTKH = at.kv or (k_BTKH, v_BTKH)
         out = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, rule, run, **options)

@@ -58,11 +58,6 @@ class Runtime(NamedTuple):
         """Of the devices that the program is for: cpu | gpu | tpu."""
         return jax.default_backend() if self.mesh is None else str(self.mesh.devices.flat[0].platform)
 
-    @property
-    def has_host_memory(self) -> bool:
-        """Whether the devices' memory is another than the host's."""
-        return self.platform != "cpu"
-
 
 # For cheap functions of large arrays: the backward pass computes them again instead of keeping what they made. Layers
 # run in a scan, whose forward and backward bodies are apart, so nothing can merge the two computations again.
@@ -282,17 +277,17 @@ def named(x: Any, name: str) -> Any:
 def _policy(run: Runtime) -> Any:
     """What of a layer the backward pass finds again, and where."""
     policies = jax.checkpoint_policies
-    named = policies.nothing_saveable
-    if run.offload and run.has_host_memory:
-        named = policies.save_and_offload_only_these_names(
+    by_name = policies.nothing_saveable
+    if run.offload and run.platform != "cpu":  # whose memory is the host's
+        by_name = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=list(run.save), names_which_can_be_offloaded=list(run.offload),
             offload_src="device", offload_dst="pinned_host",
         )  # fmt: skip
     elif run.save or run.offload:
-        named = policies.save_only_these_names(*run.save, *run.offload)
+        by_name = policies.save_only_these_names(*run.save, *run.offload)
     if run.remat == "dots":
-        return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
-    return named
+        return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, by_name)
+    return by_name
 
 
 def run_stack(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxtune import config as config_lib
+from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
 from jaxtune.plan import compile as plan_compile
 from jaxtune.plan import cost, cpu, search
-from jaxtune.plan.chips import Slice
 from jaxtune.plan.compile import Plan
 from jaxtune.plan.cost import Forecast
 
@@ -19,11 +19,9 @@ Result = tuple[dict[str, Any], str]  # what goes into plan.json, and lines for t
 def one(config: ConfigDict, hf_config: dict[str, Any], adapter: Any) -> Result:
     """Compiles this config for its topology."""
     place = plan_compile.where(config)
-    plan = plan_compile.compile_step(config, hf_config, adapter)
+    plan, dots = plan_compile.compiled(config, hf_config, adapter)
     seconds = None
     if cpu.is_cpu(place.name):
-        program = plan_compile.program_of(config, hf_config, adapter, plan_compile.devices_of(place))
-        dots = plan_compile.counted(config, program)[1]
         place, seconds = cpu.as_measured(place, dots), cpu.dot_seconds(dots)
     made = cost.forecast(cost.work_of(plan, seconds), place, config.train.steps, config.plan.efficiency)
     return written(plan, made, place, config.train.steps), table(plan, made, place, config.train.steps)
@@ -178,7 +176,8 @@ def _unplanned(config: ConfigDict) -> ConfigDict:
 
 def planned(config: ConfigDict, found: search.Found) -> str:
     """The text of `planned.py`: the given config, and what the search changed."""
-    keys = [f"mesh.{axis}" for axis in found.plan.mesh] + ["train.accumulation", "train.remat"]
+    axes = [f"mesh.{of}{axis}" for axis in found.plan.mesh for of in ("", "dcn_")]
+    keys = [*axes, "train.accumulation", "train.remat"]
     changed = [key for key in keys if config_lib.lookup(found.config, key) != config_lib.lookup(config, key)]
     lines = [f"    config.{key} = {config_lib.lookup(found.config, key)!r}" for key in changed]
     return (

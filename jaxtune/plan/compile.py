@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune import chips
 from jaxtune.adapters import lora
+from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
-from jaxtune.plan import chips, cpu, flops, hlo
-from jaxtune.plan.chips import Slice
+from jaxtune.plan import cpu, flops, hlo
 from jaxtune.train import layout, start, state, step
 from jaxtune.types import UserError
 
@@ -131,7 +132,14 @@ def counted(config: ConfigDict, program: state.Program) -> tuple[Any, flops.Dots
 
 
 def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Options | None = None) -> Plan:
-    """Compiles this config's step for `config.plan.topology`; no weights, no network, no devices.
+    """The plan of `compiled`."""
+    return compiled(config, hf_config, adapter)[0]
+
+
+def compiled(
+    config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Options | None = None
+) -> tuple[Plan, flops.Dots]:
+    """Compiles this config's step for `config.plan.topology`: what it needs, and what it multiplies; no weights, no network.
 
     `adapter` holds the options of the PEFT folder that training starts from, if it does.
 
@@ -144,7 +152,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
     lowered = traced.lower()
     lowered_at = time.perf_counter()
     try:
-        compiled, text = _compiled(lowered, on_tpu=not cpu.is_cpu(place.name))
+        executable, text = _compiled(lowered, on_tpu=not cpu.is_cpu(place.name))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -153,11 +161,11 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
             f"train.remat='block', or a bfloat16 base (plan --search looks for what fits)"
         ) from None
     compile_seconds = time.perf_counter() - lowered_at
-    memory = compiled.memory_analysis()
+    memory = executable.memory_analysis()
     moved = hlo.traffic(text, [getattr(d, "slice_index", 0) or 0 for d in program.mesh.devices.flat])
     around = cpu.resident_bytes() // place.num_devices if cpu.is_cpu(place.name) else 0
     peak = _peak(memory) + around
-    return Plan(
+    plan = Plan(
         topology=place.name,
         num_slices=place.num_slices,
         num_chips=place.num_chips,
@@ -188,6 +196,7 @@ def compile_step(config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Op
         num_params=state.num_base_params(program) + state.num_params(program.adapter),
         num_trainable_params=state.num_params(program.state.params),
     )
+    return plan, hardware
 
 
 def _compiled(lowered: Any, on_tpu: bool) -> tuple[Any, str]:

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
-from jaxtune.plan.chips import Slice
 from jaxtune.types import UserError
 
 _HOUR = 3600.0

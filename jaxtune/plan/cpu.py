@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune.chips import Chip, Slice
 from jaxtune.plan import flops
-from jaxtune.plan.chips import Chip, Slice
 from jaxtune.types import UserError
 
 _PEAK_SIZE = 1536  # of the square matrices that the peak is measured on

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtune import sharding
+from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
 from jaxtune.plan import flops
-from jaxtune.plan.chips import Slice
 from jaxtune.plan.compile import argument_parts, counted, program_of, shard_bytes
 from jaxtune.plan.cost import Forecast, Work, forecast
 from jaxtune.train import state, step
@@ -123,7 +123,7 @@ def estimate(
     `correction` is what compiled steps needed of temporaries over what was estimated for them.
     """
     mesh = dict(program.mesh.shape)
-    shards = sharding.num_batch_shards(program.mesh) * mesh.get("context", 1)
+    shards = sharding.num_batch_shards(program.mesh) * mesh["context"]
     each = 1 / (shards * accumulation)
     c, width = program.model_config, program.run.compute_dtype.itemsize
     one_layer = most.saved_bytes / most.num_rounds * each / mesh["tensor"]
@@ -136,8 +136,8 @@ def estimate(
     sums = (_TENSOR_SUMS + (seen.saved_bytes < most.saved_bytes)) * c.num_layers * tokens_each * c.dim * width
     sent = _PASSES * accumulation * held.gathered + 2 * sums * (mesh["tensor"] - 1) / mesh["tensor"]
     reduced = held.gradients * 2 * (shards > 1)
-    sent += c.num_layers * tokens_each * c.dim * width * 4 * (mesh.get("expert", 1) > 1)
-    sent += _PASSES * c.num_layers * tokens_each * _kv_numbers(c) * width * (mesh.get("context", 1) - 1)
+    sent += c.num_layers * tokens_each * c.dim * width * 4 * (mesh["expert"] > 1)
+    sent += _PASSES * c.num_layers * tokens_each * _kv_numbers(c) * width * (mesh["context"] - 1)
     hbm = _PASSES * accumulation * (held.gathered + held.arguments) + 4 * most.saved_bytes / devices
     crossing = reduced / max(place.num_slices, 1) if place.num_slices > 1 else 0.0
     work = Work(seen.flops_by_dtype, seen.model_flops, hbm, sent + reduced, crossing, most.tokens)

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxtune import sharding
+from jaxtune import chips, sharding
+from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES
-from jaxtune.plan import chips, estimate
-from jaxtune.plan.chips import Slice
+from jaxtune.plan import estimate
 from jaxtune.plan.compile import Plan, compile_step, devices_of, program_of, where
 from jaxtune.plan.cost import Forecast, forecast, work_of
 from jaxtune.plan.estimate import Estimate

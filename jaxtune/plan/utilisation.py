@@ -6,16 +6,12 @@ from typing import Any
 
 import jax
 
+from jaxtune import chips
 from jaxtune.config import ConfigDict
-from jaxtune.plan import chips, flops
+from jaxtune.plan import flops
 from jaxtune.train import step
 from jaxtune.train.loop import Flops
 from jaxtune.train.state import Program
-
-# How JAX's device kinds begin, the longer before the shorter, and the chip that each is.
-_KINDS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e", "TPU7x": "tpu7x", "TPU v7": "tpu7x",
-}  # fmt: skip
 
 
 def of(config: ConfigDict, program: Program) -> Flops:
@@ -32,8 +28,5 @@ def peak(config: ConfigDict, device: Any) -> float:
     """FLOP/s of one device in the compute dtype: `tracking.peak_tflops`, else by its kind (`chips.toml`); 0 = not known."""
     if config.tracking.peak_tflops:
         return float(config.tracking.peak_tflops) * 1e12
-    name = next((name for kind, name in _KINDS.items() if device.device_kind.startswith(kind)), "")
-    if not name:
-        return 0.0
-    chip = chips.table(config.plan.prices)[name]
-    return chip.peak(config.model.compute_dtype) / chip.devices
+    chip = chips.of_kind(device.device_kind, config.plan.prices)
+    return chip.peak(config.model.compute_dtype) / chip.devices if chip else 0.0

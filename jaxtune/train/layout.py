@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import sharding
+from jaxtune import chips, sharding
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict, base
 from jaxtune.models import spec
@@ -24,8 +24,6 @@ from jaxtune.train import state
 from jaxtune.train.state import Program
 
 _GIB = 1 << 30
-# Of TPUs, by the start of their device kind: what plan compiles for is not here to be asked. Google Cloud's "TPU versions" pages.
-_HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5e": 16, "TPU v5": 95, "TPU v6": 32, "TPU7x": 96, "TPU v7": 96}
 _ROOM = 0.5  # share of a device's memory that replicas of weights and optimizer state may take
 _LONG_TOKENS = 2048  # of a device: from here on a row is split by its tokens rather than the model by its heads
 
@@ -125,10 +123,9 @@ def choose(need: Need, num_devices: int, num_slices: int, memory_bytes: int) -> 
 
 def memory_bytes(devices: Sequence[jax.Device]) -> int:
     """Memory of one device, the same on every process: by its kind, by what it says, or (CPU) the host's shared among its own."""
-    kind = devices[0].device_kind
-    known = next((size for name, size in _HBM_GIB.items() if kind.startswith(name)), 0)
-    if known:
-        return known * _GIB
+    chip = chips.of_kind(devices[0].device_kind)  # what plan compiles for is not here to be asked
+    if chip:
+        return chip.hbm_bytes // chip.devices
     mine = [device for device in devices if device.process_index == jax.process_index()]
     stats = mine[0].memory_stats() if mine else None
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

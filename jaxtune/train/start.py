@@ -16,7 +16,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.models import FAMILIES, quantised, reading
+from jaxtune.models import FAMILIES, quantised, reading, splash
 from jaxtune.train import layout, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
@@ -25,7 +25,6 @@ from jaxtune.weights import embedder, hf, peft, peft_read, source
 from jaxtune.weights.source import Model
 
 Adapter = Mapping[str, np.ndarray]
-_TILE_TOKENS = 128  # splash attention cuts a row into blocks of a multiple of this
 
 
 def program(config: ConfigDict, model: Model) -> tuple[Program, Adapter | None]:
@@ -121,9 +120,9 @@ def check_length(config: ConfigDict, program: Program) -> None:
     passages = {"max_passage_length": config.data.max_passage_length}
     rows = {"max_length": config.data.max_length}
     sharding.check_tokens(program.mesh, **rows | (passages if config.train.objective == "contrastive" else {}))
-    tile = _TILE_TOKENS * program.mesh.shape["context"]
+    tile = splash.TILE_TOKENS * program.mesh.shape["context"]
     if config.model.attention == "splash" and max_length % tile:
-        shards = f" times mesh.context={program.mesh.shape['context']}" if tile > _TILE_TOKENS else ""
+        shards = f" times mesh.context={program.mesh.shape['context']}" if tile > splash.TILE_TOKENS else ""
         raise UserError(
             f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention='splash'{shards}: make it "
             f"{-(-max_length // tile) * tile}, or set model.attention='auto'"

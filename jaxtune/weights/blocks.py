@@ -44,22 +44,18 @@ def regions(
         theirs = (*region[:-2], region[-1], region[-2]) if transpose else region
         views.append((theirs, np.swapaxes(array, -1, -2) if transpose else array))
     step = max(1, _BLOCK_BYTES // max(1, 4 * int(np.prod(on_disk[1:]))))
-    low, high = min(t[0][0] for t, _ in views), max(t[0][1] for t, _ in views)
-    wanted = [start for start in range(low, high, step) if _met(views, start, start + step)]
-    hull = [
-        (min(low for low, _ in dim), max(high for _, high in dim))
-        for dim in zip(*[t[1:] for t, _ in views], strict=True)
-    ]
-    partly = any(span != (0, size) for span, size in zip(hull, on_disk[1:], strict=True))
-    rest = [slice(*span) for span in hull] if partly else []
-    origin = [low if partly else 0 for low, _ in hull]
+    dims = zip(*[theirs for theirs, _ in views], strict=True)
+    (begin, end), *hull = [(min(low for low, _ in dim), max(high for _, high in dim)) for dim in dims]
+    wanted = [start for start in range(begin, end, step) if _met(views, start, start + step)]
+    is_whole = hull == [(0, size) for size in on_disk[1:]]  # rows then lie one after the other
+    rest = [] if is_whole else [slice(*span) for span in hull]
 
     def one(start: int) -> None:
-        block = read(slice(start, min(start + step, high)), *rest)
+        block = read(slice(start, min(start + step, end)), *rest)
         for theirs, view in views:
             first, last = max(start, theirs[0][0]), min(start + len(block), theirs[0][1])
             if first < last:
-                columns = (slice(low - at, high - at) for (low, high), at in zip(theirs[1:], origin, strict=True))
+                columns = (slice(low - at, high - at) for (low, high), (at, _) in zip(theirs[1:], hull, strict=True))
                 part = block[(slice(first - start, last - start), *columns)]
                 copy(view[first - theirs[0][0] : last - theirs[0][0]], part)
 

@@ -71,12 +71,18 @@ class Shard:
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         offset = self._start + self._tensors[name]["data_offsets"][0]
         if rest:  # mapped for as long as the copy takes: only the pages that hold them are read
-            mapped = np.memmap(self.path, np.uint8, "r", offset, (int(np.prod(shape)) * _DTYPES[kind].itemsize,))
+            size = int(np.prod(shape)) * _DTYPES[kind].itemsize
+            if os.path.getsize(self.path) < offset + size:
+                raise self._ends()
+            mapped = np.memmap(self.path, np.uint8, "r", offset, (size,))
             return np.array(mapped.view(np.ndarray).view(_DTYPES[kind]).reshape(shape)[(slice(first, last), *rest)])
         out = np.empty((last - first, *shape[1:]) if shape else (), _DTYPES[kind])
         row_bytes = out.nbytes // max(1, last - first)
         self._fill(out, offset + first * row_bytes)
         return out
+
+    def _ends(self) -> UserError:
+        return UserError(f"{self.path} ends before its last tensor: download it again")
 
     def _fill(self, out: np.ndarray, offset: int) -> None:
         """Reads the bytes from `offset` on into `out`."""
@@ -86,7 +92,7 @@ class Shard:
             while len(left):
                 num = os.preadv(file, [left[:_MOST_BYTES]], offset)
                 if not num:
-                    raise UserError(f"{self.path} ends before its last tensor: download it again")
+                    raise self._ends()
                 left, offset = left[num:], offset + num
         finally:
             os.close(file)

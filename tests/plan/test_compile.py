@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from jaxtune import chips, launch, sharding
 from jaxtune import config as config_lib
-from jaxtune import launch, sharding
-from jaxtune.plan import chips
 from jaxtune.plan import compile as plan_compile
 from jaxtune.train import layout, step
 from jaxtune.types import UserError

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from jaxtune import chips, launch, validation
 from jaxtune import config as config_lib
-from jaxtune import launch, validation
-from jaxtune.plan import chips, cost, cpu, flops
+from jaxtune.plan import cost, cpu, flops
 from jaxtune.types import UserError
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
 
+from jaxtune import chips, launch, validation
 from jaxtune import config as config_lib
-from jaxtune import launch, validation
 from jaxtune.models import llama, mixtral
-from jaxtune.plan import chips, search
-from jaxtune.types import UserError
+from jaxtune.plan import account, estimate, search
+from jaxtune.plan import compile as plan_compile
+from jaxtune.sharding import AXES
+from jaxtune.types import SAVED_NAMES, UserError
 from jaxtune.weights.source import hf_preset
+from tests.families import CASES
 
 FILE = (
     "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.model.source = 'preset:llama_tiny'\n"
@@ -61,6 +65,31 @@ def test_estimates_put_what_fits_and_is_fast_first(config: ConfigDict) -> None:
     times = [e.forecast.step_seconds for e in fitting]
     assert times == sorted(times)
     assert sum(e.fits for e in table.ranked(2.0)) < len(fitting)  # had a compiled step needed twice the estimate
+
+
+@pytest.mark.parametrize("family", ["llama_tiny", "deepseek_v3"])
+def test_every_name_saves_something(config: ConfigDict, family: str) -> None:
+    """A name that no layer bears would be a switch that does nothing; by both attention forms, and latent attention too."""
+    settings = CASES[family] if family in CASES else hf_preset(family)
+    config.data.max_length, config.train.batch_size = 128 if family == "llama_tiny" else 64, 2
+    device = plan_compile.devices_of(chips.slice_of("v5e:1x1", chips.table()))[0]
+    for attention in ("xla", "splash") if family == "llama_tiny" else ("xla",):
+        config.model.attention, config.train.save = attention, ()
+        least = estimate.traced(config, settings, None, device).saved_bytes
+        for name in set(SAVED_NAMES) - {"block_input"}:
+            config.train.save = (name,)
+            assert estimate.traced(config, settings, None, device).saved_bytes > least, (attention, name)
+
+
+def test_what_is_planned_for_slices_says_so(config: ConfigDict) -> None:
+    config.plan.num_slices = 2
+    choice = SimpleNamespace(mesh=dict.fromkeys(AXES, 1) | {"data": 4, "fsdp": 2}, accumulation=1, remat="block")
+    chosen = search.changed(config, choice)
+    assert (chosen.mesh.data, chosen.mesh.dcn_data, chosen.mesh.fsdp) == (2, 2, 2)
+    plan = SimpleNamespace(mesh=choice.mesh, topology="v5e:2x2")
+    text = account.planned(config, SimpleNamespace(config=chosen, plan=plan, why=""))
+    assert "config.mesh.dcn_data = 2\n" in text
+    assert "config.mesh.data = 2\n" in text
 
 
 def test_search_writes_a_config_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from jaxtune import chips, sharding
 from jaxtune import config as config_lib
-from jaxtune import sharding
-from jaxtune.plan import chips, utilisation
+from jaxtune.plan import utilisation
 from jaxtune.train import state
 from jaxtune.weights import source
 

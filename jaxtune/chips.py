@@ -31,6 +31,7 @@ class Chip(NamedTuple):
     dcn_bytes_per_second: float = 0.0
     devices: int = 1
     chip_config: str = ""
+    device_kinds: tuple[str, ...] = ()
     named_by: str = "chips"
     slices: tuple[str, ...] = ()
     usd_per_chip_hour: float | None = None
@@ -47,7 +48,7 @@ class Chip(NamedTuple):
 _GIB = 1 << 30
 _KEYS = {
     "hbm_gib", "hbm_gb_per_second", "tflops", "ici_gb_per_second", "ici_ports", "wraps_at", "dcn_gbit_per_second", "devices",
-    "chip_config", "named_by", "slices", "usd_per_chip_hour", "spec_source", "price_source",
+    "chip_config", "device_kinds", "named_by", "slices", "usd_per_chip_hour", "spec_source", "price_source",
 }  # fmt: skip
 _NEEDED = ("hbm_gib", "hbm_gb_per_second", "tflops")
 
@@ -58,7 +59,7 @@ def table(prices: str = "") -> dict[str, Chip]:
     Raises:
       UserError: the file is missing, not TOML, or has a key or a value that is none.
     """
-    text = resources.files("jaxtune.plan").joinpath("chips.toml").read_text(encoding="utf-8")
+    text = resources.files("jaxtune").joinpath("chips.toml").read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = tomllib.loads(text)
     if prices:
         for name, row in _read(Path(prices).expanduser()).items():
@@ -66,12 +67,19 @@ def table(prices: str = "") -> dict[str, Chip]:
     return {name: _chip(name, row, prices) for name, row in found.items()}
 
 
+def of_kind(device_kind: str, prices: str = "") -> Chip | None:
+    """The chip that JAX calls `device_kind`; None where the table has none that does."""
+    found = table(prices).values()
+    named = [(kind, chip) for chip in found for kind in chip.device_kinds if device_kind.startswith(kind)]
+    return max(named, key=lambda each: len(each[0]))[1] if named else None  # "TPU v5 lite" is no "TPU v5"
+
+
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"plan.prices={str(path)!r}: {error}; expected a TOML file such as jaxtune/plan/chips.toml"
+            f"plan.prices={str(path)!r}: {error}; expected a TOML file such as jaxtune/chips.toml"
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"plan.prices={str(path)!r} is not TOML: {error}") from None
@@ -104,6 +112,7 @@ def _chip(name: str, row: Mapping[str, Any], prices: str) -> Chip:
             dcn_bytes_per_second=row.get("dcn_gbit_per_second", 0) * 1e9 / 8,
             devices=int(row.get("devices", 1)),
             chip_config=str(row.get("chip_config", "")),
+            device_kinds=tuple(row.get("device_kinds", ())),
             named_by=str(row.get("named_by", "chips")),
             slices=tuple(row.get("slices", ())),
             usd_per_chip_hour=None if price is None else float(price),
