@@ -41,6 +41,13 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_go() -> Iterator[None]:
+    """A worker runs many files: the programs of one are of no use to the next, and add up to many gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For tiny models, whose time is all compiling: less of it, and none of it twice in a module."""
