@@ -112,7 +112,7 @@ def test_the_plan_compiles_the_adapter_that_training_starts_from(
         start.write_result(config, Path(config.workdir), model, None, program, state.params, frozen)
     )
     config.tune.rank = 16
-    monkeypatch.setattr(compile, "compile_step", lambda config, hf_config, adapter: seen.append(adapter))
+    monkeypatch.setattr(compile, "compiled", lambda config, hf_config, adapter: (seen.append(adapter), {}))
     with pytest.raises(AttributeError):  # there is no plan to write
         run.plan(config, Path(config.workdir))
     assert [options.rank for options in seen] == [4]
