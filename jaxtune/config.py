@@ -235,6 +235,29 @@ def _tracking() -> ConfigDict:
     return c
 
 
+def _reward() -> ConfigDict:
+    c = ConfigDict()
+    c.functions = ()  # ((reward, weight), …): exact_answer | choice | json_schema | regex | length, or a function of yours (prompt, completion, row) -> float, "module:function" or "file.py:function"
+    c.threshold = 0.5  # weighted sum from which an answer counts as right
+    c.timeout_seconds = 10.0  # of one function on one completion; then its process is ended and another started
+    c.on_error = (
+        "zero"  # a function that raises, hangs or returns no number: zero (its value) | drop (the completion) | stop
+    )
+    c.workers = 1  # processes that judge
+    c.answer_column = "answer"  # exact_answer, choice: the row's column that holds the answer; a row without such a column has its last assistant turn, completion, output or label there
+    c.answer_regex = (
+        ""  # what of that column is the answer, e.g. r"####\s*(.+)": group 1 counts where there is one; "" = all
+    )
+    c.completion_regex = (
+        ""  # exact_answer, choice: what of a completion is its answer, likewise, the last match; "" = all
+    )
+    c.choices = ()  # choice: the answers to choose among; () = the completion as a whole is compared
+    c.json_schema = ""  # json_schema: file of a JSON schema; "" = each row's column "schema"
+    c.regex = ""  # regex: pattern to be found in the completion
+    c.length_characters = (1, 1000)  # length: (low, high), characters
+    return c
+
+
 def base() -> ConfigDict:
     """Returns the config with every field at its default, locked against new keys."""
     config = ConfigDict()
@@ -248,6 +271,7 @@ def base() -> ConfigDict:
     config.optim, config.train, config.checkpoint = _optim(), _train(), _checkpoint()
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
+    config.reward = _reward()
     config.lock()
     return config
 

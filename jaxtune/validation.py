@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
+    "reward.on_error": ("zero", "drop", "stop"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -56,6 +57,7 @@ _AT_LEAST: dict[str, float] = {
     "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1,
+    "reward.workers": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -68,6 +70,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
     "plan.efficiency": (0.01, 1),
     "mesh.max_unsharded": (0, 1),
+    "reward.timeout_seconds": (0.01, 86400), "reward.threshold": (-1e9, 1e9),
 }  # fmt: skip
 
 _RANGES = (
@@ -177,14 +180,16 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(f"config.data.label_bins has {one!r}; expected (low, high, name) with two numbers")
     for key in _RANGES:
         _check_range(key, lookup(config, key))
-    for key in ("eval.labels", "model.labels", "generate.stop"):
+    for key in ("eval.labels", "model.labels", "generate.stop", "reward.choices"):
         words = lookup(config, key)
         twice = next((word for word in words if words.count(word) > 1), None)
         if twice is not None or "" in words:
             raise UserError(
                 f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
             )
+    _check_rewards(config.reward.functions)
     for key, pattern in [
+        *((f"reward.{name}", config.reward[name]) for name in ("answer_regex", "completion_regex", "regex")),
         ("data.split_regex", config.data.split_regex),
         ("model.quantize_targets", config.model.quantize_targets),
         *(("mesh.rules", rule[0]) for rule in rules),
@@ -193,6 +198,15 @@ def _check_forms(config: ConfigDict) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
+
+
+def _check_rewards(functions: tuple[Any, ...]) -> None:
+    for one in functions:
+        pair = tuple(one) if isinstance(one, tuple | list) else (one,)
+        if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], int | float):
+            raise UserError(
+                f"config.reward.functions has {one!r}; expected (reward, weight), such as ('exact_answer', 1.0)"
+            )
 
 
 def _check_range(key: str, values: tuple[Any, ...]) -> None:

@@ -24,7 +24,7 @@ FLOORS = [
         "workdir",
     },
     {"sharding", "models", "data"},
-    {"adapters", "objectives", "optim"},
+    {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve"},
