@@ -29,6 +29,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "labelled",
         "tagged",
         "pair",
+        "preference",
+        "rated",
     ),
     "data.tag_subwords": ("first", "all"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
@@ -43,6 +45,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
     "reward.on_error": ("zero", "drop", "stop"),
+    "tune.init": ("auto", "a_zero", "b_zero"),
+    "preference.loss_type": ("sigmoid", "hinge", "ipo", "robust"),
+    "preference.share_prompts": ("auto", "always", "never"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -71,6 +76,9 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "plan.efficiency": (0.01, 1),
     "mesh.max_unsharded": (0, 1),
     "reward.timeout_seconds": (0.01, 86400), "reward.threshold": (-1e9, 1e9),
+    "preference.label_smoothing": (0, 0.5), "preference.rpo_alpha": (0, 1e6), "preference.cpo_alpha": (0, 1e6),
+    "preference.simpo_gamma": (0, 1e6), "preference.desirable_weight": (0, 1e6), "preference.undesirable_weight": (0, 1e6),
+    "preference.center_rewards": (0, 1e6), "preference.margin_scale": (0, 1e6), "preference.beta": (0, 1e6),
 }  # fmt: skip
 
 _RANGES = (
@@ -80,7 +88,7 @@ _RANGES = (
 
 _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
-    "optim.eps": "a gradient of 0 is divided by 0",
+    "optim.eps": "a gradient of 0 is divided by 0", "preference.beta": "no answer is preferred to another",
 }  # fmt: skip
 
 
@@ -109,6 +117,7 @@ def validate(config: ConfigDict) -> None:
         if not lookup(config, key) > 0:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
+    _check_preference(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -133,6 +142,21 @@ def validate(config: ConfigDict) -> None:
     if config.data.mask_token_share + config.data.mask_random_share > 1:
         raise UserError(
             "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
+        )
+
+
+def _check_preference(config: ConfigDict) -> None:
+    options = config.preference
+    kind, smoothing = options.loss_type, options.label_smoothing
+    if kind == "robust" and smoothing >= 0.5:
+        raise UserError(
+            f"preference.label_smoothing={smoothing} says that pairs are as often wrong as right, and preference.loss_type='robust' "
+            "divides by 1 - 2 x it: expected below 0.5"
+        )
+    if kind in ("hinge", "ipo") and smoothing and config.train.objective in ("dpo", "cpo"):
+        raise UserError(
+            f"preference.label_smoothing={smoothing} does nothing with preference.loss_type={kind!r}: set it to 0, or loss_type to "
+            "'sigmoid' or 'robust'"
         )
 
 
