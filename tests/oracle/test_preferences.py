@@ -76,7 +76,10 @@ def adapted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         torch.set_num_threads(1)
-        auto, more = {"CAUSAL_LM": (AutoModelForCausalLM, {}), "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1})}[task]
+        auto, more = {
+            "CAUSAL_LM": (AutoModelForCausalLM, {}),
+            "SEQ_CLS": (AutoModelForSequenceClassification, {"num_labels": 1}),
+        }[task]
 
         def base() -> Any:
             torch.manual_seed(7)
@@ -165,13 +168,18 @@ DPO = {
     "ipo": ({"loss_type": "ipo"}, {"loss_type": "ipo"}),
     "hinge": ({"loss_type": "hinge"}, {"loss_type": "hinge"}),
     "robust": ({"loss_type": "robust", "label_smoothing": 0.1}, {"loss_type": "robust", "label_smoothing": 0.1}),
-    "sigmoid, length-normalised": ({"length_normalised": True, "beta": 2.0}, {"loss_type": "sigmoid_norm", "beta": 2.0}),
+    "sigmoid, length-normalised": (
+        {"length_normalised": True, "beta": 2.0},
+        {"loss_type": "sigmoid_norm", "beta": 2.0},
+    ),
     "sigmoid and 0.5 x SFT": ({"rpo_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
 }
 
 
 @pytest.mark.parametrize("kind", DPO)
-def test_dpo(tiny_config: ConfigDict, rows: Path, adapted: Any, tmp_path: Path, kind: str, record_property: Any) -> None:
+def test_dpo(
+    tiny_config: ConfigDict, rows: Path, adapted: Any, tmp_path: Path, kind: str, record_property: Any
+) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -179,7 +187,11 @@ def test_dpo(tiny_config: ConfigDict, rows: Path, adapted: Any, tmp_path: Path, 
     folder, model = adapted("CAUSAL_LM")
     trainer_class, losses = recorded(DPOTrainer)
     columns = [
-        {"prompt_ids": a.prompt.tolist(), "chosen_ids": a.completions[0].tolist(), "rejected_ids": a.completions[1].tolist()}
+        {
+            "prompt_ids": a.prompt.tolist(),
+            "chosen_ids": a.completions[0].tolist(),
+            "rejected_ids": a.completions[1].tolist(),
+        }
         for a in answers(tiny_config, rows, "pairs")
     ]
     options = DPOConfig(output_dir=str(tmp_path / "trl"), **SHARED, **DPO[kind][1])
@@ -191,7 +203,10 @@ def test_dpo(tiny_config: ConfigDict, rows: Path, adapted: Any, tmp_path: Path, 
 
 REFERENCE_FREE = {
     "cpo": ({}, {}),
-    "simpo": ({"beta": 2.0, "simpo_gamma": 1.0}, {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
+    "simpo": (
+        {"beta": 2.0, "simpo_gamma": 1.0},
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
+    ),
     "orpo": ({"beta": 0.3}, {"beta": 0.3}),
 }
 
@@ -225,7 +240,9 @@ def test_reference_free(
     tokenizer = AutoTokenizer.from_pretrained(tiny_config.model.source)
     trainer = Tokenised(model, args=options, train_dataset=Dataset.from_list(columns), processing_class=tokenizer)
     theirs = trained(trainer, losses)
-    compare(ours(tiny_config, rows, folder, objective, **REFERENCE_FREE[objective][0]), theirs, objective, record_property)
+    compare(
+        ours(tiny_config, rows, folder, objective, **REFERENCE_FREE[objective][0]), theirs, objective, record_property
+    )
 
 
 def test_kto(tiny_config: ConfigDict, judged: Path, adapted: Any, tmp_path: Path, record_property: Any) -> None:
@@ -236,9 +253,16 @@ def test_kto(tiny_config: ConfigDict, judged: Path, adapted: Any, tmp_path: Path
     folder, model = adapted("CAUSAL_LM")
     found = answers(tiny_config, judged, "judged")
     completions = [one.completions[0].tolist() for one in found]
-    before = [completions[i - 1 if i % BATCH else i + BATCH - 1] for i in range(len(found))]  # rotated within each batch
+    before = [
+        completions[i - 1 if i % BATCH else i + BATCH - 1] for i in range(len(found))
+    ]  # rotated within each batch
     columns = [
-        {"prompt_ids": a.prompt.tolist(), "completion_ids": mine, "KL_completion_ids": other, "label": a.branches == (1,)}
+        {
+            "prompt_ids": a.prompt.tolist(),
+            "completion_ids": mine,
+            "KL_completion_ids": other,
+            "label": a.branches == (1,),
+        }
         for a, mine, other in zip(found, completions, before, strict=True)
     ]
     recording, losses = recorded(KTOTrainer)
