@@ -85,7 +85,7 @@ def tokenize(
     """
     names = ("truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template", *DROPPED)
     counts, kept, row_ids, margins = Counter(dict.fromkeys(names, 0)), [], [], []
-    judged = [one for example in examples for one in _each(example, reader)]
+    judged = each(examples, reader)
     for example in progress(judged, len(judged), label):
         found = encode(example, reader, tokenizer, data)
         reason = found if isinstance(found, str) else _unfit(found, example, reader, data, counts)
@@ -146,12 +146,16 @@ def encode(example: Example, reader: Reader, tokenizer: Tokenizer, data: ConfigD
     return Answers(encoded[0].tokens[:first], branches, completions, weights)
 
 
-def _each(example: Example, reader: Reader) -> Sequence[Example]:
-    """A pair, for an objective that judges each answer by itself, is two rows."""
-    if reader.kind != "judged" or not example.branches:
-        return (example,)
-    better, worse = (one._replace(row_id=example.row_id) for one in example.branches)
-    return better._replace(desirable=True), worse._replace(desirable=False)
+def each(examples: Sequence[Example], reader: Reader) -> list[Example]:
+    """Returns the rows that a reader reads: a pair, for an objective that judges each answer by itself, is two."""
+    if reader.kind != "judged":
+        return list(examples)
+    made = []
+    for example in examples:
+        answers = [one._replace(row_id=example.row_id) for one in example.branches] or [example]
+        judged = [one._replace(desirable=at == 0) for at, one in enumerate(answers)] if example.branches else answers
+        made += judged
+    return made
 
 
 def _unfit(found: Answers, example: Example, reader: Reader, data: ConfigDict, counts: Counter[str]) -> str:
