@@ -28,6 +28,8 @@ import numpy as np
 #   reference_logps_BT  float32  log-probability that the reference model gives `targets_BT`; 0 where nothing trains
 #   old_logps_BT    float32  likewise of the policy that sampled them
 #   advantages_BT   float32  how much better than expected the token's completion was
+#   old_values_BT   float32  what a critic expected before the token, when it was sampled
+#   returns_BT      float32  what it should have expected
 #
 # A segment id may hold a branch above its number: `number | branch << BRANCH_BITS`. Branch 0 is a prompt that the other
 # branches of its number go on from; they do not see each other.
@@ -51,6 +53,8 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "reference_logps_BT": np.dtype(np.float32),
     "old_logps_BT": np.dtype(np.float32),
     "advantages_BT": np.dtype(np.float32),
+    "old_values_BT": np.dtype(np.float32),
+    "returns_BT": np.dtype(np.float32),
     "query_ids_B": np.dtype(np.int32),
     "passage_tokens_BQU": np.dtype(np.int32),
     "passage_segment_ids_BQU": np.dtype(np.int32),

@@ -48,6 +48,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tune.init": ("auto", "a_zero", "b_zero"),
     "preference.loss_type": ("sigmoid", "hinge", "ipo", "robust"),
     "preference.share_prompts": ("auto", "always", "never"),
+    "rl.loss_type": ("grpo", "dr_grpo", "bnpo", "dapo"),
+    "rl.importance_level": ("token", "sequence"),
+    "rl.kl_estimator": ("k1", "k2", "k3"),
+    "rl.kl_in": ("loss", "reward"),
+    "rl.scale_rewards": ("group", "batch", "none"),
+    "rl.old_logps": ("auto", "sampler", "policy"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -63,6 +69,8 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1,
     "reward.workers": 1,
+    "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
+    "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -79,7 +87,12 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "preference.label_smoothing": (0, 0.5), "preference.rpo_alpha": (0, 1e6), "preference.cpo_alpha": (0, 1e6),
     "preference.simpo_gamma": (0, 1e6), "preference.desirable_weight": (0, 1e6), "preference.undesirable_weight": (0, 1e6),
     "preference.center_rewards": (0, 1e6), "preference.margin_scale": (0, 1e6), "preference.beta": (0, 1e6),
+    "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
+    "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
+    "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
 }  # fmt: skip
+
+ON_POLICY = ("grpo", "rloo", "reinforce_pp", "ppo")  # objectives whose batches the model writes itself
 
 _RANGES = (
     "plan.api_training_usd_per_1k_tokens", "plan.api_training_tokens", "plan.api_inference_usd_per_1k_tokens",
@@ -118,6 +131,8 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
     _check_preference(config)
+    if config.train.objective in ON_POLICY:
+        _check_rl(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -157,6 +172,44 @@ def _check_preference(config: ConfigDict) -> None:
         raise UserError(
             f"preference.label_smoothing={smoothing} does nothing with preference.loss_type={kind!r}: set it to 0, or loss_type to "
             "'sigmoid' or 'robust'"
+        )
+
+
+def _check_rl(config: ConfigDict) -> None:
+    name, rl, train = f"train.objective={config.train.objective!r}", config.rl, config.train
+    if not config.reward.functions:
+        raise UserError(
+            f"{name} learns from rewards, and reward.functions is empty: name at least one, such as (('exact_answer', 1.0),)"
+        )
+    if rl.beta and config.tune.method != "lora":
+        raise UserError(
+            f"rl.beta={rl.beta} asks for the KL divergence to the model with its adapter off, and tune.method={config.tune.method!r} has no "
+            "adapter: set tune.method='lora', or rl.beta=0"
+        )
+    if rl.group_size < 2 and (config.train.objective in ("grpo", "rloo") or rl.resample):
+        raise UserError(
+            f"rl.group_size={rl.group_size}: {name} compares the completions of a prompt{' (rl.resample too)' * bool(rl.resample)}; "
+            "expected 2 or more"
+        )
+    if rl.delta and rl.delta <= 1 + rl.clip_high:
+        raise UserError(f"rl.delta={rl.delta}; expected above 1 + rl.clip_high = {1 + rl.clip_high:g}, or 0 = no bound")
+    for key in ("eval_every_steps", "patience"):
+        if train[key]:
+            raise UserError(
+                f"train.{key}={train[key]}: {name} has no validation loss; set it to 0 (before and after are measured by eval.metric)"
+            )
+    number, parts = rl.prompts_per_round * rl.group_size, rl.minibatches
+    if number % parts:
+        raise UserError(
+            f"rl.minibatches={parts} does not divide a round's rl.prompts_per_round x rl.group_size = {number} completions"
+        )
+    longest = rl.max_prompt_length + rl.max_new_tokens
+    fit = train.batch_size * (config.data.max_length // longest)
+    if fit < number // parts:
+        raise UserError(
+            f"a step has {number // parts} completions (rl.prompts_per_round x rl.group_size / rl.minibatches) of up to rl.max_prompt_length + "
+            f"rl.max_new_tokens = {longest} tokens, and train.batch_size={train.batch_size} rows of data.max_length="
+            f"{config.data.max_length} hold {fit} of that length: raise train.batch_size or rl.minibatches, or make them shorter"
         )
 
 

@@ -81,3 +81,15 @@ class ScoreHead(nnx.Module):
         if self.task.out is None:
             return features_D.astype(jnp.float32)
         return self.task.out(features_D).astype(jnp.float32)
+
+
+class ValueHead(nnx.Module):
+    """What a critic expects at each hidden state: (..., D) -> (...) float32; 0 at the start."""
+
+    def __init__(self, dim: int, run: Runtime):
+        self.kernel = nnx.Param(jnp.zeros((dim,), run.param_dtype), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((), run.param_dtype), axes=())
+
+    def __call__(self, hidden_D: jax.Array) -> jax.Array:
+        kernel_D = self.kernel[...].astype(jnp.float32)
+        return jnp.einsum("...d,d->...", hidden_D.astype(jnp.float32), kernel_D) + self.bias[...].astype(jnp.float32)

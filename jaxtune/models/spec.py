@@ -209,6 +209,7 @@ class Config(NamedTuple):
     head_softcap: float | None = None
     head: Head | None = None  # None: the projection to the vocabulary that `tied_head` and the fields above describe
     layer_input_vocab: int = 0  # rows of the table of each token's inputs to the layers; 0: none
+    value_head: bool = False  # a value of each hidden state, for a critic, beside the head
 
     @property
     def num_layers(self) -> int:

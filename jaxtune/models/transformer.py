@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtune.models import context, rope, spec
 from jaxtune.models.experts import Experts
 from jaxtune.models.grouped import At, Attention, Cache, Where, distinct
-from jaxtune.models.heads import LMHead, ScoreHead, TaskHead, TiedHead
+from jaxtune.models.heads import LMHead, ScoreHead, TaskHead, TiedHead, ValueHead
 from jaxtune.models.layer_inputs import LayerInput, LayerInputs
 from jaxtune.models.layers import (
     Embed,
@@ -194,6 +194,7 @@ class Model(nnx.Module):
             Linear(width, c.vocab_size, ("embed", "vocab"), run, rngs, use_bias=c.head_bias) if plain else none
         )
         self.task_head = TaskHead(c.head, c.norm, width, run, rngs) if c.head else none
+        self.value_head = ValueHead(width, run) if c.value_head else none
 
     @property
     def head(self) -> nnx.Module:

@@ -31,18 +31,20 @@ class Policy(NamedTuple):
 
     `hidden` may be called several times, though not inside another scan: the step collects what routers say of each pass.
 
-    `pool` says which hidden state stands for a whole text: first | last | mean.
+    `pool` says which hidden state stands for a whole text: first | last | mean. `value(hidden (B, T, D)) -> (B, T)` float32 is
+    what a critic's head says, where there is one.
     """
 
     hidden: Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
     head: Head
     pool: str = ""
+    value: Callable[[jax.Array], jax.Array] | None = None
 
 
 LossFn = Callable[
     [Policy, dict[str, Policy], dict[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array, Metrics]
 ]
-CollectFn = Callable[..., dict[str, jax.Array]]
+CollectFn = Callable[[Any, Any], Any]  # (`data.advantages.Judged`, config.rl) -> `data.advantages.Worth`
 
 
 class Objective(NamedTuple):
@@ -53,6 +55,8 @@ class Objective(NamedTuple):
     `frozen` names models that do not train: "reference", this one with its adapter off. `whole_batch`: rows are
     compared with each other, so a batch cannot be accumulated from parts. `reads_head` False: hidden states are all it reads.
     `counted` adds to a batch what only the whole of it knows, as fields (B,), before it is cut into micro-batches.
+    `collect` makes an objective on-policy: the model writes its batches itself, and this says what each token of them is worth.
+    `has_values`: a head of one value on each hidden state trains beside the model.
     """
 
     fields: tuple[str, ...]
@@ -64,6 +68,7 @@ class Objective(NamedTuple):
     whole_batch: bool = False
     reads_head: bool = True
     counted: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None
+    has_values: bool = False
 
 
 TOKEN_FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions_BT")

@@ -160,8 +160,11 @@ def load(
         base = state_lib.random_base(program, config.train.seed)
     else:
         new_head = bool(config.model.head)
-        found = (program.family, program.model_config, program.base)
+        own = {path: like for path, like in program.base.items() if path.startswith("value_head.")}  # no model has one
+        stored = {path: like for path, like in program.base.items() if path not in own}
+        found = (program.family, program.model_config, stored)
         base = hf.load(model.tensors, *found, progress, new_head, program.quantised)
+        base |= sharding.put({path: np.zeros(like.shape, like.dtype) for path, like in own.items()}, state_lib.shardings(own))
     return state_lib.create(program, base, config.train.seed, values)
 
 

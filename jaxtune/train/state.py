@@ -118,6 +118,8 @@ def abstract(
     """
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
     model_config = family.from_hf(hf_config)
+    if registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.has_values:
+        model_config = model_config._replace(value_head=True)
     run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
     _check_dims(mesh, model_config)

@@ -43,7 +43,7 @@ def policy(
 
     graphdef, head_params = nnx.split(model.head)
     head = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
-    return Policy(hidden, head, program.pool)
+    return Policy(hidden, head, program.pool, model.value_head)
 
 
 def reference(program: Program, params: Params, chunk_tokens: int) -> Policy:
@@ -141,7 +141,8 @@ def make(config: ConfigDict, program: Program) -> Any:
     """Returns the jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
     Gradients are summed over micro-batches and shards and divided once, by the whole batch's loss weight. A step whose
-    loss or gradient is not finite, or whose loss exploded, changes nothing but its counter: `metrics["ok"]` is 0.
+    loss or gradient is not finite, or whose loss exploded, changes nothing but its counter: `metrics["ok"]` is 0. So does
+    a batch without any loss weight, which is none: momentum alone moves nothing.
     """
     accumulation = config.train.accumulation
     total = _loss(config, program, config.train.batch_size // accumulation)
@@ -165,7 +166,7 @@ def make(config: ConfigDict, program: Program) -> Any:
         mean = jnp.where(updated == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
         # In the dtype that it had: optax makes AdamW's first moment float32, as the gradients are, where weights are bfloat16.
         params, opt_state, mean = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old).astype(old.dtype),
+            lambda new, old: jnp.where(ok & (weight > 0), new, old).astype(old.dtype),
             (params, opt_state, mean),
             (state.params, state.opt_state, state.loss_mean),
         )
