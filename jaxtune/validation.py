@@ -37,12 +37,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "train.remat": ("none", "dots", "block"),
     "train.on_nonfinite": ("stop", "skip"),
-    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval"),
+    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval", "reward"),
     "eval.corpus": ("split", "all"),
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
     "reward.on_error": ("zero", "drop", "stop"),
+    "self_training.method": ("star", "rft", "rest_em"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -57,7 +58,8 @@ _AT_LEAST: dict[str, float] = {
     "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1,
-    "reward.workers": 1,
+    "reward.workers": 1, "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
+    "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -71,6 +73,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "plan.efficiency": (0.01, 1),
     "mesh.max_unsharded": (0, 1),
     "reward.timeout_seconds": (0.01, 86400), "reward.threshold": (-1e9, 1e9),
+    "self_training.temperature": (0, 1e6), "self_training.top_p": (1e-6, 1),
 }  # fmt: skip
 
 _RANGES = (
