@@ -165,7 +165,7 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity | retrieval (contrastive); heads for labels, tags or masked words have metrics of their own
+    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity | reward (of generations, by the section reward) | retrieval (contrastive); heads for labels, tags or masked words have metrics of their own
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
     c.corpus = "split"  # retrieval: search among the distinct passages of eval.split (split) or of all rows (all)
@@ -313,6 +313,26 @@ def _rl() -> ConfigDict:
     return c
 
 
+def _self_training() -> ConfigDict:
+    c = ConfigDict()
+    c.method = "star"  # star (arXiv:2203.14465) | rft (arXiv:2308.01825) | rest_em (arXiv:2312.06585)
+    c.rounds = 3  # of sampling, judging, training and measuring
+    c.samples = 4  # answers to each prompt in a round
+    c.max_per_prompt = 10  # rft, rest_em: answers kept of a prompt at most; 0 = all
+    c.hint = " (Hint: the answer is {answer}.)"  # star: what is added to a prompt without a right answer, a template over columns, before it is asked again; learned from without it; "" = never
+    c.with_gold = False  # train on the gold answers too, as RFT's authors do
+    c.from_base = True  # each round trains from the first model; False = from the one of the round before
+    c.control = True  # train on as many gold answers beside it
+    c.temperature = 0.7  # of the answers; those that measure are drawn as `generate` says
+    c.top_k = 0  # 0 = off
+    c.top_p = 1.0  # 1 = off
+    c.max_new_tokens = 256  # of an answer; one that does not end by then is refused
+    c.part_prompts = 64  # prompts whose answers are written together: what a kill costs at most
+    c.reward_model = ""  # URI of a model with one score (model.head="sequence"), which judges in place of reward.functions; reward.threshold is of its score
+    c.reward_adapter = ""  # PEFT folder over it, by URI; reward_model is then its base
+    return c
+
+
 def base() -> ConfigDict:
     """Returns the config with every field at its default, locked against new keys."""
     config = ConfigDict()
@@ -328,6 +348,7 @@ def base() -> ConfigDict:
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
     config.reward = _reward()
     config.preference, config.rl = _preference(), _rl()
+    config.reward, config.self_training = _reward(), _self_training()
     config.lock()
     return config
 

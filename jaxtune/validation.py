@@ -39,7 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "train.remat": ("none", "dots", "block"),
     "train.on_nonfinite": ("stop", "skip"),
-    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval"),
+    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval", "reward"),
     "eval.corpus": ("split", "all"),
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
@@ -54,6 +54,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.kl_in": ("loss", "reward"),
     "rl.scale_rewards": ("group", "batch", "none"),
     "rl.old_logps": ("auto", "sampler", "policy"),
+    "self_training.method": ("star", "rft", "rest_em"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -71,6 +72,8 @@ _AT_LEAST: dict[str, float] = {
     "reward.workers": 1,
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
+    "reward.workers": 1, "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
+    "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -90,6 +93,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
+    "self_training.temperature": (0, 1e6), "self_training.top_p": (1e-6, 1),
 }  # fmt: skip
 
 ON_POLICY = ("grpo", "rloo", "reinforce_pp", "ppo")  # objectives whose batches the model writes itself

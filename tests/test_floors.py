@@ -27,7 +27,7 @@ FLOORS = [
     {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
-    {"evals", "retrieval", "explain", "plan", "review", "serve"},
+    {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
     {"run"},
     {"launch"},
 ]

@@ -171,6 +171,12 @@ def row_of(example: Example) -> dict[str, Any]:
     return row if "answer" in row or example.answer is None else {**row, "answer": example.answer}
 
 
+def prompt_of(example: Example) -> str:
+    """The prompt that a reward sees: a chat's last user turn, or the plain text before the answer."""
+    asked = [message["content"] for message in example.messages or () if message["role"] == "user"]
+    return asked[-1] if asked else example.prompt or example.text or ""
+
+
 def check_rows(reward: ConfigDict, row_ids: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Refuses, before anything is sampled, rows that a verifier cannot judge: without an answer, above all.
 
