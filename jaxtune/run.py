@@ -25,12 +25,13 @@ from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, preferences, templates
 from jaxtune.data.formats import constant, read_examples
+from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
-from jaxtune.selftrain import rounds
-from jaxtune.train import compiled, goodput, loop, references, start
+from jaxtune.selftrain import rounds as selftrain_rounds
+from jaxtune.train import compiled, goodput, loop, references, rounds, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import BRANCH_BITS, UserError
@@ -84,7 +85,11 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            arrays = (state, frozen, rows_lib.for_loop(config, rows, tokenizer, program))
+            if isinstance(rows.batches, PromptSource):
+                data = rounds.for_loop(config, workdir, rows.batches, tokenizer, program, tracker.say, wall)
+            else:
+                data = rows_lib.for_loop(config, rows, tokenizer, program)
+            arrays = (state, frozen, data)
             known = (compiling, wall, counted)
             outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
             params = _best(checkpoints, program, outcome)
@@ -239,8 +244,8 @@ def export(config: ConfigDict, workdir: Path) -> None:
 
 def self_train(config: ConfigDict, workdir: Path) -> None:
     """Rounds of sampling, judging and training on what was right, measured each, beside as many gold answers."""
-    hands = rounds.Hands(train, account.compare_runs, judge.reward_model)
-    rounds.run(config, workdir, hands, _progress(config), partial(_say, config))
+    hands = selftrain_rounds.Hands(train, account.compare_runs, judge.reward_model)
+    selftrain_rounds.run(config, workdir, hands, _progress(config), partial(_say, config))
 
 
 def plan(config: ConfigDict, workdir: Path) -> None:

@@ -72,7 +72,7 @@ _AT_LEAST: dict[str, float] = {
     "reward.workers": 1,
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
-    "reward.workers": 1, "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
+    "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
     "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1,
 }  # fmt: skip
 
@@ -206,6 +206,11 @@ def _check_rl(config: ConfigDict) -> None:
     if number % parts:
         raise UserError(
             f"rl.minibatches={parts} does not divide a round's rl.prompts_per_round x rl.group_size = {number} completions"
+        )
+    if config.tune.method == "lora" and config.tune.dropout:
+        raise UserError(
+            f"tune.dropout={config.tune.dropout}: {name} compares a token's probability with the one that it was drawn with, and dropout "
+            "would make it another model's; set tune.dropout=0.0"
         )
     longest = rl.max_prompt_length + rl.max_new_tokens
     fit = train.batch_size * (config.data.max_length // longest)

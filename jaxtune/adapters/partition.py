@@ -44,7 +44,9 @@ def label(params: Mapping[str, Any], method: str, has_task: bool = False, headle
         # The bias over the vocabulary stays: PEFT keeps whole modules, and its module holds the embedding table too.
         with_adapter = has_task and path.startswith("task_head.") and path != "task_head.bias"
         is_new = path.startswith("value_head.")  # a critic's, of which no model has one
-        return "full" if method == "full" or (method == "head" and in_head(path)) or with_adapter or is_new else "frozen"
+        return (
+            "full" if method == "full" or (method == "head" and in_head(path)) or with_adapter or is_new else "frozen"
+        )
 
     return {path: one(path) for path in params}
 

@@ -115,7 +115,12 @@ def surrogate(
         total = total - entropy_weight * jnp.sum(entropy_BT * mask_BT * one_BT)
     low_BT = (ratio_BT < 1 - clip_low) & (advantages_BT < 0)
     high_BT = (ratio_BT > 1 + clip_high) & (advantages_BT > 0)
-    found = {"entropy": entropy_BT, "clip_share": low_BT | high_BT, "clip_low_share": low_BT, "clip_high_share": high_BT}
+    found = {
+        "entropy": entropy_BT,
+        "clip_share": low_BT | high_BT,
+        "clip_low_share": low_BT,
+        "clip_high_share": high_BT,
+    }
     found |= {"kl_old": jnp.expm1(own_BT) - own_BT} | ({"kl": kl_BT} if beta else {})
     told = {name: (jax.lax.stop_gradient(jnp.sum(value * mask_BT)), tokens) for name, value in found.items()}
     return Surrogate(total, weight, told, share_BT)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from jaxtune.train import goodput, profiling
 from jaxtune.train import step as step_lib
 from jaxtune.train.compiled import Compiling
 from jaxtune.train.goodput import STEP, Wall
+from jaxtune.train.signals import Signals
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import Batch, UserError
 
@@ -33,11 +32,16 @@ class Preempted(Exception):
 
 
 class Data(NamedTuple):
-    """`train(start_step, num_steps)` and `validation()` yield host batches; `row_id` names a row by its number."""
+    """`train(start_step, num_steps, current)` and `validation()` yield host batches; `row_id` names a row by its number.
 
-    train: Callable[[int, int], Iterator[Batch]]
+    `current()` gives all parameters as they are, to batches that the model writes itself. `told(step)` is what the data have
+    to say of a step, logged with it.
+    """
+
+    train: Callable[[int, int, Callable[[], Params]], Iterator[Batch]]
     validation: Callable[[], Iterator[Batch]] | None
     row_id: Callable[[int], str]
+    told: Callable[[int], dict[str, float]] = lambda step: {}
 
 
 @dataclasses.dataclass
@@ -146,7 +150,7 @@ def train(
         run_step, took_compiling, from_cache = compiling.step()
     seconds["compile"] += took_compiling
     evaluate = _evaluator(config, program, data, compiling)
-    stop_asked, saver, profile = _Signals(), _Saver(config), profiling.Profile(config, workdir, tracker.say, first)
+    stop_asked, saver, profile = Signals(), _Saver(config), profiling.Profile(config, workdir, tracker.say, first)
     pending: _Pending | None = None
     clock, stopped_early = time.perf_counter(), False
 
@@ -160,7 +164,7 @@ def train(
         now = time.perf_counter()
         took, clock = now - clock, now
         wall.lap(STEP)
-        more = flops.utilisation(took)
+        more = flops.utilisation(took) | data.told(record.step)
         if record.step == first:
             seconds["first_step"] += took
             started = wall.first_step(took_compiling, from_cache)
@@ -173,9 +177,16 @@ def train(
         wall.count(record.step, bool(values["ok"]))
         _record(config, tracker, progress, record, values | more, took, capacity, workdir, data.row_id)
 
+    def current() -> Params:
+        """All parameters as they are now, once the step that makes them has ended."""
+        settle()
+        wall.lap("bookkeeping")
+        return {**frozen, **state.params}
+
     with stop_asked, profile:
-        for batch in data.train(first, last - first):
+        for batch in data.train(first, last - first, current):
             step = done
+            clock = time.perf_counter() if pending is None else clock  # with no step on its way, this one begins now
             if profile.is_due(step):
                 settle()
                 wall.lap("bookkeeping")
@@ -362,32 +373,3 @@ class _Saver:
             return False
         self._last = time.monotonic()
         return True
-
-
-class _Signals:
-    """Notices SIGTERM, which clouds send before they take a machine, and a first Ctrl-C; all processes agree on the step."""
-
-    def __init__(self) -> None:
-        self._asked, self.by = False, "SIGTERM"
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if jax.process_count() == 1:
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup, nor in the background
-                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self._asked = True
-        if number == signal.SIGINT:
-            self.by = "Ctrl-C"
-            signal.signal(number, self._previous[number])
-            # Not by print: this may have interrupted one.
-            os.write(2, b"\nsaving after this step; Ctrl-C once more stops at once, and loses what is not saved\n")
-
-    def now(self, step: int) -> bool:
-        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._asked

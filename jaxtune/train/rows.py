@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, pairs, pipeline, preferences, readers
+from jaxtune.data import masking, pairs, pipeline, preferences, prompts, readers
+from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.rewards import scoring
 from jaxtune.train import loop
 from jaxtune.train.state import Program
 from jaxtune.types import UserError
+from jaxtune.validation import ON_POLICY
 
 
 class Rows(NamedTuple):
@@ -23,7 +26,7 @@ class Rows(NamedTuple):
     splits: pipeline.Splits
     train: pipeline.Rows
     validation: pipeline.Rows | None
-    batches: pipeline.BatchSource
+    batches: pipeline.BatchSource | PromptSource
 
 
 def paths(config: ConfigDict) -> dict[str, Path]:
@@ -48,6 +51,8 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
       UserError: bad data, or validation is asked for and there are no rows to validate on.
     """
     data, training = config.data, config.train
+    if config.train.objective in ON_POLICY:
+        return _prompts(config, tokenizer, show)
     splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=config.eval.metric == "reward")
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
@@ -73,6 +78,26 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     return Rows(splits, rows, validation, batches)
 
 
+def _prompts(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
+    """The prompts that an on-policy objective answers, checked for its rewards; no validation rows, for no loss is theirs.
+
+    Raises:
+      UserError: bad data, or a row that a reward cannot judge.
+    """
+    data, rl, train = config.data.copy_and_resolve_references(), config.rl, config.train
+    if not data.eval and config.eval.split != "validation":
+        data.validation_fraction = 0.0
+    splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=True, answers=False)
+    rows, examples = prompts.tokenize(splits.train, tokenizer, rl.max_prompt_length, show)
+    scoring.check_rows(config.reward, rows.row_ids, [scoring.row_of(example) for example in examples])
+    steps = rl.minibatches * rl.passes
+    shown = (data.max_length, train.batch_size, tokenizer.pad_id)
+    source = prompts.PromptSource(rows, examples, rl.prompts_per_round, steps, data.shuffle, train.seed, *shown)
+    # Whole rounds: what was written is trained on.
+    train.steps = train.steps or max(1, math.ceil(train.epochs * source.steps_per_epoch / steps - 1e-6)) * steps
+    return Rows(splits, rows, None, source)
+
+
 def _tokenized(
     config: ConfigDict, examples: list[Any], tokenizer: Tokenizer, show: Any, label: str, reader: readers.Reader
 ) -> pipeline.Rows:
@@ -94,6 +119,7 @@ def summary(config: ConfigDict, rows: Rows) -> str:
     lost = {name: n for name, n in (Counter(rows.splits.counts) + Counter(c)).items() if n and name in _TOLD}
     note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
     what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
+    what = f"in prompts, {config.rl.prompts_per_round} a round" if isinstance(rows.batches, PromptSource) else what
     what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
     return (
         f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}; "
@@ -104,10 +130,11 @@ def summary(config: ConfigDict, rows: Rows) -> str:
 def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Program) -> loop.Data:
     """Batches as the loop asks for them: this host's rows only."""
     mine, validation = sharding.host_rows(program.mesh, config.train.batch_size), rows.validation
-    data = config.data
+    data, source = config.data, rows.batches
+    assert isinstance(source, pipeline.BatchSource)
 
-    def batches(first_step: int, num_steps: int) -> Iterator[Any]:
-        return pipeline.iterate(rows.batches, first_step, num_steps, mine, data.prefetch_batches)
+    def batches(first_step: int, num_steps: int, _: Any) -> Iterator[Any]:
+        return pipeline.iterate(source, first_step, num_steps, mine, data.prefetch_batches)
 
     def held_back() -> Iterator[Any]:
         assert validation is not None

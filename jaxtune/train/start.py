@@ -164,7 +164,9 @@ def load(
         stored = {path: like for path, like in program.base.items() if path not in own}
         found = (program.family, program.model_config, stored)
         base = hf.load(model.tensors, *found, progress, new_head, program.quantised)
-        base |= sharding.put({path: np.zeros(like.shape, like.dtype) for path, like in own.items()}, state_lib.shardings(own))
+        base |= sharding.put(
+            {path: np.zeros(like.shape, like.dtype) for path, like in own.items()}, state_lib.shardings(own)
+        )
     return state_lib.create(program, base, config.train.seed, values)
 
 
