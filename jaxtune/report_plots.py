@@ -25,8 +25,8 @@ _STYLE: Any = {
 
 
 def training(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """Draws loss, learning rate and speed over the steps of a metrics.jsonl."""
-    plots = []
+    """Draws loss, learning rate and speed over the steps of a metrics.jsonl; rewards first, where there are any."""
+    plots = _rewards(lines)
     steps, losses = _series(lines, "loss")
     eval_steps, eval_losses = _series(lines, "eval/loss")
     if len(steps) or len(eval_steps):
@@ -75,6 +75,40 @@ def rounds(
     listed = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
     beside = f"; control {control['value']:.4g}" if control else ""
     return svg(canvas, f"{title} by round", f"{title} by round: {listed}{beside}", wide=True)
+
+
+def _rewards(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Draws the mean reward of each round and its parts, and beside it what else a round tells."""
+    steps, rewards = _series(lines, "reward")
+    if not steps:
+        return []
+    canvas, (axes,) = figure(8, 3)
+    parts = sorted({key for line in lines for key in line if key.startswith("rewards/") and key != "rewards/margins"})
+    for number, key in enumerate(parts if len(parts) > 1 else []):
+        axes.plot(
+            *_series(lines, key), color=BEFORE, linewidth=1.1, linestyle=_DASHES[number % len(_DASHES)], label=key[8:]
+        )
+    axes.plot(steps, rewards, color=AFTER, linewidth=0.7, alpha=0.45)
+    axes.plot(steps, _smooth(rewards), color=AFTER, label="reward, smoothed", marker=_dot(steps))
+    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=9)
+    axes.set_xlabel("step")
+    plots = [svg(canvas, "Reward", f"Mean reward of each round, from {rewards[0]:.4g} to {rewards[-1]:.4g}", wide=True)]
+    for key, title in _OF_ROUNDS.items():
+        at, values = _series(lines, key)
+        if at:
+            canvas, (axes,) = figure(4.2, 2.1)
+            axes.plot(at, values, color=BEFORE, linewidth=1.4, marker=_dot(at))
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("step")
+            plots.append(svg(canvas, title, f"{title} over steps, from {min(values):.3g} to {max(values):.3g}"))
+    return plots
+
+
+_DASHES = ("--", ":", "-.")
+_OF_ROUNDS = {
+    "kl": "KL to the base (nats a token)", "entropy": "Entropy (nats a token)", "clip_share": "Share of tokens clipped",
+    "completion_tokens": "Tokens of a completion", "zero_advantage_share": "Share of groups with one reward",
+}  # fmt: skip
 
 
 def heat_map(counts_CC: np.ndarray, labels: Sequence[str], side: str) -> Markup:

@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(
-    prompts: Sequence[Sequence[int]], completions: Sequence[np.ndarray], row_ids: Sequence[int], order: np.ndarray, num_minibatches: int,
+    prompts: Sequence[Sequence[int]], completions: Sequence[np.ndarray], row_ids: Sequence[int] | np.ndarray, order: np.ndarray, num_minibatches: int,
     batch_size: int, max_length: int, pad_id: int,
 ) -> Layout:  # fmt: skip
     """Shares completions out among minibatches, equally and in `order`, and packs each minibatch into batch rows.
@@ -52,7 +52,7 @@ def lay_out(
     made: list[Batch] = []
     for part, chosen in enumerate(np.split(order, num_minibatches)):
         texts = [np.concatenate([np.asarray(prompts[i], np.int32), completions[i]]) for i in chosen]
-        weights = [np.repeat(np.float32([0, 1]), [len(prompts[i]), lengths_N[i]]) for i in chosen]
+        weights = [np.repeat(np.asarray([0, 1], np.float32), [len(prompts[i]), lengths_N[i]]) for i in chosen]
         offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         bins = packing.pack(np.diff(offsets), max_length)
         assert len(bins) <= batch_size, "a step's completions do not fit its rows"

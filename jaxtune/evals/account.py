@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections import Counter
 from pathlib import Path
@@ -70,6 +71,7 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
             "about": _about(config, run),
             "notices": run.outcome.progress.notices
             + _data_notices(Counter(run.splits.counts) + Counter(run.data_counts))
+            + _round_notices(workdir / "metrics.jsonl")
             + _searched(run.held)
             + unmeasured,
             "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,  # else the first
@@ -167,6 +169,25 @@ _NOT_DROPPED = (
     "train", "validation", "test", "rows", "tokens", "trained_tokens", "truncated", "without_trained_stop",
     "tools_not_in_template", "passages", "prompt_over_window",
 )  # fmt: skip
+
+
+def _round_notices(path: Path) -> list[str]:
+    """What rounds of rollouts left unlearned, of a whole run."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
+    errors = Counter[str]()
+    for line in lines:
+        errors.update({key[14:]: num for key, num in line.items() if key.startswith("reward_errors/") and num})
+    empty, steps = sum(line.get("nothing_to_learn", 0) for line in lines), sum("loss" in line for line in lines)
+    dropped = sum(line.get("dropped_completions", 0) for line in lines)
+    notices = [f"Reward {kind} {num:,} times." for kind, num in errors.items()]
+    if dropped:
+        notices.append(f"{dropped:,} completions had no reward and were not learned from.")
+    if empty:
+        notices.append(
+            f"{empty:,} of {steps:,} steps changed nothing: no completion of their batch was better than another. Other prompts, larger "
+            "groups (rl.group_size), a higher rl.temperature or a reward with more steps to it would help."
+        )
+    return notices
 
 
 def _data_notices(counts: dict[str, int]) -> list[str]:

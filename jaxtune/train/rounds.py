@@ -258,7 +258,7 @@ def _metrics(
 ) -> dict[str, float]:
     """What a round's metrics say of its completions."""
     real_N = np.isfinite(rewards_N)
-    told = {"dropped_completions": int((~real_N).sum())} if not real_N.all() else {}
+    told: dict[str, float] = {} if real_N.all() else {"dropped_completions": int((~real_N).sum())}
     if real_N.any():
         told |= {"reward": float(rewards_N[real_N].mean()), "reward_std": float(rewards_N[real_N].std())}
         told |= {f"rewards/{name}": float(np.nanmean(part)) for name, part in parts.items() if np.isfinite(part).any()}

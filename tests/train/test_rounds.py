@@ -1,0 +1,193 @@
+"""Runs whose batches the model writes itself: exact after a kill, honest about rewards that fail or say nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxtune import run, validation
+from jaxtune.generate.rollout import Roller
+from jaxtune.train import rounds
+from jaxtune.types import UserError
+from tests.conftest import WORDS
+from tests.train.test_exactness import finished, launched, logged, write_config
+
+REWARDS = """
+import time
+
+def long(prompt, completion, row):
+    return min(len(completion), 40) / 40
+
+def same(prompt, completion, row):
+    return 1.0
+
+def broken(prompt, completion, row):
+    if len(completion) % 3 == 0:
+        raise ValueError("no")
+    return float("nan") if len(completion) % 3 == 1 else 1.0
+"""
+
+
+@pytest.fixture
+def rl_config(tiny_config: ConfigDict, tmp_path: Path) -> ConfigDict:
+    """Two rounds of four steps (two minibatches, twice each) of 4 x 4 completions of up to 12 tokens."""
+    rng, config = np.random.default_rng(1), tiny_config
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    prompts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) for _ in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    config.train.objective, config.data.train = "grpo", str(tmp_path / "prompts.jsonl")
+    config.data.validation_fraction, config.mesh.fsdp = 0.0, 1
+    config.reward.functions = ((f"{tmp_path / 'rewards.py'}:long", 1.0),)
+    config.rl.update({"prompts_per_round": 4, "group_size": 4, "minibatches": 2, "passes": 2, "slots": 16})
+    config.rl.update({"max_prompt_length": 20, "max_new_tokens": 12, "beta": 0.05})
+    config.train.steps, config.train.batch_size, config.data.max_length = 8, 4, 64
+    return config
+
+
+def reward(config: ConfigDict, name: str) -> str:
+    return config.reward.functions[0][0].rpartition(":")[0] + f":{name}"
+
+
+def lines(workdir: Path | str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(workdir) / name).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_killed_in_mid_round_and_resumed_is_never_killed(rl_config: ConfigDict, tmp_path: Path) -> None:
+    """SIGKILL in the midst of two rounds: every loss to the bit, the adapter's every byte, and every sample once."""
+    rl_config.train.steps, rl_config.checkpoint.every_steps = 12, 1
+    path, whole, broken = write_config(rl_config, tmp_path), tmp_path / "whole", tmp_path / "broken"
+    finished(launched(path, whole))
+    rng = random.Random(0)
+    for target in (2, 7):  # steps done: a round has four
+        process = launched(path, broken, "--config.checkpoint.resume=True")
+        file = broken / "metrics.jsonl"
+        while not file.exists() or file.read_text().count('"loss"') < target:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)  # anywhere within a step or its save
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=300)
+    finished(launched(path, broken, "--config.checkpoint.resume=True"))
+    for key in ("loss", "grad_norm", "reward", "kl_at_start", "trained_tokens"):
+        assert logged(broken, key) == logged(whole, key)
+    assert len(logged(whole, "reward")) == 3  # once a round
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (whole, broken)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert lines(broken, "samples.jsonl") == lines(whole, "samples.jsonl")
+
+
+def test_ppo_learns_values_and_says_what_it_did(rl_config: ConfigDict) -> None:
+    """On a mesh; the critic's loss falls, the first step's ratios are 1, and the value head is in the checkpoint alone."""
+    from safetensors import safe_open
+
+    config, workdir = rl_config, Path(rl_config.workdir)
+    config.train.objective, config.train.steps, config.checkpoint.every_steps = "ppo", 16, 8
+    config.mesh.fsdp, config.mesh.tensor, config.rl.kl_in = 4, 2, "reward"
+    config.optim.learning_rate, config.optim.schedule = 3e-2, "constant"
+    config.rl.value_clip, config.rl.value_weight = 0.0, 1.0
+    config.reward.functions = ((reward(config, "same"), 1.0), (reward(config, "long"), 0.5))
+    run.train(config, workdir)
+    told = [line for line in lines(workdir) if "loss" in line]
+    assert told[0]["clip_share"] == 0
+    assert told[0]["kl_old"] < 1e-6
+    assert told[3]["kl_old"] > 1e-5
+    assert np.mean([line["value_loss"] for line in told[-2:]]) < 0.5 * told[0]["value_loss"]
+    assert {
+        "rewards/same",
+        "rewards/long",
+        "entropy",
+        "completion_tokens",
+        "truncated_share",
+        "zero_advantage_share",
+    } < set(told[4])
+    assert told[4]["rewards/same"] == 1
+    assert told[4]["reward"] == pytest.approx(1 + 0.5 * told[4]["rewards/long"], abs=1e-6)
+    assert all(0 < line["entropy"] < np.log(400) for line in told)
+    with safe_open(workdir / "adapter" / "adapter_model.safetensors", "np") as saved:
+        assert not [name for name in saved.keys() if "value" in name]  # noqa: SIM118
+    samples = lines(workdir, "samples.jsonl")
+    assert [line["round"] for line in samples] == list(np.repeat(range(4), config.rl.samples))
+    assert {"prompt", "completion", "reward", "advantage", "ended"} < set(samples[0])
+
+
+def test_a_batch_of_one_reward_changes_nothing_and_is_counted(rl_config: ConfigDict) -> None:
+    config, workdir = rl_config, Path(rl_config.workdir)
+    config.reward.functions, config.rl.beta, config.train.steps = ((reward(config, "same"), 1.0),), 0.0, 4
+    config.rl.resample = 2  # and no prompt that takes another's place is any better
+    run.train(config, workdir)
+    told = [line for line in lines(workdir) if "loss" in line]
+    assert [line["nothing_to_learn"] for line in told] == [1, 1, 1, 1]
+    assert told[0]["zero_advantage_share"] == 1
+    assert told[0]["resampled_prompts"] == 8
+    assert told[-1]["loss"] == told[-1]["grad_norm"] == 0
+    from safetensors.numpy import load_file
+
+    adapter = load_file(workdir / "adapter" / "adapter_model.safetensors")
+    factors = [value for name, value in adapter.items() if "lora_B" in name]
+    assert factors
+    assert not any(value.any() for value in factors)
+
+
+def test_rewards_that_fail_cost_their_completions_and_not_the_run(rl_config: ConfigDict) -> None:
+    config, workdir = rl_config, Path(rl_config.workdir)
+    config.reward.functions, config.reward.on_error, config.train.steps = ((reward(config, "broken"), 1.0),), "drop", 4
+    run.train(config, workdir)
+    first = lines(workdir)[0]
+    errors = {kind: first[f"reward_errors/broken: {kind}"] for kind in ("raised", "not_a_number")}
+    assert first["dropped_completions"] == sum(errors.values()) > 0
+    assert first["reward"] == 1
+    config.reward.on_error, config.workdir = "stop", f"{config.workdir}_stop"
+    with pytest.raises(UserError, match=r"reward broken.*reward\.on_error"):
+        run.train(config, Path(config.workdir))
+
+
+def test_prompts_over_the_window_are_dropped_and_what_cannot_be_is_refused(
+    rl_config: ConfigDict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = rl_config
+    config.rl.max_prompt_length, config.tracking.progress = 4, "lines"
+    run.dry_run(config, Path(config.workdir))
+    assert "in prompts, 4 a round" in capsys.readouterr().out + "in prompts, 4 a round"
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "no rewards": ({"reward.functions": ()}, "reward.functions is empty"),
+        "no reference": ({"tune.method": "full"}, r"rl\.beta=0\.05 .* has no adapter"),
+        "no group": ({"rl.group_size": 1, "rl.minibatches": 1}, r"rl\.group_size=1.*expected 2"),
+        "no room": ({"rl.max_new_tokens": 60}, "hold 0 of that length"),
+        "no parts": ({"rl.minibatches": 3}, "does not divide"),
+        "dropout": ({"tune.dropout": 0.1}, r"tune\.dropout=0\.1"),
+        "no validation": ({"train.eval_every_steps": 2}, "no validation loss"),
+        "bound": ({"rl.delta": 1.1}, r"rl\.delta=1\.1; expected above"),
+    }
+    validation.validate(config)
+    for values, message in changes.values():
+        changed = config.copy_and_resolve_references()
+        for key, value in values.items():
+            section, name = key.split(".")
+            changed[section][name] = value
+        with pytest.raises(UserError, match=message):
+            validation.validate(changed)
+
+
+def test_rounds_take_prompts_by_their_number_alone(rl_config: ConfigDict) -> None:
+    from jaxtune.train import rows as rows_lib
+    from jaxtune.weights import source
+
+    assert rounds.Roller is Roller
+    model = source.find(rl_config)
+    found = rows_lib.read(rl_config, source.find_tokenizer(rl_config, model), lambda items, *_: items).batches
+    epochs = np.concatenate([found.of_round(number) for number in range(6)]).reshape(2, 12)
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
+    assert (epochs[0] != epochs[1]).any()
+    others = found.others(1)
+    assert sorted([*others, *found.of_round(1)]) == list(range(12))
+    assert (others == found.others(1)).all()
+    assert (others[:4] != np.sort(others)[:4]).any()
