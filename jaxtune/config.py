@@ -166,7 +166,7 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity | reward (of generations, by the section reward) | retrieval (contrastive); heads for labels, tags or masked words have metrics of their own
+    c.metric = "auto"  # auto (reward where that is what trains) | labels (likelihood of each label) | exact_match (of generations) | perplexity | reward (of generations, by the section reward) | retrieval (contrastive); heads for labels, tags or masked words have metrics of their own
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
     c.corpus = "split"  # retrieval: search among the distinct passages of eval.split (split) or of all rows (all)

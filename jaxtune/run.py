@@ -150,7 +150,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show, config.eval.metric == "reward")
+    needs_answers = config.train.objective not in validation.ON_POLICY
+    found = (config.data, rows_lib.paths(config), tokenizer, show)
+    splits = pipeline.load(*found, rows_lib.judged(config), needs_answers)
     held = measure.held_out(config, splits, tokenizer, start.reader(config, model, tokenizer))
     if held is None:
         raise UserError(

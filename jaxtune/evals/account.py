@@ -21,6 +21,7 @@ from jaxtune.train import state as state_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.state import Program
 from jaxtune.weights import source
+from jaxtune.validation import ON_POLICY
 from jaxtune.workdir import shown
 
 
@@ -272,7 +273,10 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         if model.path and model.path.is_file()
         else f'"{model.path or model.uri}"'
     )
-    auto, is_causal = reading.auto_class(model.hf_config, config.train.objective), config.train.objective == "sft"
+    auto, is_causal = (
+        reading.auto_class(model.hf_config, config.train.objective),
+        config.train.objective in ("sft", *ON_POLICY),
+    )
     labels = f", num_labels={len(source.labels(model))}" if auto.endswith("Classification") else ""
     fetched, load = [], f"from transformers import {auto}\n"
     if "://" in folder:

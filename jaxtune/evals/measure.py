@@ -20,6 +20,7 @@ from jaxtune.evals import heads, likelihood, preferences, retrieval, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.sampler import Sampler
 from jaxtune.rewards import scoring
+from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
 
@@ -74,12 +75,12 @@ def held_out(
             found = preferences.rows(config, examples, reader, tokenizer)
             return HeldOut(reader.kind, examples, (), found, reader)
         return HeldOut(reader.kind, examples, reader.labels, heads.rows(config, examples, reader, tokenizer), reader)
+    if rows_lib.judged(config):
+        return HeldOut("reward", examples, (), _judged_rows(config, examples, tokenizer))
     if metric == "auto":
         metric = "labels" if config.data.label_column or config.eval.labels else "perplexity"
     if metric == "perplexity":
         return HeldOut(metric, examples, (), [])
-    if metric == "reward":
-        return HeldOut(metric, examples, (), _judged_rows(config, examples, tokenizer))
     without = [e.row_id for e in examples if e.answer is None]
     if without:
         raise UserError(f"eval.metric={metric!r} needs an answer in every row; {without[0]} has none: use 'perplexity'")

@@ -42,6 +42,11 @@ def paths(config: ConfigDict) -> dict[str, Path]:
     return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
 
 
+def judged(config: ConfigDict) -> bool:
+    """Whether held-out answers are measured by the section `reward`, as those are that an on-policy objective learns from."""
+    return config.eval.metric == "reward" or (config.eval.metric == "auto" and config.train.objective in ON_POLICY)
+
+
 def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT) -> Rows:
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
@@ -53,7 +58,7 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     data, training = config.data, config.train
     if config.train.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
-    splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=config.eval.metric == "reward")
+    splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=judged(config))
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:

@@ -21,6 +21,7 @@ from jaxtune.train import layout, preferences, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
+from jaxtune.validation import ON_POLICY
 from jaxtune.weights import embedder, hf, peft, peft_read, source
 from jaxtune.weights.source import Model
 
@@ -72,7 +73,7 @@ def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Re
     """
     check_head(config, model)
     name, kind = config.train.objective, reading.task(model.hf_config)
-    if kind == "Model" and (name == "sft" or name in preferences.READERS):
+    if kind == "Model" and name in ("sft", *preferences.READERS, *ON_POLICY):
         raise UserError(
             f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}, which gives hidden states "
             f"alone: set model.head='lm'"
