@@ -26,6 +26,7 @@ def rl() -> ConfigDict:
     c.delta = 0.0  # upper bound of the ratio where the advantage is negative, above 1 + clip_high; 0 = none
     c.beta = 0.0  # weight of the KL divergence to the model with its adapter off; 0 = none
     c.kl_estimator = "k3"  # k1 | k2 | k3 (objectives/surrogate.py has the formulas)
+    c.kl_unbiased = True  # in the loss, times the ratio, so that its gradient is the divergence's own (arXiv:2512.02556); False = as GRPO's paper has it
     c.kl_in = "loss"  # the divergence is a part of the loss (loss) or of the reward (reward)
     c.entropy_weight = 0.0  # of the mean entropy of a token, which is added to what is maximised
     c.scale_rewards = "group"  # grpo: advantages are divided by the standard deviation of the group | of the round (batch) | by 1 (none, Dr. GRPO)

@@ -20,8 +20,8 @@ from jaxtune.train import goodput, loop
 from jaxtune.train import state as state_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.state import Program
-from jaxtune.weights import source
 from jaxtune.validation import ON_POLICY
+from jaxtune.weights import source
 from jaxtune.workdir import shown
 
 

@@ -11,7 +11,8 @@ KL divergence (arXiv:2402.03300; Schulman 2020):
 
     k1   q                      k2   q^2 / 2                     k3   exp(-q) + q - 1
 
-and averages, over N completions of T_i tokens (L: the most that a completion may have):
+in the loss times r where `kl_unbiased`: the gradient is then the divergence's own (arXiv:2512.02556). Without it, k1's is 0 on
+average. The averages, over N completions of T_i tokens (L: the most that a completion may have):
 
     grpo      1/N sum_i 1/T_i sum_t     arXiv:2402.03300
     dr_grpo   1/N sum_i 1/L sum_t       arXiv:2503.20783
@@ -33,7 +34,8 @@ from jaxtune.objectives.ops import TOKEN_FIELDS, Head, Metrics
 Batch = dict[str, jax.Array]
 FIELDS = (*TOKEN_FIELDS, "old_logps_BT", "reference_logps_BT", "advantages_BT")
 OPTIONS = (
-    "rl.loss_type", "rl.importance_level", "rl.clip_low", "rl.clip_high", "rl.delta", "rl.beta", "rl.kl_estimator", "rl.kl_in",
+    "rl.loss_type", "rl.importance_level", "rl.clip_low", "rl.clip_high", "rl.delta", "rl.beta", "rl.kl_estimator",
+    "rl.kl_unbiased", "rl.kl_in",
     "rl.entropy_weight", "rl.temperature", "rl.max_new_tokens",
 )  # fmt: skip
 
@@ -86,7 +88,7 @@ def counted(batch: Batch) -> Batch:
 
 def surrogate(
     head: Head, hidden_BTD: jax.Array, batch: Batch, *, loss_type: str, importance_level: str, clip_low: float, clip_high: float,
-    delta: float, beta: float, kl_estimator: str, kl_in: str, entropy_weight: float, temperature: float, max_new_tokens: int,
+    delta: float, beta: float, kl_estimator: str, kl_unbiased: bool, kl_in: str, entropy_weight: float, temperature: float, max_new_tokens: int,
 ) -> Surrogate:  # fmt: skip
     """The loss by the formulas above, less `entropy_weight` times the mean entropy of a token."""
     segments_BT, advantages_BT = batch["segment_ids_BT"], batch["advantages_BT"]
@@ -103,7 +105,7 @@ def surrogate(
     loss_BT = -jnp.minimum(bounded_BT * advantages_BT, clipped_BT * advantages_BT)
     kl_BT = kl_divergence((logps_BT - batch["reference_logps_BT"]) * mask_BT, kl_estimator)
     if beta and kl_in == "loss":
-        loss_BT = loss_BT + beta * kl_BT
+        loss_BT = loss_BT + beta * (kl_BT * ratio_BT if kl_unbiased else kl_BT)
 
     by_token = loss_type in ("bnpo", "dapo")
     per_BT = {"grpo": length_BT, "dr_grpo": jnp.float32(max_new_tokens)}.get(loss_type, jnp.float32(1))

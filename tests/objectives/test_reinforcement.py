@@ -18,10 +18,12 @@ from jaxtune.train import start, state, step
 from jaxtune.validation import ON_POLICY
 from jaxtune.weights import source
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, T, D, V = 2, 12, 8, 30
 OPTIONS: dict[str, Any] = {
     "loss_type": "bnpo", "importance_level": "token", "clip_low": 0.2, "clip_high": 0.3, "delta": 0.0, "beta": 0.0, "kl_estimator": "k3",
-    "kl_in": "loss", "entropy_weight": 0.0, "temperature": 1.0, "max_new_tokens": 8,
+    "kl_unbiased": True, "kl_in": "loss", "entropy_weight": 0.0, "temperature": 1.0, "max_new_tokens": 8,
 }  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def ratios(batch: Any, given: tuple[jax.Array, jax.Array], temperature: float = 
     return np.exp(np.asarray(logps - batch["old_logps_BT"]) * np.asarray(batch["weights_BT"]))
 
 
-COMPLETIONS = {(0, slice(1, 4)): 1.0, (0, slice(6, 9)): -2.0, (1, slice(3, 7)): 0.5}  # where -> advantage
+COMPLETIONS = [(0, slice(1, 4), 1.0), (0, slice(6, 9), -2.0), (1, slice(3, 7), 0.5)]  # row, tokens, advantage
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
@@ -88,7 +90,7 @@ def test_by_hand(batch: Any, given: tuple[jax.Array, jax.Array], loss_type: str,
     options = OPTIONS | {"loss_type": loss_type, "importance_level": level, "delta": 1.5, "temperature": 0.8}
     found = surrogate.surrogate(head(given[0]), given[1], batch, **options)
     r, sums, lengths = ratios(batch, given, 0.8), [], []
-    for (row, where), advantage in COMPLETIONS.items():
+    for row, where, advantage in COMPLETIONS:
         own = r[row, where]
         if level != "token":
             own = np.full(len(own), np.prod(own) ** (1 / len(own) if level == "sequence" else 1))

@@ -173,8 +173,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "bnpo": (
         "grpo",
-        {"loss_type": "bnpo", "delta": 1.3, "scale_rewards": "batch", "entropy_weight": 0.05},
-        {"loss_type": "bnpo", "delta": 1.3, "scale_rewards": "batch", "entropy_coef": 0.05},
+        {"loss_type": "bnpo", "delta": 1.3, "scale_rewards": "batch", "entropy_weight": 0.05, "beta": 0.1, "kl_unbiased": False},
+        {"loss_type": "bnpo", "delta": 1.3, "scale_rewards": "batch", "entropy_coef": 0.05, "beta": 0.1, "use_bias_correction_kl": False},
     ),
     "sequence": (
         "grpo",

@@ -14,11 +14,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import run, validation
-from jaxtune.generate.rollout import Roller
-from jaxtune.train import rounds
+from jaxtune.data.prompts import PromptSource
+from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
+from jaxtune.weights import source
 from tests.conftest import WORDS
 from tests.train.test_exactness import finished, launched, logged, write_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 REWARDS = """
 import time
@@ -44,7 +47,7 @@ def rl_config(tiny_config: ConfigDict, tmp_path: Path) -> ConfigDict:
     prompts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) for _ in range(12)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     config.train.objective, config.data.train = "grpo", str(tmp_path / "prompts.jsonl")
-    config.data.validation_fraction, config.mesh.fsdp = 0.0, 1
+    config.data.validation_fraction, config.mesh.fsdp, config.mesh.tensor = 0.0, 4, 2
     config.reward.functions = ((f"{tmp_path / 'rewards.py'}:long", 1.0),)
     config.rl.update({"prompts_per_round": 4, "group_size": 4, "minibatches": 2, "passes": 2, "slots": 16})
     config.rl.update({"max_prompt_length": 20, "max_new_tokens": 12, "beta": 0.05})
@@ -64,6 +67,7 @@ def lines(workdir: Path | str, name: str = "metrics.jsonl") -> list[dict[str, An
 def test_killed_in_mid_round_and_resumed_is_never_killed(rl_config: ConfigDict, tmp_path: Path) -> None:
     """SIGKILL in the midst of two rounds: every loss to the bit, the adapter's every byte, and every sample once."""
     rl_config.train.steps, rl_config.checkpoint.every_steps = 12, 1
+    rl_config.mesh.fsdp = rl_config.mesh.tensor = 1
     path, whole, broken = write_config(rl_config, tmp_path), tmp_path / "whole", tmp_path / "broken"
     finished(launched(path, whole))
     rng = random.Random(0)
@@ -91,7 +95,7 @@ def test_ppo_learns_values_and_says_what_it_did(rl_config: ConfigDict) -> None:
 
     config, workdir = rl_config, Path(rl_config.workdir)
     config.train.objective, config.train.steps, config.checkpoint.every_steps = "ppo", 16, 8
-    config.mesh.fsdp, config.mesh.tensor, config.rl.kl_in = 4, 2, "reward"
+    config.rl.kl_in = "reward"
     config.optim.learning_rate, config.optim.schedule = 3e-2, "constant"
     config.rl.value_clip, config.rl.value_weight = 0.0, 1.0
     config.reward.functions = ((reward(config, "same"), 1.0), (reward(config, "long"), 0.5))
@@ -150,13 +154,27 @@ def test_rewards_that_fail_cost_their_completions_and_not_the_run(rl_config: Con
         run.train(config, Path(config.workdir))
 
 
-def test_prompts_over_the_window_are_dropped_and_what_cannot_be_is_refused(
-    rl_config: ConfigDict, capsys: pytest.CaptureFixture[str]
-) -> None:
+def read(config: ConfigDict) -> rows_lib.Rows:
+    model = source.find(config)
+    return rows_lib.read(config, source.find_tokenizer(config, model), lambda items, *_: items)
+
+
+def test_prompts_over_the_window_are_dropped_and_counted(rl_config: ConfigDict) -> None:
+    whole = read(rl_config)
+    lengths = whole.train.lengths
+    rl_config.rl.max_prompt_length = int(np.median(lengths))
+    cut, long = read(rl_config), int((lengths > np.median(lengths)).sum())
+    assert long > 0
+    assert len(cut.train) == len(whole.train) - long
+    assert f"{long} too long" in rows_lib.summary(rl_config, cut)
+    assert (cut.batches[0]["weights_BT"] == 0).all()  # what a dry run shows: prompts alone
+    rl_config.rl.max_prompt_length = 1
+    with pytest.raises(UserError, match=r"all 12 prompts are longer than rl\.max_prompt_length=1"):
+        read(rl_config)
+
+
+def test_what_cannot_be_is_refused_when_the_config_is_read(rl_config: ConfigDict) -> None:
     config = rl_config
-    config.rl.max_prompt_length, config.tracking.progress = 4, "lines"
-    run.dry_run(config, Path(config.workdir))
-    assert "in prompts, 4 a round" in capsys.readouterr().out + "in prompts, 4 a round"
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "no rewards": ({"reward.functions": ()}, "reward.functions is empty"),
         "no reference": ({"tune.method": "full"}, r"rl\.beta=0\.05 .* has no adapter"),
@@ -178,12 +196,8 @@ def test_prompts_over_the_window_are_dropped_and_what_cannot_be_is_refused(
 
 
 def test_rounds_take_prompts_by_their_number_alone(rl_config: ConfigDict) -> None:
-    from jaxtune.train import rows as rows_lib
-    from jaxtune.weights import source
-
-    assert rounds.Roller is Roller
-    model = source.find(rl_config)
-    found = rows_lib.read(rl_config, source.find_tokenizer(rl_config, model), lambda items, *_: items).batches
+    found = read(rl_config).batches
+    assert isinstance(found, PromptSource)
     epochs = np.concatenate([found.of_round(number) for number in range(6)]).reshape(2, 12)
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
     assert (epochs[0] != epochs[1]).any()
