@@ -34,7 +34,7 @@ def batch() -> dict[str, jax.Array]:
     segments = np.asarray([[1] * 5 + [2] * 5 + [0] * 2, [1] * 8 + [0] * 4], np.int32)
     weights = np.zeros((B, T), np.float32)
     weights[0, 1:4] = weights[0, 6:9] = weights[1, 3:7] = 1
-    advantages = weights * np.repeat([[1.0, -2.0, 0.0], [0.5, 0.0, 0.0]], [5, 5, 2], axis=1)
+    advantages = weights * np.repeat([[1.0, -2.0, 0.0], [0.5, 0.5, 0.0]], [5, 5, 2], axis=1)
     return {
         "targets_BT": jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32), "segment_ids_BT": jnp.asarray(segments),
         "weights_BT": jnp.asarray(weights), "advantages_BT": jnp.asarray(advantages, jnp.float32),

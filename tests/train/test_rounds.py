@@ -47,6 +47,7 @@ def rl_config(tiny_config: ConfigDict, tmp_path: Path) -> ConfigDict:
     prompts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) for _ in range(12)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     config.train.objective, config.data.train = "grpo", str(tmp_path / "prompts.jsonl")
+    config.data.chat, config.data.format = False, "prompt_completion"
     config.data.validation_fraction, config.mesh.fsdp, config.mesh.tensor = 0.0, 4, 2
     config.reward.functions = ((f"{tmp_path / 'rewards.py'}:long", 1.0),)
     config.rl.update({"prompts_per_round": 4, "group_size": 4, "minibatches": 2, "passes": 2, "slots": 16})
