@@ -25,7 +25,6 @@ from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, preferences, templates
 from jaxtune.data.formats import constant, read_examples
-from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
@@ -85,11 +84,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            if isinstance(rows.batches, PromptSource):
-                data = rounds.for_loop(config, workdir, rows.batches, tokenizer, program, tracker.say, wall)
-            else:
-                data = rows_lib.for_loop(config, rows, tokenizer, program)
-            arrays = (state, frozen, data)
+            arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
             known = (compiling, wall, counted)
             outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
             params = _best(checkpoints, program, outcome)

@@ -12,6 +12,7 @@ ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
     {
         "config",
+        "config_methods",
         "registry",
         "types",
         "report_plots",
@@ -35,7 +36,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOGETHER = {
     "fetch": {"archives", "indexes", "types"},
     "indexes": {"archives", "types"},
-    "config": {"types"},
+    "config": {"config_methods", "types"},
     "validation": {"config", "types"},
     "registry": {"types"},
     "archives": {"types"},

@@ -1,4 +1,4 @@
-"""What objectives that compare answers ask of a run: how rows are read, what the reference is, whether answers share a prompt."""
+"""What objectives that compare answers ask of a run: how rows are read, what the reference is, whether answers share a prompt; a critic."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def lora_options(config: ConfigDict) -> lora.Options:
     has_reference = "reference" in registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.frozen
     a_zero = config.tune.init == "a_zero" or (config.tune.init == "auto" and has_reference)
     return lora.Options.from_config(config.tune)._replace(zero="a" if a_zero else "b")
+
+
+def with_values(config: ConfigDict, model_config: Any) -> Any:
+    """The model with a critic's head beside its own, where the objective has values."""
+    has_values = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.has_values
+    return model_config._replace(value_head=True) if has_values else model_config
 
 
 def is_precomputed(config: ConfigDict) -> bool:

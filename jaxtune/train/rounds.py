@@ -29,6 +29,7 @@ from jaxtune.generate.rollout import Roller, Rollout
 from jaxtune.objectives.surrogate import kl_divergence
 from jaxtune.rewards import scoring
 from jaxtune.train import loop, scored, step
+from jaxtune.train import rows as rows_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.round_files import Round, RoundFiles, add_lines, keep_lines
 from jaxtune.train.state import Params, Program
@@ -38,11 +39,14 @@ _SHOWN_CHARACTERS = 2000  # of a sample
 
 
 def for_loop(
-    config: ConfigDict, workdir: Path, source: PromptSource, tokenizer: Tokenizer, program: Program, say: Callable[[str], None], wall: Wall
+    config: ConfigDict, workdir: Path, rows: rows_lib.Rows, tokenizer: Tokenizer, program: Program, say: Callable[[str], None], wall: Wall
 ) -> loop.Data:  # fmt: skip
-    """A run's rounds as the loop asks for them."""
+    """A run's batches as the loop asks for them: rounds of prompts, or the rows that are there."""
+    source = rows.batches
+    if not isinstance(source, PromptSource):
+        return rows_lib.for_loop(config, rows, tokenizer, program)
     made = Rounds(config, workdir, source, tokenizer, program, say, wall)
-    return loop.Data(made.batches, None, lambda row: source.rows.row_ids[row], made.told)
+    return loop.Data(made.batches, None, lambda row: rows.train.row_ids[row], made.told)
 
 
 class Rounds:

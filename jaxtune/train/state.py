@@ -117,9 +117,7 @@ def abstract(
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
     """
     family = registry.load("model_type", str(hf_config.get("model_type")), FAMILIES)
-    model_config = family.from_hf(hf_config)
-    if registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.has_values:
-        model_config = model_config._replace(value_head=True)
+    model_config = preferences.with_values(config, family.from_hf(hf_config))
     run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
     _check_dims(mesh, model_config)
