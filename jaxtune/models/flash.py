@@ -25,12 +25,12 @@ def at_home(device: Any) -> bool:
 
 
 def can(rule: Any, run: Runtime, q_BTNH: jax.Array, v_BTKH: jax.Array, sinks_N: jax.Array | None) -> bool:
-    """Whether the kernel computes this: no soft cap, slopes, windows or sinks; whole rows, of whole tiles, on each device."""
+    """Whether the kernel computes this: no soft cap, slopes, windows, sinks or branches; whole rows, of whole tiles, on each device."""
     plain = not (rule.softcap or rule.slopes or any(rule.windows)) and sinks_N is None
     head_dims = {q_BTNH.shape[3], v_BTKH.shape[3]}
     narrow = q_BTNH.shape[3] * q_BTNH.dtype.itemsize <= _HEAD_BYTES
     fits = narrow and len(head_dims) == 1 and head_dims <= set(_HEAD_DIMS) and q_BTNH.shape[1] % TILE_TOKENS == 0
-    whole = run.mesh is not None and run.mesh.shape["context"] == 1
+    whole = run.mesh is not None and run.mesh.shape["context"] == 1 and not run.branches
     return plain and fits and whole and find_spec(_KERNEL) is not None  # a later JAX may not have it
 
 
