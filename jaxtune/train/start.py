@@ -141,6 +141,8 @@ def check_length(config: ConfigDict, program: Program) -> None:
             f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention='splash'{shards}: make it "
             f"{-(-max_length // tile) * tile}, or set model.attention='auto'"
         )
+    for one in step.beside(config):
+        check_length(one, program)
 
 
 def check_export(config: ConfigDict, program: Program) -> None:

@@ -285,13 +285,9 @@ def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Params, w
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey) and entry.key in params]
-        like = params[names[-1]] if names else None
-        # Blocks' scales have the parameter's dims, one of them shorter.
-        where = (
-            sharding.fitting(like.sharding, leaf.shape)
-            if like is not None and len(like.shape) == len(leaf.shape)
-            else whole
-        )
+        # Blocks' scales have their parameter's dims, one of them shorter.
+        likes = [params[name].sharding for name in names if len(params[name].shape) == len(leaf.shape)]
+        where = sharding.fitting(likes[-1], leaf.shape) if likes else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
