@@ -176,7 +176,7 @@ def _known(workdir: Path, runs: list[Run]) -> dict[str, dict[str, Any]]:
     known: dict[str, dict[str, Any]] = {row["name"]: row for row in told}
     for run in runs:
         path, text = workdir / "configs" / f"{run.name}.json", config_lib.to_json(run.config) + "\n"
-        if path.exists() and json.loads(path.read_text()) != json.loads(text):
+        if path.exists() and json.loads(path.read_text()) | {"workdir": ""} != json.loads(text) | {"workdir": ""}:
             raise UserError(
                 f"workdir {workdir} holds a sweep whose run {run.name} has another config: choose another --workdir"
             )

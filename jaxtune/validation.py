@@ -246,9 +246,9 @@ def _check_sweep(config: ConfigDict) -> None:
         ):
             raise UserError(f"config.sweep.axes has {axis!r}; expected (config key, (value, …))")
         key, values = axis
-        if key not in known or key.startswith("sweep."):
+        if key not in known or key.startswith("sweep.") or key in ("name", "workdir", "checkpoint.resume"):
             raise UserError(
-                f"config.sweep.axes: config key {key!r} does not exist, or is the sweep's{nearest(key, known)}"
+                f"config.sweep.axes: config key {key!r} does not exist, or is the sweep's own{nearest(key, known)}"
             )
         if not values:
             raise UserError(f"config.sweep.axes: {key!r} has no values; expected at least one")

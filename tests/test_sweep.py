@@ -116,6 +116,7 @@ def test_random_choices_are_the_seeds(tiny_config: ConfigDict) -> None:
         ((), {}, "needs config.sweep.axes"),
         ((("optim.name", ("lion", "loin")),), {}, "run name=loin of the sweep: .*did you mean 'lion'"),
         ((("tune.rank", (2, "four")),), {}, "tune.rank takes a int"),
+        ((("workdir", ("a", "b")),), {}, "'workdir' does not exist, or is the sweep's own"),
         ((("tune.rank", (2, 2)),), {}, "makes 'rank=2' twice"),
         ((("optim.lerning_rate", (1,)),), {}, "did you mean 'optim.learning_rate'"),
         ((("optim.learning_rate", ("log", 1e-4, 1e-3)),), {}, "a range"),
@@ -141,7 +142,7 @@ def test_real_runs_in_processes_of_their_own(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the command line: one run trains, the other's model is not there."""
-    tiny_config.train.steps, tiny_config.data.validation_fraction = 2, 0.2
+    tiny_config.train.steps, tiny_config.data.validation_fraction, tiny_config.sweep.metric = 2, 0.0, "loss"
     tiny_config.sweep.axes = (("model.source", (tiny_config.model.source, str(tmp_path / "nowhere"))),)
     path, workdir = tmp_path / "config.json", tmp_path / "sweep"
     path.write_text(config_lib.to_json(tiny_config))
@@ -150,6 +151,6 @@ def test_real_runs_in_processes_of_their_own(
     good, bad = json.loads((workdir / "sweep.json").read_text())["runs"]
     assert (good["status"], bad["status"]) == ("done", "failed")
     assert "nowhere" in bad["error"]
-    assert good["metrics"]["eval/loss"] > 0
+    assert good["metrics"]["loss"] > 0
     assert (workdir / "runs" / good["name"] / "adapter" / "adapter_model.safetensors").exists()
     assert re.search(r"failed: .*nowhere", out)

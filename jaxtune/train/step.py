@@ -235,9 +235,8 @@ def make(config: ConfigDict, program: Program) -> Any:
         # Steps that changed the weights, as the optimizer counts them: skipped ones move neither its rate nor the mean.
         updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
         micro = _micro_batches(batch, accumulation, program)
-        if (
-            config.train.beside
-        ):  # each is divided by its own weight, of the whole batch: what is found of it needs no pass
+        if config.train.beside:
+            # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
             weights = total({**frozen, **state.params}, batch, None)[1][1]
             scales = jnp.asarray([part.share for part in parts(config, program.hf_config)]) / jnp.maximum(weights, 1.0)
             given = partial(total, scales=scales)
