@@ -109,13 +109,9 @@ def _adafactor(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransfo
 def _muon(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Momentum made orthogonal, each layer's (and expert's) matrix by itself; updates as large as AdamW's (arXiv:2502.16982)."""
     last_two = optax.contrib.MuonDimensionNumbers(-2, -1)
-    return optax.contrib.muon(
-        rate,
-        beta=optim.muon_momentum,
-        consistent_rms=optim.muon_rms,
-        weight_decay=optim.weight_decay,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: last_two, params),
-    )
+    orthogonal = optax.contrib.scale_by_muon(beta=optim.muon_momentum, weight_dimension_numbers=last_two)
+    sized = optax.stateless(lambda update, _: update * (optim.muon_rms * max(update.shape[-2:]) ** 0.5))
+    return _decayed(each_layer(optax.chain(orthogonal, sized)), optim, rate)
 
 
 def _decayed(
@@ -157,7 +153,7 @@ def _by_depth(decay: float, depths: Mapping[str, np.ndarray]) -> optax.GradientT
 
 
 def each_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on each parameter by itself, and on each layer of stacked ones as if it stood alone.
+    """`inner` on each parameter by itself, and on each layer of stacked ones as if it stood alone, one after the other.
 
     The state is a dictionary by path; what `inner` keeps of a layer has the layers' dim in front, counters are shared.
     """
@@ -165,25 +161,33 @@ def each_layer(inner: optax.GradientTransformation) -> optax.GradientTransformat
     def is_stacked(path: str) -> bool:
         return path.startswith("layers.")
 
-    def axes(param: Any) -> Any:
-        like = jax.ShapeDtypeStruct(param.shape[1:], param.dtype)
-        return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, jax.eval_shape(inner.init, like))
+    def kept(state: Any, alike: Any) -> Any:
+        """The states of all layers: what has no dim is the same for each."""
+        return jax.tree.map(lambda leaf, like: leaf if like.ndim else leaf[0], state, alike)
 
     def init(params: Any) -> Any:
         def one(path: str, param: jax.Array) -> Any:
-            return jax.vmap(inner.init, out_axes=axes(param))(param) if is_stacked(path) else inner.init(param)
+            if not is_stacked(path):
+                return inner.init(param)
+            return kept(jax.vmap(inner.init)(param), jax.eval_shape(inner.init, param[0]))
 
         return {path: one(path, param) for path, param in _present(params).items()}
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        made, kept = dict(updates), {}
+        made, found = dict(updates), {}
         for path, grad in _present(updates).items():
-            apply: Any = inner.update
-            if is_stacked(path):
-                where = axes(params[path])
-                apply = jax.vmap(inner.update, in_axes=(0, where, 0), out_axes=(0, where))
-            made[path], kept[path] = apply(grad, state[path], params[path])
-        return made, kept
+            if not is_stacked(path):
+                made[path], found[path] = inner.update(grad, state[path], params[path])
+                continue
+            alike = jax.eval_shape(inner.init, params[path][0])
+            spread = jax.tree.map(
+                lambda leaf, like, num=grad.shape[0]: leaf if like.ndim else jnp.broadcast_to(leaf, (num,)),
+                state[path],
+                alike,
+            )
+            made[path], states = jax.lax.map(lambda each: inner.update(*each), (grad, spread, params[path]))
+            found[path] = kept(states, alike)
+        return made, found
 
     return optax.GradientTransformation(init, update)
 
