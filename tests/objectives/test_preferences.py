@@ -76,6 +76,15 @@ def test_a_shared_prompt_changes_no_number(tiny_config: ConfigDict, pairs: Path,
         np.testing.assert_allclose(shared[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+def exchange_words(folder: Path) -> None:
+    """Gives two words of a tokenizer each other's number."""
+    told = json.loads((folder / "tokenizer.json").read_text())
+    words = told["model"]["vocab"]
+    one, other = list(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+
+
 def logged(config: ConfigDict) -> list[float]:
     run.train(config, Path(config.workdir))
     lines = [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
@@ -95,8 +104,7 @@ def test_a_reference_computed_before_is_the_one_in_the_step(
     kept = np.load(tmp_path / "b" / "reference.npz")
     assert (kept["train"] < 0).any()
     other = make_model(tmp_path / "other", seed=1)
-    text = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(text.replace('"Ġcat"', '"Ġcow"'))
+    exchange_words(other)
     config.preference.reference, config.workdir = str(other), str(tmp_path / "c")
     with pytest.raises(UserError, match=r"preference\.reference=.* has another vocabulary"):
         logged(config)
@@ -128,8 +136,7 @@ def test_a_reward_model_judges_texts(tiny_config: ConfigDict, pairs: Path, tmp_p
     with pytest.raises(UserError, match="no reward model"):
         judge.load(config.model.source, config)
     other = write_model(tmp_path / "other")
-    text = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(text.replace('"Ġcat"', '"Ġcow"'))
+    exchange_words(other)
     config.model.tokenizer = str(other)
     theirs = source.find_tokenizer(config, source.find(config))
     with pytest.raises(UserError, match="has another vocabulary"):
