@@ -62,6 +62,14 @@ class Answers(NamedTuple):
             kept = kept._replace(completions=completions, weights=tuple(one[:most] for one in kept.weights))
         return kept
 
+    def apart(self, max_length: int) -> Answers:
+        """What is left where each answer stands by itself after the prompt, in a window of its own."""
+        most = max(map(len, self.completions))
+        kept = self.prompt[max(0, min(len(self.prompt) - 1, len(self.prompt) + most - max_length)) :]
+        room = max(1, max_length - len(kept))
+        cut = (tuple(one[:room] for one in parts) for parts in (self.completions, self.weights))
+        return Answers(kept, self.branches, *cut)
+
     def laid_out(self, share: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens, weights, branches), each of the whole row."""
         shared, opening = (self.prompt[:-1], self.prompt[-1:]) if share else (self.prompt[:0], self.prompt)

@@ -148,6 +148,8 @@ def test_cutting_takes_the_prompts_first_and_then_the_answers_last_tokens() -> N
     for share in (True, False):
         for prompt, one, other in ((40, 5, 9), (3, 40, 2), (30, 30, 30), (0, 30, 30), (1, 1, 60)):
             whole = answers(prompt, one, other)
+            apart = whole.apart(24)
+            assert all(len(apart.prompt) + len(part) <= 24 for part in apart.completions)
             cut = whole.cut(24, share)
             assert cut.length(share) <= 24
             assert len(cut.laid_out(share)[0]) == cut.length(share)
