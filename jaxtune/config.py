@@ -26,7 +26,7 @@ def _model() -> ConfigDict:
     c.pooling = ""  # which state stands for a whole text in an embedding: first (CLS) | mean | last; "" = as the model's folder says, else mean (encoders), last (decoders)
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
-    c.attention = "auto"  # auto (by platform) | xla | splash
+    c.attention = "auto"  # auto (splash on TPU, flash on GPU, else xla) | xla | splash | flash; what a kernel cannot say runs as xla: slopes and two-way windows (both), soft caps, windows, sinks, `mesh.context`, odd or wide heads (flash); on GPUs before compute capability 8.0 all of it
     c.quantize = ""  # storage of the frozen weights of linear layers: "" (param_dtype) | int8 | int4 | nf4 (QLoRA, arXiv:2305.14314)
     c.quantize_block = 64  # inputs that share a scale (fewer where it does not divide them); 0 = all of an output's
     c.quantize_targets = r"layers\.(?!.*\brouter\b).*"  # regex, full match, over the paths of linear layers; none but those of blocks are quantised
@@ -251,7 +251,7 @@ def _preference() -> ConfigDict:
     c.center_rewards = 0.0  # reward: weight of the squared sum of a pair's scores, which keeps them about 0
     c.margin_scale = 1.0  # reward: a row's margin, or difference of ratings, times this is what its scores should differ by at least; 0 = no margin
     c.reference = "auto"  # dpo, kto: adapter_off (the model without its adapter) | start (the model as training starts, computed once before) | another model's URI, likewise | auto (adapter_off for a new adapter, else start)
-    c.share_prompts = "auto"  # a pair's prompt is computed once: auto (where the model can, and no TPU kernel is lost by it) | always | never
+    c.share_prompts = "auto"  # a pair's prompt is computed once: auto (where the model can, and no attention kernel of a TPU or GPU is lost by it) | always | never
     return c
 
 
