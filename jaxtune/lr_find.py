@@ -42,7 +42,7 @@ class Found(NamedTuple):
 def lr_find(config: ConfigDict, workdir: Path) -> None:
     """Ramps the learning rate on the run's own rows and model; writes lr_find.json and lr_find.png, and says what it found."""
     config = config.copy_and_resolve_references()
-    config.train.steps, config.optim.ema_decay = config.lr_find.steps, 0.0
+    config.train.steps, config.optim.ema_decay = config.lr_find.num_steps, 0.0
     show = partial(tracking.progress, mode=config.tracking.progress if jax.process_index() == 0 else "off")
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
@@ -51,8 +51,8 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
     program, values = start.program(config, model)
     start.check_length(config, program)
     state, frozen = start.load(config, model, program, values, show)
-    batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.steps)
-    found = find(config, program, state, frozen, show(batches, config.lr_find.steps, "learning rates"))
+    batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps)
+    found = find(config, program, state, frozen, show(batches, config.lr_find.num_steps, "learning rates"))
     if jax.process_index() == 0:
         _write(config, workdir, found)
 
@@ -66,7 +66,7 @@ def rate(config: ConfigDict) -> optax.Schedule:
 def find(config: ConfigDict, program: Program, state: State, frozen: Params, batches: Iterator[Batch]) -> Found:
     """Takes steps from a copy of `state`, at ever higher rates, until the loss rises or the batches end."""
     depths, ramp = partial(transformer.depths, program.model_config), rate(config)
-    optimizer = optim.make(config, program.labels, config.lr_find.steps, depths, ramp)
+    optimizer = optim.make(config, program.labels, config.lr_find.num_steps, depths, ramp)
     run = step.make(config, program._replace(optimizer=optimizer))
     fields, options = step.fields(config, program), config.lr_find
     state = jax.tree.map(lambda leaf: leaf.copy(), state)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxtune import checkpoint, fetch, optim, tracking, validation
 from jaxtune import config as config_lib
@@ -28,7 +27,7 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
-from jaxtune.train import compiled, goodput, loop, start
+from jaxtune.train import compiled, goodput, loop, references, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -69,6 +68,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         counted = utilisation.of(config, program)
     with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
+    with wall("reference"):
+        rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
@@ -107,26 +108,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     start.check_length(config, program)
     start.check_export(config, program)
     print(config_lib.to_json(config))
-    batch = rows.batches[0]
-    weights_T = batch["weights_BT"][0]
-    if reader.kind == "next":
-        weights_T = np.concatenate([[0.0], weights_T[:-1]])  # a weight stands where its token is predicted
-    print(
-        f"\nfirst row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:"
-    )
-    for position, token in enumerate(batch["tokens_BT"][0]):
-        segment, row = batch["segment_ids_BT"][0, position], batch["row_ids_BT"][0, position]
-        if segment:
-            name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
-            print(f"  {position:5d}  segment {segment:3d}  {name:<24}  weight {weights_T[position]:g}  {text}")
-    for tokens_U, ids_U in zip(
-        batch.get("passage_tokens_BQU", [[]])[0], batch.get("passage_segment_ids_BQU", [[]])[0], strict=True
-    ):
-        text = tokenizer.decode(tokens_U[ids_U != 0], skip_special=False)
-        print(f"  passage of {int((ids_U != 0).sum())} tokens: {text}")
-    print(
-        f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding\n\n{start.summary(model, program)}; they are"
-    )
+    print(f"\n{rows_lib.first_row(config, rows, tokenizer, reader)}\n\n{start.summary(model, program)}; they are")
     for path, leaf in program.state.params.items():
         print(f"  {program.labels[path]:<10} {path}  {leaf.shape} {leaf.dtype}")
     rate, last = optim.schedule(config.optim, config.train.steps), config.train.steps

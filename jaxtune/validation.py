@@ -29,6 +29,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "labelled",
         "tagged",
         "pair",
+        "preference",
+        "rated",
     ),
     "data.tag_subwords": ("first", "all"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
@@ -45,6 +47,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.decay_shape": ("linear", "cosine", "exponential", "sqrt"),
     "sweep.method": ("grid", "random"),
     "sweep.goal": ("min", "max"),
+    "tune.init": ("auto", "a_zero", "b_zero"),
+    "preference.loss_type": ("sigmoid", "hinge", "ipo", "robust"),
+    "preference.share_prompts": ("auto", "always", "never"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -59,7 +64,7 @@ _AT_LEAST: dict[str, float] = {
     "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1,
-    "optim.moment_block": 16, "optim.min_factored_dim": 1, "lr_find.steps": 10, "lr_find.stop_factor": 1.01, "sweep.num_runs": 0,
+    "optim.moment_block": 16, "optim.min_factored_dim": 1, "lr_find.num_steps": 10, "lr_find.stop_factor": 1.01, "sweep.num_runs": 0,
     "train.neftune_noise_alpha": 0, "train.z_loss_weight": 0, "train.focal_gamma": 0,
 }  # fmt: skip
 
@@ -76,6 +81,9 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "optim.stable_share": (0, 1), "optim.layer_decay": (0.001, 1), "optim.ema_decay": (0, 0.999999), "optim.muon_momentum": (0, 0.999999),
     "optim.muon_rms": (1e-6, 1e3), "train.label_smoothing": (0, 0.99), "lr_find.smoothing": (0, 0.999), "lr_find.high": (0, 1e6),
     "sweep.seed": (0, 2**32 - 1),
+    "preference.label_smoothing": (0, 0.5), "preference.rpo_alpha": (0, 1e6), "preference.cpo_alpha": (0, 1e6),
+    "preference.simpo_gamma": (0, 1e6), "preference.desirable_weight": (0, 1e6), "preference.undesirable_weight": (0, 1e6),
+    "preference.center_rewards": (0, 1e6), "preference.margin_scale": (0, 1e6), "preference.beta": (0, 1e6),
 }  # fmt: skip
 
 _RANGES = (
@@ -86,6 +94,7 @@ _RANGES = (
 _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
     "optim.eps": "a gradient of 0 is divided by 0", "lr_find.low": "no factor takes it anywhere",
+    "preference.beta": "no answer is preferred to another",
 }  # fmt: skip
 
 
@@ -116,6 +125,7 @@ def validate(config: ConfigDict) -> None:
     _check_forms(config)
     _check_losses(config)
     _check_sweep(config)
+    _check_preference(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -140,6 +150,21 @@ def validate(config: ConfigDict) -> None:
     if config.data.mask_token_share + config.data.mask_random_share > 1:
         raise UserError(
             "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
+        )
+
+
+def _check_preference(config: ConfigDict) -> None:
+    options = config.preference
+    kind, smoothing = options.loss_type, options.label_smoothing
+    if kind == "robust" and smoothing >= 0.5:
+        raise UserError(
+            f"preference.label_smoothing={smoothing} says that pairs are as often wrong as right, and preference.loss_type='robust' "
+            "divides by 1 - 2 x it: expected below 0.5"
+        )
+    if kind in ("hinge", "ipo") and smoothing and config.train.objective in ("dpo", "cpo"):
+        raise UserError(
+            f"preference.label_smoothing={smoothing} does nothing with preference.loss_type={kind!r}: set it to 0, or loss_type to "
+            "'sigmoid' or 'robust'"
         )
 
 

@@ -33,7 +33,7 @@ def test_a_ramp_is_read_where_it_falls_fastest() -> None:
 def test_the_verb_finds_a_rate_and_touches_nothing(
     tiny_config: ConfigDict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_config.lr_find.update({"low": 1e-5, "high": 30.0, "steps": 40, "smoothing": 0.5, "stop_factor": 1.5})
+    tiny_config.lr_find.update({"low": 1e-5, "high": 30.0, "num_steps": 40, "smoothing": 0.5, "stop_factor": 1.5})
     tiny_config.tune.method, tiny_config.mesh.fsdp, workdir = "full", 8, Path(tiny_config.workdir)
     held: list[Any] = []
     load = start.load

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,11 @@ import numpy as np
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, pairs, pipeline, readers
+from jaxtune.data import masking, pairs, pipeline, preferences, readers
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.train import loop, step
 from jaxtune.train.state import Program
-from jaxtune.types import Batch, UserError
+from jaxtune.types import BRANCH_BITS, Batch, UserError
 
 
 class Rows(NamedTuple):
@@ -94,17 +95,20 @@ def _tokenized(
 ) -> pipeline.Rows:
     if config.train.objective == "contrastive":
         return pairs.tokenize(examples, tokenizer, config.data, show, label)
+    if reader.kind in preferences.KINDS:
+        return preferences.tokenize(examples, tokenizer, config.data, show, label, reader)
     return pipeline.tokenize(examples, tokenizer, config.data, show, label, reader)
+
+
+_TOLD = (
+    "truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template", *preferences.DROPPED,
+)  # fmt: skip
 
 
 def summary(config: ConfigDict, rows: Rows) -> str:
     """One line on the data, for the terminal."""
     c = rows.train.counts
-    lost = {
-        name: n
-        for name, n in {**rows.splits.counts, **c}.items()
-        if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template")
-    }
+    lost = {name: n for name, n in (Counter(rows.splits.counts) + Counter(c)).items() if n and name in _TOLD}
     note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
     what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
     what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
@@ -113,6 +117,30 @@ def summary(config: ConfigDict, rows: Rows) -> str:
         f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}{others}; "
         f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
     )
+
+
+def first_row(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, reader: readers.Reader) -> str:
+    """The first batch row token by token, with each token's loss weight as a target, for the terminal."""
+    batch = rows.batches[0]
+    weights_T = batch["weights_BT"][0]
+    if reader.kind in ("next", "pairs", "judged"):
+        weights_T = np.concatenate([[0.0], weights_T[:-1]])  # a weight stands where its token is predicted
+    lines = [
+        f"first row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:"
+    ]
+    for position, token in enumerate(batch["tokens_BT"][0]):
+        segment, row = batch["segment_ids_BT"][0, position], batch["row_ids_BT"][0, position]
+        if segment:
+            name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
+            number, branch = segment & (1 << BRANCH_BITS) - 1, segment >> BRANCH_BITS
+            where = f"{number:3d}" + (f".{branch}" if reader.kind in preferences.KINDS else "")
+            lines.append(f"  {position:5d}  segment {where}  {name:<24}  weight {weights_T[position]:g}  {text}")
+    for tokens_U, ids_U in zip(
+        batch.get("passage_tokens_BQU", [[]])[0], batch.get("passage_segment_ids_BQU", [[]])[0], strict=True
+    ):
+        text = tokenizer.decode(tokens_U[ids_U != 0], skip_special=False)
+        lines.append(f"  passage of {int((ids_U != 0).sum())} tokens: {text}")
+    return "\n".join([*lines, f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding"])
 
 
 def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Program) -> loop.Data:

@@ -18,7 +18,7 @@ from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy
-from jaxtune.train import routers
+from jaxtune.train import preferences, routers
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
 
@@ -64,7 +64,7 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
         a whole batch.
     """
     found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
-    found = found.problems.get(reading.problem(hf_config), found)
+    found = preferences.with_reference(config, found.problems.get(reading.problem(hf_config), found))
     if found.whole_batch and config.train.accumulation > 1:
         raise UserError(
             f"train.objective={config.train.objective!r} compares all rows of a batch, and train.accumulation="
@@ -99,8 +99,18 @@ class Part(NamedTuple):
 
 
 def parts(config: ConfigDict, hf_config: dict[str, Any]) -> list[Part]:
-    """`train.objective`, then those of `train.beside`."""
+    """`train.objective`, then those of `train.beside`.
+
+    Raises:
+      UserError: one beside needs a reference that only the main objective's rows get.
+    """
     alone = beside(config)
+    for one in alone:
+        if preferences.is_precomputed(one):
+            raise UserError(
+                f"train.beside has {one.train.objective!r}, whose reference would have to be computed before training "
+                "(preference.reference), which is done for train.objective alone: make it train.objective, or train a new adapter"
+            )
     names = [config.train.objective] + [one.train.objective for one in alone]
     shares = [1.0] + [one[1] for one in config.train.beside]
     return [
@@ -124,7 +134,7 @@ def beside(config: ConfigDict) -> list[ConfigDict]:
         one = config.copy_and_resolve_references()
         for key in ("beside", "patience", "eval_every_steps", *CLASSING):
             one.train[key] = plain.train[key]
-        one.train.objective = name
+        one.train.objective, one.preference.share_prompts = name, "never"  # for the main one's rows decide on branches
         if rows:
             for key in _OF_ROWS:
                 one.data[key] = plain.data[key]
@@ -175,7 +185,7 @@ def capacity_tokens(config: ConfigDict, program: Program) -> int:
     return sum(ids.size for name, ids in batch.items() if "segment_ids_" in name)
 
 
-def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
+def chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
     """Tokens of a row that the head projects at a time, so that each device handles `train.loss_chunk_tokens`."""
     rows_per_device = max(1, num_rows // sharding.num_batch_shards(program.mesh))
     return max(1, config.train.loss_chunk_tokens // rows_per_device)
@@ -189,21 +199,20 @@ def _loss(config: ConfigDict, program: Program, num_rows: int) -> Callable[..., 
     main one, sums and weights are (objectives,), and `scales` is what each sum is multiplied by: its share over its weight
     in the whole batch.
     """
-    wanted, chunk_tokens = parts(config, program.hf_config), _chunk_tokens(config, program, num_rows)
+    wanted, chunk = parts(config, program.hf_config), chunk_tokens(config, program, num_rows)
 
     def total(
         params: Params, batch: Arrays, key: jax.Array | None, scales: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         reports: list[Arrays] = []
-        seen = policy(program, params, chunk_tokens, reports)
+        seen = policy(program, params, chunk, reports)
         values: list[jax.Array] = []
         weights: list[jax.Array] = []
         extra: Metrics = {}
         for at, part in enumerate(wanted):
-            frozen = {name: _FROZEN[name](program, params, chunk_tokens) for name in part.objective.frozen}
-            own = {name: batch[part.prefix + name] for name in part.objective.fields}
+            frozen = {name: _FROZEN[name](program, params, chunk) for name in part.objective.frozen}
             own_key = jax.random.fold_in(key, at) if at and key is not None else key
-            value, weight, told = part.objective.loss(seen, frozen, own, own_key)
+            value, weight, told = part.objective.loss(seen, frozen, _own(part, batch), own_key)
             values, weights = [*values, value], [*weights, weight]
             extra |= {f"{part.name}/{name}" if at else name: sums for name, sums in told.items()}
             if len(wanted) > 1:
@@ -220,6 +229,21 @@ def _loss(config: ConfigDict, program: Program, num_rows: int) -> Callable[..., 
     return total
 
 
+def _own(part: Part, batch: Arrays) -> Arrays:
+    """The fields of one objective, by their own names."""
+    mine = {name: x for name, x in batch.items() if name.rpartition("/")[0] + "/" * ("/" in name) == part.prefix}
+    return {name.removeprefix(part.prefix): x for name, x in mine.items()}
+
+
+def _counted(wanted: list[Part], batch: Arrays) -> Arrays:
+    """The batch with what only the whole of it knows."""
+    for part in wanted:
+        if part.objective.counted:
+            more = part.objective.counted(_own(part, batch))
+            batch = batch | {part.prefix + name: x for name, x in more.items()}
+    return batch
+
+
 def make(config: ConfigDict, program: Program) -> Any:
     """Returns the jitted `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
@@ -228,17 +252,19 @@ def make(config: ConfigDict, program: Program) -> Any:
     """
     accumulation = config.train.accumulation
     total = _loss(config, program, config.train.batch_size // accumulation)
+    wanted = parts(config, program.hf_config)
     rate = optim.schedule(config.optim, max(1, config.train.steps))
 
     def step(state: State, frozen: Params, batch: Arrays) -> tuple[State, Arrays]:
         key = jax.random.fold_in(state.key, state.step)
         # Steps that changed the weights, as the optimizer counts them: skipped ones move neither its rate nor the mean.
         updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
+        batch = _counted(wanted, batch)
         micro = _micro_batches(batch, accumulation, program)
         if config.train.beside:
             # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
             weights = total({**frozen, **state.params}, batch, None)[1][1]
-            scales = jnp.asarray([part.share for part in parts(config, program.hf_config)]) / jnp.maximum(weights, 1.0)
+            scales = jnp.asarray([part.share for part in wanted]) / jnp.maximum(weights, 1.0)
             given = partial(total, scales=scales)
             grads, (value, weight, extra) = _summed_gradients(given, state.params, frozen, micro, key)
             loss, norm = jnp.sum(value * scales), optax.tree.norm(grads)
@@ -318,10 +344,10 @@ def _summed_gradients(
 
 def make_eval(config: ConfigDict, program: Program) -> Any:
     """Returns the jitted `evaluate(params, frozen, batch) -> (loss sum, weight, metric sums)`; no dropout, no gradient."""
-    total = _loss(config, program, config.train.batch_size)
+    total, wanted = _loss(config, program, config.train.batch_size), parts(config, program.hf_config)
 
     def evaluate(params: Params, frozen: Params, batch: Arrays) -> Any:
-        return total({**frozen, **params}, batch, None)[1]
+        return total({**frozen, **params}, _counted(wanted, batch), None)[1]
 
     return jax.jit(
         evaluate,
