@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,29 @@ def test_a_users_prices_win(tmp_path: Path) -> None:
         chips.table(str(tmp_path / "none.toml"))
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("usd_per_chip_hour = -3", "usd_per_chip_hour = -3; expected a number of 0 or more"),
+        ("usd_per_chip_hour = nan", "usd_per_chip_hour = nan; expected"),
+        ('usd_per_chip_hour = "1.2"', "usd_per_chip_hour = '1.2'; expected a number"),
+        ("hbm_gib = inf", "hbm_gib = inf; expected a number above 0"),
+        ("hbm_gib = true", "hbm_gib = True; expected a number"),
+        ("tflops = { bfloat16 = nan }", "tflops.bfloat16 = nan; expected a number above 0"),
+        ("devices = 0", "devices = 0; expected a number of 1 or more"),
+        ("ici_gb_per_second = -1", "ici_gb_per_second = -1"),
+        ('slices = ["4xx4"]', "a slice '4xx4'; expected shapes"),
+        ('slices = "4x4"', "expected a list"),
+        ('device_kinds = "TPU v5e"', "expected a list"),
+    ],
+)
+def test_figures_that_no_chip_has(line: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[v5e]\n{line}\n")
+    with pytest.raises(UserError, match=f"mine.toml.*v5e.*{re.escape(says)}"):
+        chips.table(str(path))
+
+
 @pytest.mark.parametrize(("name", "shape"), [("v5e-64", "v5e:8x8"), ("v5p-8", "v5p:2x2x1"), ("tpu7x-16", "tpu7x:2x2x2"), ("v4:2x2x4", "v4:2x2x4")])  # fmt: skip
 def test_names_of_slices(name: str, shape: str) -> None:
     assert chips.slice_of(name, chips.table()).name == shape
@@ -163,6 +187,13 @@ def test_names_of_slices(name: str, shape: str) -> None:
 def test_names_of_no_slice(name: str) -> None:
     with pytest.raises(UserError, match="plan.topology"):
         chips.slice_of(name, chips.table())
+
+
+def test_a_wrong_shape_is_not_called_a_wrong_generation() -> None:
+    for name, hint in (("v5e:0x4", False), ("V5E:4x4", True)):
+        with pytest.raises(UserError) as error:
+            chips.slice_of(name, chips.table())
+        assert ("did you mean 'v5e'" in str(error.value)) == hint
 
 
 def test_this_machine_is_measured() -> None:
