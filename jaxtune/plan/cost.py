@@ -104,8 +104,10 @@ Range = tuple[Fraction, Fraction]
 
 
 def wants_api(config: ConfigDict) -> bool:
-    """Whether a price per token is given."""
-    return bool(config.plan.api_training_usd_per_1k_tokens or config.plan.api_inference_usd_per_1k_tokens)
+    """Whether a hosted service is to be priced: anything that only its price needs is given."""
+    p = config.plan
+    training = p.api_training_usd_per_1k_tokens or p.api_training_tokens
+    return bool(training or p.api_inference_usd_per_1k_tokens or p.monthly_requests or p.tokens_per_request)
 
 
 def api(config: ConfigDict, training_tokens: int | None) -> dict[str, Any]:
@@ -114,11 +116,15 @@ def api(config: ConfigDict, training_tokens: int | None) -> dict[str, Any]:
     `training_tokens` counts where the config does not. A range in any of them gives [low, high].
 
     Raises:
-      UserError: a price for training, and nothing to train on; a price for inference without requests and tokens, or the other
+      UserError: a price for training and nothing to train on, or the other way round; a price for inference without requests and tokens, or the other
         way round.
     """
     p = config.plan
     found: dict[str, Any] = {}
+    if p.api_training_tokens and not p.api_training_usd_per_1k_tokens:
+        raise UserError(
+            f"plan.api_training_tokens={p.api_training_tokens} has no price: set plan.api_training_usd_per_1k_tokens"
+        )
     if p.api_training_usd_per_1k_tokens:
         tokens = _range(p.api_training_tokens) if p.api_training_tokens else (Fraction(training_tokens or 0),) * 2
         if not tokens[1]:

@@ -54,6 +54,7 @@ def test_ranges_are_exact_at_both_ends(config: ConfigDict) -> None:
         ({"monthly_requests": ("many",)}, "monthly_requests"),
         ({"api_training_usd_per_1k_tokens": (0.04,)}, "api_training_tokens"),
         ({"api_inference_usd_per_1k_tokens": (0.04,)}, "monthly_requests"),
+        ({"api_training_tokens": (500_000,)}, "has no price"),
     ],
 )
 def test_what_cannot_be_priced_is_said(config: ConfigDict, changes: dict, says: str) -> None:
@@ -75,6 +76,38 @@ def test_a_service_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads((tmp_path / "w" / "plan.json").read_text())
     assert (found["training_usd"], found["monthly_inference_usd"]) == (20, 200)
     assert "20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config.plan.monthly_requests=5"], "a month of inference needs all of"),
+        (["--config.plan.api_training_tokens=5"], "has no price"),
+        (["--search", "--config.plan.api_training_usd_per_1k_tokens=1", "--config.plan.api_training_tokens=5"], "model.source is empty"),
+        (["--topologies=cpu", "--config.model.source=preset:llama_tiny"], "ranks slices of TPUs"),
+        (["--topologies=v5e:2x2,nope", "--config.model.source=preset:llama_tiny"], "plan.topology='nope'"),
+    ],
+)  # fmt: skip
+def test_half_a_question_is_not_taken_for_another(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.plan.topology = ''\n  return c\n"
+    )
+    assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_inference_alone_asks_nothing_of_the_training_rows(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.data.train = 'rows.jsonl'\n  return c\n"
+    )
+    given = ["api_inference_usd_per_1k_tokens=0.04", "monthly_requests=100000", "tokens_per_request=50"]
+    flags = [f"--config.plan.{flag}" for flag in given]
+    assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}", *flags]) == 0
+    assert json.loads((tmp_path / "w" / "plan.json").read_text())["monthly_inference_usd"] == 200
 
 
 def test_tokens_of_all_steps_where_no_number_is_given(config: ConfigDict) -> None:

@@ -81,6 +81,16 @@ def test_every_name_saves_something(config: ConfigDict, family: str) -> None:
             assert estimate.traced(config, settings, None, device).saved_bytes > least, (attention, name)
 
 
+def test_what_is_to_be_kept_by_name_is_not_all_kept(config: ConfigDict) -> None:
+    """A planned config that keeps all, and names what to keep, would be refused."""
+    assert search.remats(config) == ["none", "dots", "block"]
+    config.train.save = ("attention",)
+    assert search.remats(config) == ["dots", "block"]
+    for remat in search.remats(config):
+        config.train.remat = remat
+        validation.validate(config)
+
+
 def test_what_is_planned_for_slices_says_so(config: ConfigDict) -> None:
     config.plan.num_slices = 2
     choice = SimpleNamespace(mesh=dict.fromkeys(AXES, 1) | {"data": 4, "fsdp": 2}, accumulation=1, remat="block")
