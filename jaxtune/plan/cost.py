@@ -38,7 +38,8 @@ class Work(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """`seconds_by_resource` is what each alone would need for a step. Dollars are None where no price is known."""
+    """`seconds_by_resource` is what each alone would need for a step. Dollars are None where no price is known. `not_counted`:
+    resources that the step uses and whose speed the table of chips lacks."""
 
     limited_by: str
     seconds_by_resource: dict[str, float]
@@ -51,6 +52,7 @@ class Forecast(NamedTuple):
     usd_per_chip_hour: float | None
     usd_per_million_tokens: float | None
     training_usd: float | None
+    not_counted: tuple[str, ...]
 
 
 def work_of(plan: Any, dot_seconds: float | None = None) -> Work:
@@ -66,11 +68,14 @@ def forecast(work: Work, place: Slice, steps: int, efficiency: float) -> Forecas
     """Time and price of `steps` steps of this work on this slice."""
     chip, count = place.chip, place.num_devices
     compute = sum(found / place.num_chips / chip.peak(dtype) for dtype, found in work.flops_by_dtype.items())
+    sent = {
+        "ici": (work.ici_bytes, place.ici_bytes_per_second),
+        "dcn": (work.dcn_bytes, chip.dcn_bytes_per_second / chip.devices),
+    }
     seconds = {
         "compute": compute if work.dot_seconds is None else work.dot_seconds,
         "hbm": work.hbm_bytes / (chip.hbm_bytes_per_second / chip.devices),
-        "ici": _over(work.ici_bytes, place.ici_bytes_per_second),
-        "dcn": _over(work.dcn_bytes, chip.dcn_bytes_per_second / chip.devices),
+        **{name: num_bytes / rate if rate else 0.0 for name, (num_bytes, rate) in sent.items()},
     }
     limit = max(seconds, key=lambda name: seconds[name])
     step = seconds[limit] / efficiency if chip.overlaps else sum(seconds.values())
@@ -91,11 +96,10 @@ def forecast(work: Work, place: Slice, steps: int, efficiency: float) -> Forecas
         usd_per_chip_hour=price,
         usd_per_million_tokens=each,
         training_usd=usd,
+        not_counted=tuple(
+            name for name, (num_bytes, rate) in sent.items() if num_bytes and not rate and place.num_chips > 1
+        ),
     )
-
-
-def _over(sent: float, rate: float) -> float:
-    return sent / rate if rate else 0.0
 
 
 # ---- a hosted service ----

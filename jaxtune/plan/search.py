@@ -13,8 +13,9 @@ from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES
 from jaxtune.plan import cpu, estimate
-from jaxtune.plan.compile import Plan, compile_step, devices_of, program_of, where
-from jaxtune.plan.cost import Forecast, forecast, work_of
+from jaxtune.plan.compile import Plan, devices_of, program_of, where
+from jaxtune.plan.compile import forecast as compile_forecast
+from jaxtune.plan.cost import Forecast
 from jaxtune.plan.estimate import Estimate
 from jaxtune.registry import load
 from jaxtune.types import UserError
@@ -241,12 +242,11 @@ def _compiled(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, choic
     config, began = changed(config, choice), time.perf_counter()
     config.plan.topology = place.name
     try:
-        plan = compile_step(config, hf_config, adapter)
+        plan, made, _ = compile_forecast(config, hf_config, adapter)
     except UserError as error:
         if "does not fit" not in str(error):
             raise
         return Tried(choice, None, None, time.perf_counter() - began)
-    made = forecast(work_of(plan), place, max(1, config.train.steps), config.plan.efficiency)
     return Tried(choice, plan, made, time.perf_counter() - began)
 
 

@@ -138,6 +138,15 @@ def test_a_step_takes_as_long_as_its_slowest_resource() -> None:
     assert (slow.limited_by, slow.step_seconds) == ("ici", pytest.approx(4))
 
 
+def test_what_is_sent_at_an_unknown_speed_is_said() -> None:
+    table = chips.table()
+    v4, v5p = (chips.slice_of(name, table, num_slices=2) for name in ("v4:2x2x2", "v5p:2x2x2"))
+    made = cost.forecast(work(dcn_bytes=1e9), v4, 1, 1.0)
+    assert (made.not_counted, made.seconds_by_resource["dcn"]) == (("dcn",), 0.0)
+    assert cost.forecast(work(dcn_bytes=1e9), v5p, 1, 1.0).not_counted == ()
+    assert cost.forecast(work(), v4, 1, 1.0).not_counted == ()
+
+
 def test_eight_bits_are_faster_where_the_chip_says_so() -> None:
     table = chips.table()
     for name, ratio in (("v6e", 2.0), ("v4", 1.0)):
