@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _forgive_terminals()
     try:
         code = _run(arguments)
-    except BaseException:
+    except BaseException as error:
         if hosts.joined():
+            hosts.await_loss(error)
             traceback.print_exc()
             hosts.leave(1)
         raise

@@ -224,8 +224,9 @@ def plan(config: ConfigDict, workdir: Path) -> None:
     result: dict[str, Any] = {}
     lines, show = [], partial(tracking.progress, mode=config.tracking.progress)
     priced, steps = cost.wants_api(config), config.train.steps
-    counts = priced and not config.plan.api_training_tokens
-    planned = not priced or bool(config.model.source and (config.plan.topology or config.plan.topologies))
+    counts = bool(config.plan.api_training_usd_per_1k_tokens) and not config.plan.api_training_tokens
+    compared = config.plan.search or bool(config.plan.topologies)
+    planned = not priced or compared or bool(config.model.source and config.plan.topology)
     # On this machine's CPU what training's process would hold is part of the forecast, and its rows are.
     needs_rows = counts or (planned and (cpu.is_cpu(config.plan.topology) or not steps))
     rows = _counted(config, show) if needs_rows else None
@@ -245,7 +246,10 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         lines.append(text)
     if priced:
         found = cost.api(config, _training_tokens(config, steps, rows) if counts else None)
-        result = {**found, **result, "api": found}
+        known = {
+            key: value for key, value in result.items() if value is not None
+        }  # no price of chips hides a service's
+        result = {**result, **found, **known, "api": found}
         lines.append(account.api_table(found))
     _write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
     print("\n\n".join(lines))

@@ -178,8 +178,11 @@ def check_profile(config: ConfigDict) -> None:
     if steps and 0 < last < first + steps:
         raise UserError(
             f"tracking.profile_steps={steps} from tracking.profile_start_step={first} on: the run has {last} steps, 0 to {last - 1}; "
-            f"set tracking.profile_start_step={max(0, last - steps)} or less"
-            + (f" and tracking.profile_steps={last}" if steps > last else "")
+            + (
+                f"set tracking.profile_start_step={last - steps} or less"
+                if steps <= last
+                else f"set tracking.profile_start_step=0 and tracking.profile_steps={last} or less"
+            )
         )
 
 
@@ -195,6 +198,11 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key} names what a rematerialised step keeps, and train.remat='none' keeps all: set train.remat='block'"
             )
+    both = next((name for name in config.train.save if name in config.train.offload), None)
+    if both:
+        raise UserError(
+            f"train.save and train.offload both have {both!r}, which lies on the device or in the host's memory: leave it in one"
+        )
     if config.train.mlp_block_tokens and "mlp" in (*config.train.save, *config.train.offload):
         raise UserError(
             "train.save and train.offload cannot keep 'mlp' of blocks that are recomputed one by one: leave it out, or set "

@@ -22,7 +22,7 @@ from jaxtune import chips
 from jaxtune.adapters import lora
 from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
-from jaxtune.plan import cpu, flops, hlo
+from jaxtune.plan import cost, cpu, flops, hlo
 from jaxtune.train import layout, start, state, step
 from jaxtune.types import UserError
 
@@ -197,6 +197,18 @@ def compiled(
         num_trainable_params=state.num_params(program.state.params),
     )
     return plan, hardware
+
+
+def forecast(
+    config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Options | None = None
+) -> tuple[Plan, cost.Forecast, Slice]:
+    """The plan, what it takes and costs, and where: by the roofs of a TPU's chips; by what is measured here for "cpu"."""
+    place, seconds = where(config), None
+    plan, dots = compiled(config, hf_config, adapter)
+    if cpu.is_cpu(place.name):
+        place, seconds = cpu.as_measured(place, dots), cpu.dot_seconds(dots)
+    work, steps = cost.work_of(plan, seconds), max(1, config.train.steps)
+    return plan, cost.forecast(work, place, steps, config.plan.efficiency), place
 
 
 def _compiled(lowered: Any, on_tpu: bool) -> tuple[Any, str]:

@@ -142,7 +142,8 @@ def abstract(
         )
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
-    layout = _check_sharding(config, mesh, variables, params)
+    kept = _quantised(quantize, params, run, mesh)
+    layout = _check_sharding(config, mesh, variables, params, kept)
     trainable, frozen = partition.split(params, labels)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
@@ -162,7 +163,7 @@ def abstract(
         frozen=frozen,
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
-        quantised=_quantised(quantize, params, run, mesh),
+        quantised=kept,
         layout=layout,
     )
 
@@ -176,11 +177,14 @@ def _check_dims(mesh: Mesh, model_config: Any) -> None:
         )
 
 
-def _check_sharding(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], params: Params) -> str:
+def _check_sharding(
+    config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], params: Params, kept: quantised.Base | None
+) -> str:
     """Refuses too many whole weights; returns, in words, which weights another dim than the rules' is split of."""
-    small = (".kernel.scales", ".kernel.columns")  # of a quantised kernel, beside its codes
-    base = {path: value for path, value in params.items() if ".adapter." not in path and not path.endswith(small)}
-    axes = {path: variables[path].get_metadata()["axes"] for path in base}
+    kernels = kept.kernels if kept else {}  # counted, and named by mesh.rules, as if they were not quantised
+    whole = {path: value for path, value in params.items() if not quantised.kernel_of(path)} | kernels
+    base = {path: value for path, value in whole.items() if ".adapter." not in path}
+    axes = {path: variables[path + ".codes" * (path in kernels)].get_metadata()["axes"] for path in base}
     matrices = {path: value for path, value in base.items() if len(axes[path]) > 1}
     sharding.check_sharded(matrices, num_params(base), mesh, config.mesh)
     asked = [pattern for pattern, _ in config.mesh.rules]

@@ -164,6 +164,10 @@ def test_weights_left_whole_are_refused_unless_asked_for() -> None:
     config.mesh.rules = ()
     config.mesh.max_unsharded = 1.0
     state.abstract(config, settings, mesh_of(fsdp=8), 1)
+    coded = config_of({"fsdp": 8})
+    coded.model.quantize, coded.tune.method = "nf4", "lora"
+    coded.mesh.rules = ((r"layers\..*\.kernel", ("", "", "")),)
+    state.abstract(coded, CASES["llama"], mesh_of(fsdp=8), 1)  # a rule names a kernel, however it is kept
 
 
 def test_slices_are_cut_from_the_devices_in_order() -> None:
