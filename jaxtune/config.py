@@ -45,6 +45,7 @@ def _tune() -> ConfigDict:
     c.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+, arXiv:2402.12354)
     c.dtype = "float32"  # storage of trainable weights
     c.adapter = ""  # PEFT folder to start from, by URI; its rank, alpha and targets win
+    c.init = "auto"  # which LoRA factor starts at 0: b_zero (A uniform, as PEFT) | a_zero (B Gaussian: Adam's first step is then no matter of rounding) | auto (a_zero where the objective has a reference)
     return c
 
 
@@ -57,7 +58,7 @@ def _data() -> ConfigDict:
     c.test_fraction = 0.0  # share of `train` held out for the test when `test` is ""
     c.split_key = ""  # column whose value decides the split; "" = the whole row (equal rows stay together)
     c.split_regex = ""  # part of that value that counts, e.g. r"^[^_]+": group 1 counts where there is one; rows of one group stay on one side
-    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled | tagged (words and a tag for each) | pair (a query and its passage)
+    c.format = "auto"  # auto | messages | sharegpt | alpaca | prompt_completion | text | labelled | tagged (words and a tag for each) | pair (a query and its passage) | preference (a chosen and a rejected answer) | rated (answers with scores)
     c.files = ""  # where a URI names a folder: which of its files hold rows, a pattern such as "*/*.json"; "" = all data files
     c.prepare = ""  # a function of yours, "module:function" or "file.py:function": row -> row, or None to drop it
     c.columns = ()  # names of the columns of a table without a header row; () = the first row names them
@@ -272,9 +273,28 @@ def _self_training() -> ConfigDict:
     c.top_k = 0  # 0 = off
     c.top_p = 1.0  # 1 = off
     c.max_new_tokens = 256  # of an answer; one that does not end by then is refused
+    c.slots = 32  # answers that are made side by side
     c.part_prompts = 64  # prompts whose answers are written together: what a kill costs at most
-    c.reward_model = ""  # URI of a model with one score (model.head="sequence"), which judges in place of reward.functions; reward.threshold is of its score
-    c.reward_adapter = ""  # PEFT folder over it, by URI; reward_model is then its base
+    c.reward_model = ""  # URI of a reward model's folder or adapter (train.objective="reward"), which judges in place of reward.functions; reward.threshold is then of its score
+    return c
+
+
+def _preference() -> ConfigDict:
+    c = ConfigDict()
+    c.beta = 0.1  # dpo, kto, cpo: how near to the reference; simpo: scale of the reward (its paper: 2 to 10); orpo: weight of the odds ratio
+    c.loss_type = "sigmoid"  # dpo, cpo: sigmoid | hinge | ipo | robust (objectives/pairs.py has the formulas)
+    c.label_smoothing = 0.0  # share of the pairs taken to be the wrong way round: dpo, cpo (sigmoid and robust), simpo
+    c.length_normalised = False  # dpo: log-ratios are means over an answer's tokens, as ipo's always are
+    c.rpo_alpha = 0.0  # dpo, simpo: weight of the chosen answers' cross-entropy beside the loss
+    c.cpo_alpha = 1.0  # cpo: likewise
+    c.simpo_gamma = 0.5  # simpo: margin by which the chosen answer's reward should be the higher
+    c.orpo_prompts = True  # orpo: its cross-entropy reads the prompt too, as its authors' code and TRL's; False = the answer alone, as the paper
+    c.desirable_weight = 1.0  # kto: weight of desirable answers' losses
+    c.undesirable_weight = 1.0  # kto: of undesirable ones'
+    c.center_rewards = 0.0  # reward: weight of the squared sum of a pair's scores, which keeps them about 0
+    c.margin_scale = 1.0  # reward: a row's margin, or difference of ratings, times this is what its scores should differ by at least; 0 = no margin
+    c.reference = "auto"  # dpo, kto: adapter_off (the model without its adapter) | start (the model as training starts, computed once before) | another model's URI, likewise | auto (adapter_off for a new adapter, else start)
+    c.share_prompts = "auto"  # a pair's prompt is computed once: auto (where the model can, and no TPU kernel is lost by it) | always | never
     return c
 
 
@@ -292,6 +312,7 @@ def base() -> ConfigDict:
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
     config.reward, config.self_training = _reward(), _self_training()
+    config.preference = _preference()
     config.lock()
     return config
 

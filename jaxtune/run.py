@@ -23,17 +23,17 @@ import numpy as np
 from jaxtune import checkpoint, fetch, optim, tracking, validation
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import pipeline, preferences, templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds
-from jaxtune.train import compiled, goodput, loop, start
+from jaxtune.train import compiled, goodput, loop, references, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
-from jaxtune.types import UserError
+from jaxtune.types import BRANCH_BITS, UserError
 from jaxtune.weights import source
 from jaxtune.workdir import shown
 
@@ -71,6 +71,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         counted = utilisation.of(config, program)
     with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
+    with wall("reference"):
+        rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
@@ -111,7 +113,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     print(config_lib.to_json(config))
     batch = rows.batches[0]
     weights_T = batch["weights_BT"][0]
-    if reader.kind == "next":
+    if reader.kind in ("next", "pairs", "judged"):
         weights_T = np.concatenate([[0.0], weights_T[:-1]])  # a weight stands where its token is predicted
     print(
         f"\nfirst row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:"
@@ -120,7 +122,9 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
         segment, row = batch["segment_ids_BT"][0, position], batch["row_ids_BT"][0, position]
         if segment:
             name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
-            print(f"  {position:5d}  segment {segment:3d}  {name:<24}  weight {weights_T[position]:g}  {text}")
+            number, branch = segment & (1 << BRANCH_BITS) - 1, segment >> BRANCH_BITS
+            where = f"{number:3d}" + (f".{branch}" if reader.kind in preferences.KINDS else "")
+            print(f"  {position:5d}  segment {where}  {name:<24}  weight {weights_T[position]:g}  {text}")
     for tokens_U, ids_U in zip(
         batch.get("passage_tokens_BQU", [[]])[0], batch.get("passage_segment_ids_BQU", [[]])[0], strict=True
     ):
@@ -235,7 +239,7 @@ def export(config: ConfigDict, workdir: Path) -> None:
 
 def self_train(config: ConfigDict, workdir: Path) -> None:
     """Rounds of sampling, judging and training on what was right, measured each, beside as many gold answers."""
-    hands = rounds.Hands(train, account.compare_runs, judge.reward_model)
+    hands = rounds.Hands(train, account.compare_runs, judge.load)
     rounds.run(config, workdir, hands, _progress(config), partial(_say, config))
 
 

@@ -29,6 +29,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "labelled",
         "tagged",
         "pair",
+        "preference",
+        "rated",
     ),
     "data.tag_subwords": ("first", "all"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
@@ -44,6 +46,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracking.progress": ("auto", "bar", "lines", "off"),
     "reward.on_error": ("zero", "drop", "stop"),
     "self_training.method": ("star", "rft", "rest_em"),
+    "tune.init": ("auto", "a_zero", "b_zero"),
+    "preference.loss_type": ("sigmoid", "hinge", "ipo", "robust"),
+    "preference.share_prompts": ("auto", "always", "never"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -59,7 +64,7 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1,
     "reward.workers": 1, "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
-    "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1,
+    "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1, "self_training.slots": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -74,6 +79,9 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "mesh.max_unsharded": (0, 1),
     "reward.timeout_seconds": (0.01, 86400), "reward.threshold": (-1e9, 1e9),
     "self_training.temperature": (0, 1e6), "self_training.top_p": (1e-6, 1),
+    "preference.label_smoothing": (0, 0.5), "preference.rpo_alpha": (0, 1e6), "preference.cpo_alpha": (0, 1e6),
+    "preference.simpo_gamma": (0, 1e6), "preference.desirable_weight": (0, 1e6), "preference.undesirable_weight": (0, 1e6),
+    "preference.center_rewards": (0, 1e6), "preference.margin_scale": (0, 1e6), "preference.beta": (0, 1e6),
 }  # fmt: skip
 
 _RANGES = (
@@ -83,7 +91,7 @@ _RANGES = (
 
 _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
-    "optim.eps": "a gradient of 0 is divided by 0",
+    "optim.eps": "a gradient of 0 is divided by 0", "preference.beta": "no answer is preferred to another",
 }  # fmt: skip
 
 
@@ -112,6 +120,7 @@ def validate(config: ConfigDict) -> None:
         if not lookup(config, key) > 0:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
+    _check_preference(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -136,6 +145,21 @@ def validate(config: ConfigDict) -> None:
     if config.data.mask_token_share + config.data.mask_random_share > 1:
         raise UserError(
             "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
+        )
+
+
+def _check_preference(config: ConfigDict) -> None:
+    options = config.preference
+    kind, smoothing = options.loss_type, options.label_smoothing
+    if kind == "robust" and smoothing >= 0.5:
+        raise UserError(
+            f"preference.label_smoothing={smoothing} says that pairs are as often wrong as right, and preference.loss_type='robust' "
+            "divides by 1 - 2 x it: expected below 0.5"
+        )
+    if kind in ("hinge", "ipo") and smoothing and config.train.objective in ("dpo", "cpo"):
+        raise UserError(
+            f"preference.label_smoothing={smoothing} does nothing with preference.loss_type={kind!r}: set it to 0, or loss_type to "
+            "'sigmoid' or 'robust'"
         )
 
 

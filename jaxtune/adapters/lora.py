@@ -20,7 +20,10 @@ from jaxtune.types import UserError, nearest
 
 
 class Options(NamedTuple):
-    """`rank_pattern` and `alpha_pattern` map a linear's path to its own rank or alpha (PEFT has the same)."""
+    """`rank_pattern` and `alpha_pattern` map a linear's path to its own rank or alpha (PEFT has the same).
+
+    `zero` is the factor that starts at 0, a or b: see `initial`.
+    """
 
     targets: str
     rank: int = 16
@@ -31,6 +34,7 @@ class Options(NamedTuple):
     dtype: Any = jnp.float32
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
+    zero: str = "b"
 
     @classmethod
     def from_config(cls, tune: ConfigDict) -> Options:
@@ -152,10 +156,16 @@ def attach(model: nnx.Module, options: Options) -> None:
         found[path].adapter = LowRank(found[path], path, options)
 
 
-def initial(path: str, shape: tuple[int, ...], dtype: Any, key: jax.Array, kernel: Any) -> jax.Array:
-    """PEFT's initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, DoRA's m = ||W|| per output of `kernel`, quantised or not."""
+def initial(path: str, shape: tuple[int, ...], dtype: Any, key: jax.Array, kernel: Any, zero: str = "b") -> jax.Array:
+    """PEFT's initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, DoRA's m = ||W|| per output of `kernel`, quantised or not.
+
+    With `zero` "a": A = 0 and B ~ N(0, 1/out). Where policy and reference are equal at first, all that Adam's first step sees
+    of B = 0 is which way the sums over shards were rounded, and takes for a sign (marin#4755); A's gradient is whole.
+    """
     kind = path.rsplit(".", 1)[-1]
-    if kind == "lora_a":
+    if zero == "a" and kind == "lora_b":
+        return (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
+    if zero == "b" and kind == "lora_a":
         bound = 1 / math.sqrt(shape[-2])
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
     if kind == "magnitude":

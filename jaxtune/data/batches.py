@@ -55,6 +55,10 @@ class Rows:
     targets: np.ndarray | None = None  # int32, what each token itself is to be classed as; None = its next token
     scores_MC: np.ndarray | None = None  # float32, what each row's scores should be, in place of a class
     passages: Passages | None = None  # of rows that are queries
+    branches: np.ndarray | None = (
+        None  # int32, of each token: 0 is what the row's other branches share (`data/preferences.py`)
+    )
+    reference_logps: np.ndarray | None = None  # float32, log-probability of each token as a target, by another model
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -66,10 +70,10 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """A hash of what is trained on: tokens, loss weights, where each row begins, classes, scores and passages."""
+        """A hash of what is trained on: tokens, loss weights, where each row begins, classes, scores, passages and branches."""
         hashed, theirs = hashlib.sha256(), self.passages
         more = (theirs.tokens, theirs.offsets, theirs.of_row_MQ) if theirs else ()
-        for array in (self.tokens, self.weights, self.offsets, self.targets, self.scores_MC, *more):
+        for array in (self.tokens, self.weights, self.offsets, self.targets, self.scores_MC, self.branches, *more):
             if array is not None:
                 hashed.update(np.ascontiguousarray(array).data)
         return hashed.hexdigest()
@@ -145,8 +149,11 @@ def make_bins(rows: Rows, max_length: int, packed: bool) -> packing.Bins:
 
 def stack(rows: Rows, bins: packing.Bins, max_length: int, pad_id: int) -> Batch:
     """Returns the batch that holds `bins`: fields (B, T, …), and those of the rows' passages."""
-    arrays = (rows.tokens, rows.weights, rows.offsets)
-    made = [packing.assemble(*arrays, b, max_length, pad_id, rows.targets, rows.scores_MC) for b in bins]
+    arrays, more = (
+        (rows.tokens, rows.weights, rows.offsets),
+        (rows.targets, rows.scores_MC, rows.branches, rows.reference_logps),
+    )
+    made = [packing.assemble(*arrays, b, max_length, pad_id, *more) for b in bins]
     batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
     return batch if rows.passages is None else batch | rows.passages.of(bins, pad_id)
 

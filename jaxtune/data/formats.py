@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxtune import registry
 from jaxtune.config import ConfigDict
+from jaxtune.data import preference_rows
 from jaxtune.data.messages import Message, check_messages, check_tools, from_sharegpt
 from jaxtune.data.sources import Row, folder_files, read_rows
 from jaxtune.types import UserError, nearest
@@ -20,7 +21,8 @@ from jaxtune.types import UserError, nearest
 class Example(NamedTuple):
     """One row, ready to be tokenised: a chat (`messages`), plain text (`text`), or a plain prompt and its `answer`.
 
-    A pair of texts to be embedded has the query as its prompt, and the passage that answers it as its answer.
+    A pair of texts to be embedded has the query as its prompt, and the passage that answers it as its answer. A preference
+    is two examples with one prompt, the better answer first.
     """
 
     row_id: str  # "file.jsonl:17"
@@ -35,6 +37,9 @@ class Example(NamedTuple):
     is_pair: bool = False
     negative: str = ""  # of a pair: a passage that does not answer; "" = none
     row: Row | None = None  # the row itself, of a prompt: a reward may read its other fields
+    branches: tuple[Example, ...] = ()  # of a preference: with the chosen answer, with the rejected one
+    margin: float = 0.0  # by how much the chosen answer is better
+    desirable: bool | None = None  # whether this answer is one to be given; None = the row does not say
 
 
 def read_examples(
@@ -167,7 +172,22 @@ def _alpaca(row: Row, data: ConfigDict, answers: bool) -> Example:
     return Example("", prompt=f"### Instruction:\n{instruction}\n\n{given}### Response:\n", answer=answer)
 
 
+def _preference(row: Row, data: ConfigDict, answers: bool) -> Example | str:
+    if not answers:
+        return _prompt_completion(preference_rows.prompt(row), data, False)
+    found = preference_rows.pair(row)
+    if isinstance(found, str):
+        return found
+    better, worse, margin = found
+    branches = tuple(_prompt_completion(one, data, True) for one in (better, worse))
+    return Example("", branches=branches, margin=margin)
+
+
 def _prompt_completion(row: Row, data: ConfigDict, answers: bool) -> Example:
+    return _completed(row, data, answers)._replace(desirable=preference_rows.desirable(row))
+
+
+def _completed(row: Row, data: ConfigDict, answers: bool) -> Example:
     prompt = _field(row, "prompt", object)
     completion = _field(row, "completion", object) if answers or "completion" in row else None
     if isinstance(prompt, list) and isinstance(completion, list | None):
@@ -327,6 +347,8 @@ def _split_text(row: Row, data: ConfigDict) -> str:
 _TAGS = "tags|ner_tags|labels"
 QUERIES, PASSAGES = ("query", "anchor", "question", "sentence1"), ("positive", "passage", "context", "sentence2")
 _FIELDS: dict[str, tuple[str, ...]] = {  # of each format, the prompt's first
+    "preference": (preference_rows.CHOSEN, preference_rows.REJECTED),
+    "rated": (preference_rows.RATED, preference_rows.RATINGS),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -336,6 +358,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {  # of each format, the prompt's first
 }
 
 _CONVERTERS: dict[str, Callable[[Row, ConfigDict, bool], Example | str]] = {
+    "preference": _preference,
+    "rated": _preference,
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,

@@ -23,12 +23,18 @@ class Reader(NamedTuple):
     kind: next (tokens are predicted from those before) | masked (words are guessed) | label (one of `labels` for a text) |
     labels (any of them) | number (a score) | tags (one of `labels` for each word). pool: which token a text's head reads:
     first | last | mean. masking: of masked words.
+
+    Answers that are compared (`data/preferences.py`): pairs (a chosen one and a rejected one) | rewards (the same, each to be
+    scored by a head) | judged (each desirable or not). share: whether answers share their prompt's tokens. group: of judged
+    rows, among so many each gets another's answer for KTO's estimate of the KL.
     """
 
     kind: str = "next"
     labels: tuple[str, ...] = ()
     pool: str = ""
     masking: Masking | None = None
+    share: bool = False
+    group: int = 0
 
 
 NEXT = Reader()

@@ -60,6 +60,10 @@ def encode(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> Encod
     try:
         if example.is_pair:
             raise UserError("the row is a query and a passage: these go with train.objective='contrastive'")
+        if example.branches:
+            raise UserError(
+                "the row compares two answers: that goes with train.objective='dpo', or another of preferences"
+            )
         if example.messages is not None:
             text, spans = _chat_spans(example, tokenizer, options)
             ids, offsets = tokenizer.encode_with_offsets(text)

@@ -47,6 +47,11 @@ class Tokenizer:
         probe = wrapped.backend_tokenizer.encode("a", add_special_tokens=True).ids
         self.adds_bos: bool = self.bos_id is not None and probe[:1] == [self.bos_id]
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Each token's number."""
+        return dict(self._bare.get_vocab(with_added_tokens=True))
+
     @classmethod
     def load(cls, path: str | Path, chat_template: str | Path = "") -> Tokenizer:
         """Returns the tokenizer of a folder (tokenizer.json and its companions) or of a `.gguf` file.

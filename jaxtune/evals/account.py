@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 
 from jaxtune import report, tracking
 from jaxtune.config import ConfigDict
-from jaxtune.data import bm25, pipeline
+from jaxtune.data import bm25, pipeline, preferences
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, tasks
 from jaxtune.models import reading
@@ -67,7 +68,10 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
         facts = {
             "name": config.name,
             "about": _about(config, run),
-            "notices": run.outcome.progress.notices + _data_notices(run.data_counts) + _searched(run.held) + unmeasured,
+            "notices": run.outcome.progress.notices
+            + _data_notices(Counter(run.splits.counts) + Counter(run.data_counts))
+            + _searched(run.held)
+            + unmeasured,
             "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,  # else the first
             "before": before.metrics if before else {},
             "after": after.metrics if after else {},
@@ -149,7 +153,7 @@ def _time(run: Run) -> dict[str, Any]:
 
 def _data(run: Run) -> dict[str, Any]:
     counts = run.data_counts
-    lost = {**run.splits.counts, **counts}
+    lost = Counter(run.splits.counts) + Counter(counts)
     return {
         **{name: counts[name] for name in ("rows", "tokens", "trained_tokens", "truncated")},
         "validation_rows": len(run.splits.validation),
@@ -161,7 +165,7 @@ def _data(run: Run) -> dict[str, Any]:
 
 _NOT_DROPPED = (
     "train", "validation", "test", "rows", "tokens", "trained_tokens", "truncated", "without_trained_stop",
-    "tools_not_in_template", "passages",
+    "tools_not_in_template", "passages", "prompt_over_window",
 )  # fmt: skip
 
 
@@ -170,6 +174,7 @@ def _data_notices(counts: dict[str, int]) -> list[str]:
     if counts["truncated"]:
         most = "data.max_length or data.max_passage_length" if "passages" in counts else "data.max_length"
         notices.append(f"{counts['truncated']:,} rows were longer than {most} and cut.")
+    notices += [f"{counts[name]:,} rows: {told}." for name, told in preferences.DROPPED.items() if counts.get(name)]
     if counts["without_trained_stop"]:
         notices.append(
             f"{counts['without_trained_stop']:,} of {counts['rows']:,} rows never train a token that ends an answer: a model "

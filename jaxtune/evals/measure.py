@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxtune.config import ConfigDict
 from jaxtune.data import bm25, pipeline, templates
+from jaxtune.data import preferences as preferences_data
 from jaxtune.data.formats import Example
 from jaxtune.data.readers import NEXT, Reader
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import heads, likelihood, retrieval, tasks
+from jaxtune.evals import heads, likelihood, preferences, retrieval, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.sampler import Sampler
 from jaxtune.rewards import scoring
@@ -69,6 +70,9 @@ def held_out(
                 f"eval.metric={metric!r} measures language models; train.objective={config.train.objective!r} has metrics of its "
                 f"own: set 'auto'"
             )
+        if reader.kind in preferences_data.KINDS:
+            found = preferences.rows(config, examples, reader, tokenizer)
+            return HeldOut(reader.kind, examples, (), found, reader)
         return HeldOut(reader.kind, examples, reader.labels, heads.rows(config, examples, reader, tokenizer), reader)
     if metric == "auto":
         metric = "labels" if config.data.label_column or config.eval.labels else "perplexity"
@@ -129,7 +133,8 @@ def nothing_held(config: ConfigDict) -> str:
 
 def asked(config: ConfigDict, held: HeldOut) -> str:
     """A hash of all that measuring the untuned model depends on: its source, rows, answers, labels, metric, intervals, tokens."""
-    settings = {**config.data.to_dict(), **intervals(config)}
+    data = {key: value for key, value in config.data.items() if key not in ("train", "eval", "test")}
+    settings = {**data, **intervals(config)}  # what the files hold stands in the rows
     settings |= {"model": config.model.to_dict(), "adapter": config.tune.adapter}
     if held.metric == "reward":
         settings |= {"reward": config.reward.to_dict()}
@@ -163,6 +168,9 @@ def measure(
             return retrieval.embed(program.inference, params, program.pool, *where)
 
         return retrieval.by_embeddings(held.rows, held.corpus, embed, **options)
+    if held.reader.kind in preferences_data.KINDS:
+        given = (held.rows, held.reader, tokenizer, program, params, progress, what)
+        return preferences.measure(config, *given, options)
     if held.reader.kind != "next":
         model = (held.reader, tokenizer, program, params, progress, what)
         return heads.measure(config, held.examples, held.rows, *model, options)

@@ -52,6 +52,34 @@ def macro_f1(predicted_M: np.ndarray, answers_M: np.ndarray, labels: Sequence[An
     return np.mean(f1, axis=0)
 
 
+def auc(score_M: np.ndarray, is_right_M: np.ndarray) -> Any:
+    """Returns the chance that a right row's score is above a wrong row's, ties counting a half; NaN where there is but one kind."""
+    score, right = np.broadcast_arrays(np.asarray(score_M, np.float64), np.asarray(is_right_M, bool))
+    order = np.argsort(score, axis=-1, kind="stable")
+    ordered = np.take_along_axis(score, order, -1)
+    index = np.broadcast_to(np.arange(score.shape[-1], dtype=np.float64), score.shape)
+    begins = np.concatenate([np.ones_like(ordered[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], -1)
+    ends = np.concatenate([begins[..., 1:], np.ones_like(begins[..., :1])], -1)
+    first = np.maximum.accumulate(np.where(begins, index, 0), -1)
+    last = np.minimum.accumulate(np.where(ends, index, np.inf)[..., ::-1], -1)[..., ::-1]
+    ranked = np.take_along_axis(right, order, -1)
+    num_right, num = right.sum(-1), score.shape[-1]
+    below = ((first + last) / 2 * ranked).sum(-1) - num_right * (num_right - 1) / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return below / (num_right * (num - num_right))
+
+
+def calibration_error(sure_M2: np.ndarray, bins: int = 10) -> Any:
+    """Returns the expected calibration error, 0 to 1 (arXiv:1706.04599): how far, on average, confidence is from being right.
+
+    `sure` holds each row's confidence and whether it was right; rows of like confidence are put into `bins` equal ranges.
+    """
+    sure, right = np.asarray(sure_M2, np.float64)[..., 0], np.asarray(sure_M2, np.float64)[..., 1]
+    which = np.minimum((sure * bins).astype(int), bins - 1)
+    gaps = [np.abs(((right - sure) * (which == one)).sum(-1)) for one in range(bins)]
+    return np.sum(gaps, axis=0) / sure.shape[-1]
+
+
 def micro_f1(counts_MK2: np.ndarray, wanted_MK: np.ndarray) -> Any:
     """Returns F1 = 2 TP / (predicted + wanted) over all kinds together, 0 to 1; `counts` are (TP, predicted) of each kind."""
     right, total = _f1_parts(counts_MK2, wanted_MK)

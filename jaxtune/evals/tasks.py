@@ -75,6 +75,11 @@ def _metrics(labels: Sequence[str]) -> dict[str, _Metric]:
         "rmse": _Metric(statistics.rmse, "prediction", ("answer",), higher_is_better=False),
         "entity_micro_f1": _Metric(statistics.micro_f1, "entity_counts", ("entities_wanted",)),
         "entity_macro_f1": _Metric(statistics.kinds_macro_f1, "entity_counts", ("entities_wanted",)),
+        "pair_accuracy": _Metric(statistics.mean, "correct"),
+        "pair_accuracy_per_token": _Metric(statistics.mean, "correct_per_token"),
+        "pair_nll": _Metric(statistics.mean, "pair_nll", higher_is_better=False),
+        "calibration_error": _Metric(statistics.calibration_error, "sure", higher_is_better=False),
+        "desirable_auc": _Metric(statistics.auc, "logp_per_token", ("answer",)),
         "tag_accuracy": _Metric(statistics.ratio, "words_right", ("num_words",)),
     }
 

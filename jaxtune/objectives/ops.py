@@ -52,6 +52,7 @@ class Objective(NamedTuple):
     `options` names what of the config `loss` takes as keywords, of its `train` section unless dotted ("preference.beta").
     `frozen` names models that do not train: "reference", this one with its adapter off. `whole_batch`: rows are
     compared with each other, so a batch cannot be accumulated from parts. `reads_head` False: hidden states are all it reads.
+    `counted` adds to a batch what only the whole of it knows, as fields (B,), before it is cut into micro-batches.
     """
 
     fields: tuple[str, ...]
@@ -62,6 +63,7 @@ class Objective(NamedTuple):
     options: tuple[str, ...] = ()
     whole_batch: bool = False
     reads_head: bool = True
+    counted: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None
 
 
 TOKEN_FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions_BT")

@@ -85,7 +85,7 @@ def measure(config: ConfigDict, program: Program) -> Need:
         row_tokens=config.data.max_length,
         num_experts=math.gcd(*(block.experts.num_experts for block in blocks if block.experts)),
         head_divisor=math.gcd(*heads, *(block.ffn.dim for block in blocks)),
-        splits_rows=not any(isinstance(block.attention, spec.Delta) for block in blocks),
+        splits_rows=not program.run.branches and not any(isinstance(block.attention, spec.Delta) for block in blocks),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, pairs, pipeline, readers
+from jaxtune.data import masking, pairs, pipeline, preferences, readers
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.train import loop
 from jaxtune.train.state import Program
@@ -77,17 +78,20 @@ def _tokenized(
 ) -> pipeline.Rows:
     if config.train.objective == "contrastive":
         return pairs.tokenize(examples, tokenizer, config.data, show, label)
+    if reader.kind in preferences.KINDS:
+        return preferences.tokenize(examples, tokenizer, config.data, show, label, reader)
     return pipeline.tokenize(examples, tokenizer, config.data, show, label, reader)
+
+
+_TOLD = (
+    "truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template", *preferences.DROPPED,
+)  # fmt: skip
 
 
 def summary(config: ConfigDict, rows: Rows) -> str:
     """One line on the data, for the terminal."""
     c = rows.train.counts
-    lost = {
-        name: n
-        for name, n in {**rows.splits.counts, **c}.items()
-        if n and name in ("truncated", "too_long", "nothing_to_train", "without_trained_stop", "tools_not_in_template")
-    }
+    lost = {name: n for name, n in (Counter(rows.splits.counts) + Counter(c)).items() if n and name in _TOLD}
     note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
     what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
     what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what

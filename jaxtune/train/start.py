@@ -17,7 +17,7 @@ from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, quantised, reading, splash
-from jaxtune.train import layout, step
+from jaxtune.train import layout, preferences, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -39,6 +39,7 @@ HEADS = {
     "mlm": ("ForMaskedLM", "model.head='lm' on an encoder"),
     "classify": ("ForSequenceClassification", "model.head='sequence'"),
     "token_classify": ("ForTokenClassification", "model.head='token'"),
+    "reward": ("ForSequenceClassification", "model.head='sequence'"),
 }
 
 
@@ -56,6 +57,11 @@ def check_head(config: ConfigDict, model: Model) -> None:
             f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}; what goes together: "
             f"{together}"
         )
+    if name == "reward" and reading.num_labels(model.hf_config) != 1:
+        raise UserError(
+            f"train.objective='reward' learns one score, and this model's head has {reading.num_labels(model.hf_config)} labels: set "
+            "model.head='sequence' and model.labels=('reward',)"
+        )
 
 
 def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Reader:
@@ -66,11 +72,17 @@ def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Re
     """
     check_head(config, model)
     name, kind = config.train.objective, reading.task(model.hf_config)
-    if name == "sft" and kind == "Model":
+    if kind == "Model" and (name == "sft" or name in preferences.READERS):
         raise UserError(
-            f"train.objective='sft' on a model with architectures={model.hf_config.get('architectures')}, which gives hidden states "
+            f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}, which gives hidden states "
             f"alone: set model.head='lm'"
         )
+    if name in preferences.READERS:
+        family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+        parsed = family.from_hf(model.hf_config)
+        share = preferences.shares_prompts(config, parsed, jax.default_backend())
+        pool = parsed.head.pool if parsed.head and name == "reward" else ""
+        return readers.Reader(preferences.READERS[name], pool=pool, share=share, group=config.train.batch_size)
     if name == "mlm":
         return readers.Reader("masked", masking=_masking(config, tokenizer))
     if name == "token_classify":

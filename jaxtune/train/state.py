@@ -26,7 +26,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import routers
+from jaxtune.train import preferences, routers
 from jaxtune.types import UserError
 
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
@@ -81,6 +81,7 @@ def runtime(config: ConfigDict, mesh: Mesh, model_config: Any) -> Runtime:
         router_loss=routers.wanted(config.train),
         spread_head=mesh.shape["fsdp"] > 1 and gathered_tokens <= _SPREAD_HEAD * model_config.vocab_size,
         mlp_blocks=_mlp_blocks(config, mesh),
+        branches=preferences.shares_prompts(config, model_config, str(mesh.devices.flat[0].platform)),
         mesh=mesh,
         spec=sharding.spec,
         constrain=sharding.constrain_on(mesh),
@@ -120,7 +121,7 @@ def abstract(
     run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
     _check_dims(mesh, model_config)
-    options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
+    options = (adapter or preferences.lora_options(config)) if config.tune.method == "lora" else None
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
@@ -370,7 +371,8 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
     def make(key: jax.Array, kernels: Params) -> Params:
         def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            return lora.initial(path, like.shape, like.dtype, own, kernels.get(path))
+            zero = program.lora.zero if program.lora else "b"
+            return lora.initial(path, like.shape, like.dtype, own, kernels.get(path), zero)
 
         return {path: one(path, like) for path, like in program.adapter.items()}
 

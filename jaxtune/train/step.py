@@ -17,7 +17,7 @@ from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import Head, Objective, Policy
-from jaxtune.train import routers
+from jaxtune.train import preferences, routers
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
 
@@ -62,7 +62,7 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
       UserError: an unknown name, or accumulation for an objective that compares the rows of a whole batch.
     """
     found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
-    found = found.problems.get(reading.problem(hf_config), found)
+    found = preferences.with_reference(config, found.problems.get(reading.problem(hf_config), found))
     if found.whole_batch and config.train.accumulation > 1:
         raise UserError(
             f"train.objective={config.train.objective!r} compares all rows of a batch, and train.accumulation="
@@ -110,7 +110,7 @@ def capacity_tokens(config: ConfigDict, program: Program) -> int:
     return sum(ids.size for name, ids in batch.items() if "segment_ids_" in name)
 
 
-def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
+def chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
     """Tokens of a row that the head projects at a time, so that each device handles `train.loss_chunk_tokens`."""
     rows_per_device = max(1, num_rows // sharding.num_batch_shards(program.mesh))
     return max(1, config.train.loss_chunk_tokens // rows_per_device)
@@ -124,12 +124,12 @@ def _loss(
     What is differentiated is the loss sum and, in a mixture of experts, the weighted losses of its routers. These are means
     over the batch at hand, so they count as often as its loss weight, by which the step divides.
     """
-    wanted, chunk_tokens = objective(config, program.hf_config), _chunk_tokens(config, program, num_rows)
+    wanted, chunk = objective(config, program.hf_config), chunk_tokens(config, program, num_rows)
 
     def total(params: Params, batch: Arrays, key: jax.Array | None) -> tuple[jax.Array, Any]:
         reports: list[Arrays] = []
-        frozen = {name: _FROZEN[name](program, params, chunk_tokens) for name in wanted.frozen}
-        value, weight, extra = wanted.loss(policy(program, params, chunk_tokens, reports), frozen, batch, key)
+        frozen = {name: _FROZEN[name](program, params, chunk) for name in wanted.frozen}
+        value, weight, extra = wanted.loss(policy(program, params, chunk, reports), frozen, batch, key)
         found, times = routers.means(reports), jax.lax.stop_gradient(weight)
         told = {name: (mean * times, times) for name, mean in found.items()}
         return value + routers.loss(config.train, found) * times, (value, weight, {**extra, **told})
@@ -145,13 +145,14 @@ def make(config: ConfigDict, program: Program) -> Any:
     """
     accumulation = config.train.accumulation
     total = _loss(config, program, config.train.batch_size // accumulation)
+    counted = objective(config, program.hf_config).counted
     rate = optim.schedule(config.optim, max(1, config.train.steps))
 
     def step(state: State, frozen: Params, batch: Arrays) -> tuple[State, Arrays]:
         key = jax.random.fold_in(state.key, state.step)
         # Steps that changed the weights, as the optimizer counts them: skipped ones move neither its rate nor the mean.
         updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
-        micro = _micro_batches(batch, accumulation, program)
+        micro = _micro_batches(counted(batch) if counted else batch, accumulation, program)
         grads, (value, weight, extra) = _summed_gradients(total, state.params, frozen, micro, key)
         scale = 1.0 / jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -225,10 +226,10 @@ def _summed_gradients(
 
 def make_eval(config: ConfigDict, program: Program) -> Any:
     """Returns the jitted `evaluate(params, frozen, batch) -> (loss sum, weight, metric sums)`; no dropout, no gradient."""
-    total = _loss(config, program, config.train.batch_size)
+    total, counted = _loss(config, program, config.train.batch_size), objective(config, program.hf_config).counted
 
     def evaluate(params: Params, frozen: Params, batch: Arrays) -> Any:
-        return total({**frozen, **params}, batch, None)[1]
+        return total({**frozen, **params}, counted(batch) if counted else batch, None)[1]
 
     return jax.jit(
         evaluate,

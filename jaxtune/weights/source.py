@@ -94,6 +94,8 @@ def _with_architecture(hf_config: dict[str, Any], config: ConfigDict) -> dict[st
         raise UserError(f"model.labels goes with model.head='sequence' or 'token', not {kind!r}")
     if not kind:
         return hf_config
+    if kind == "sequence" and config.train.objective == "reward":
+        labels = labels or ("reward",)  # one score
     own = reading.task(hf_config)
     if not own:
         raise UserError("config.json has no architectures, which model.head would change: add the name of its class")
@@ -111,6 +113,16 @@ def labels(model: Model) -> tuple[str, ...]:
         str(i): f"LABEL_{i}" for i in range(reading.num_labels(model.hf_config))
     }
     return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+def check_same_tokens(theirs: Tokenizer, ours: Tokenizer, what: str) -> None:
+    """Raises `UserError` where another model, `what`, reads other tokens than ours: it would be given numbers that mean nothing to it."""
+    if theirs.vocabulary != ours.vocabulary:
+        differ = {*theirs.vocabulary.items()} ^ {*ours.vocabulary.items()}
+        raise UserError(
+            f"{what} has another vocabulary: {len(theirs.vocabulary)} tokens to this model's {len(ours.vocabulary)}, and "
+            f"{len({token for token, _ in differ})} of them differ; expected a model with the same tokenizer"
+        )
 
 
 def check_writes(model: Model) -> None:
