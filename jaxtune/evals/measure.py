@@ -232,6 +232,8 @@ def check(config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Prog
       UserError: naming the first row that is too long for the model, or why none is left.
     """
     ids = [row["row_id"] for row in held.rows]
+    if held.metric == "reward":
+        scoring.check(config.reward)
     if held.metric in ("exact_match", "reward"):
         return check_prompts(config, program, ids, [row["prompt_ids"] for row in held.rows])
     if held.metric == "perplexity":
