@@ -36,6 +36,7 @@ _BUCKET_TOKENS = 32  # prompt and cache lengths are rounded up to this, so that 
 _BLOCK_STEPS = 64  # at most so many steps between two looks of the host
 _PREFILL_ROWS = 16
 _FEWEST_ROWS = 8  # below so many, a step is bound by the weights that it reads
+_IDLE_SHARE = 16  # jobs begin once one row in so many is idle: a loop that is left and entered again copies its cache
 _NOBODY = -1
 
 Progress = Callable[[Iterable[int], int, str], Iterator[int]]
@@ -352,9 +353,9 @@ def _prefill(
     )
 
 
-def _begin(pool: _Pool, queue: _Queue, rows: _Rows, at: jax.Array) -> _Rows:
-    """The first idle row takes job `at` of the queue: its prompt goes into the slots just behind the clock."""
-    row, entry = jnp.argmax(rows.job_B == _NOBODY), queue.entries_Q[at]
+def _begin(pool: _Pool, queue: _Queue, began: jax.Array, rows: _Rows) -> _Rows:
+    """The first idle row takes job `began` of the queue: its prompt goes into the slots just behind the clock."""
+    row, entry = jnp.argmax(rows.job_B == _NOBODY), queue.entries_Q[began]
     cache = rows.cache
     ring, clock = cache.segment_ids_BS.shape[1], cache.used
     length = pool.lengths_E[entry]
@@ -374,13 +375,8 @@ def _begin(pool: _Pool, queue: _Queue, rows: _Rows, at: jax.Array) -> _Rows:
     )
     mine_S = jnp.roll((jnp.arange(ring) >= ring - length).astype(jnp.int32), clock % ring)
     segments_BS = jax.lax.dynamic_update_slice(cache.segment_ids_BS, mine_S[None], (row, 0))
-    return _Rows(
-        KVCache(stacks, segments_BS, clock),
-        rows.last_B.at[row].set(pool.last_E[entry]),
-        rows.position_B.at[row].set(length),
-        rows.job_B.at[row].set(queue.jobs_Q[at]),
-        rows.made_B.at[row].set(0),
-    )
+    new = (pool.last_E[entry], length, queue.jobs_Q[began], 0)
+    return _Rows(KVCache(stacks, segments_BS, clock), *(old.at[row].set(value) for old, value in zip(rows[1:], new, strict=True)))
 
 
 def _block(
@@ -392,41 +388,68 @@ def _block(
     """
     model = _bind(graphdef, params)
     B = rows.job_B.shape[0]
+    few = max(1, B // _IDLE_SHARE)
     none_TB = jnp.full((_BLOCK_STEPS, B), _NOBODY, jnp.int32)
     log = _Log(none_TB, none_TB, jnp.zeros((_BLOCK_STEPS, B), jnp.float32))
 
-    def wanted(carry: tuple[jax.Array, jax.Array, _Rows, _Log]) -> jax.Array:
-        step, began, rows, _ = carry
+    def wanted(step: jax.Array, began: jax.Array, rows: _Rows) -> jax.Array:
         num_busy = jnp.sum(rows.job_B != _NOBODY)
-        busy = jnp.where(queue.more, num_busy == B, num_busy > enough)
+        busy = jnp.where(queue.more, num_busy > B - few, num_busy > enough)
         return (step < _BLOCK_STEPS) & ((began < queue.num) | busy)
 
-    def one(carry: tuple[jax.Array, jax.Array, _Rows, _Log]) -> tuple[jax.Array, jax.Array, _Rows, _Log]:
+    def steps(carry: tuple[jax.Array, jax.Array, _Rows, _Log]) -> tuple[jax.Array, jax.Array, _Rows, _Log]:
+        """Jobs begin in idle rows; then all rows go on until there are enough idle ones to make it worth while again."""
         step, began, rows, log = carry
         began, rows = jax.lax.while_loop(
             lambda each: (each[0] < queue.num) & jnp.any(each[1].job_B == _NOBODY),
-            lambda each: (each[0] + 1, _begin(pool, queue, each[1], each[0])),
+            lambda each: (each[0] + 1, _begin(pool, queue, *each)),
             (began, rows),
         )
-        busy_B = rows.job_B != _NOBODY
-        hidden_B1D, cache = model(
-            rows.last_B[:, None], rows.position_B[:, None], busy_B.astype(jnp.int32)[:, None], rows.cache
-        )
-        logits_BV = model.head(hidden_B1D[:, 0])
-        if logits_BV.shape[1] > vocab_size:
-            logits_BV = jnp.where((jnp.arange(logits_BV.shape[1]) < vocab_size)[None], logits_BV, -1e30)
-        keys_B = jax.vmap(lambda job, made: jax.random.fold_in(jax.random.fold_in(key, job), made))(
-            rows.job_B, rows.made_B
-        )
-        token_B, logp_B = choose(logits_BV, sampling, keys_B)
-        log = _Log(*(old.at[step].set(new) for old, new in zip(log, (rows.job_B, token_B, logp_B), strict=True)))
-        made_B = rows.made_B + 1
-        done_B = jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32)) | (made_B >= max_new_tokens)
-        rows = _Rows(cache, token_B, rows.position_B + busy_B, jnp.where(done_B, _NOBODY, rows.job_B), made_B)
-        return step + 1, began, _spread(constrain, rows), log
 
-    _, began, rows, log = jax.lax.while_loop(wanted, one, (jnp.int32(0), jnp.int32(0), rows, log))
+        def go_on(each: tuple[jax.Array, _Rows, _Log]) -> jax.Array:
+            idle = jnp.sum(each[1].job_B == _NOBODY) >= few
+            return wanted(each[0], began, each[1]) & ~(idle & (began < queue.num))
+
+        def one(each: tuple[jax.Array, _Rows, _Log]) -> tuple[jax.Array, _Rows, _Log]:
+            step, rows, log = each
+            rows, new = advance(_shaped(model, rows, lambda x: x[None]))
+            log = _Log(*(old.at[step].set(value) for old, value in zip(log, new, strict=True)))
+            return step + 1, _shaped(model, rows, lambda x: x[0]), log
+
+        step, rows, log = jax.lax.while_loop(go_on, one, (step, _shaped(model, rows, lambda x: x[0]), log))
+        return step, began, _shaped(model, rows, lambda x: x[None]), log
+
+    advance = partial(_advance, model, constrain, stop_ids, vocab_size, key, sampling, max_new_tokens)
+    start = (jnp.int32(0), jnp.int32(0), rows, log)
+    _, began, rows, log = jax.lax.while_loop(lambda carry: wanted(*carry[:3]), steps, start)
     return rows, log, began
+
+
+def _shaped(model: Any, rows: _Rows, one: Callable[[jax.Array], jax.Array]) -> _Rows:
+    """`one` takes the dim of a single layer off the cache, or puts it on: XLA's CPU compiler writes a carried array where it
+    lies, and not a copy, if a step only views it with that dim.
+    """
+    if not _unrolled(model):
+        return rows
+    return rows._replace(cache=rows.cache._replace(stacks=jax.tree.map(one, rows.cache.stacks)))
+
+
+def _advance(
+    model: Any, constrain: Any, stop_ids: tuple[int, ...], vocab_size: int, key: jax.Array, sampling: Sampling, max_new_tokens: int,
+    rows: _Rows,
+) -> tuple[_Rows, tuple[jax.Array, jax.Array, jax.Array]]:  # fmt: skip
+    """One token for every row: (rows, (each row's job, token, log-probability))."""
+    busy_B = (rows.job_B != _NOBODY).astype(jnp.int32)
+    hidden_B1D, cache = model(rows.last_B[:, None], rows.position_B[:, None], busy_B[:, None], rows.cache)
+    logits_BV = model.head(hidden_B1D[:, 0])
+    if logits_BV.shape[1] > vocab_size:
+        logits_BV = jnp.where((jnp.arange(logits_BV.shape[1]) < vocab_size)[None], logits_BV, -1e30)
+    keys_B = jax.vmap(lambda job, made: jax.random.fold_in(jax.random.fold_in(key, job), made))(rows.job_B, rows.made_B)
+    token_B, logp_B = choose(logits_BV, sampling, keys_B)
+    made_B = rows.made_B + 1
+    done_B = jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32)) | (made_B >= max_new_tokens)
+    on = _Rows(cache, token_B, rows.position_B + busy_B, jnp.where(done_B, _NOBODY, rows.job_B), made_B)
+    return _spread(constrain, on), (rows.job_B, token_B, logp_B)
 
 
 def _fewer(constrain: Any, rows: _Rows, num: int) -> _Rows:
