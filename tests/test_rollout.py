@@ -74,7 +74,10 @@ def recomputed(tiny: Tiny, made: list[Rollout], sampling: Sampling) -> list[np.n
     rows = [PROMPTS[one.prompt] + one.tokens.tolist() for one in made]
     padded = np.asarray([row + [0] * (32 - len(row)) for row in rows], np.int32)
     found = np.asarray(_logps(tiny.graphdef, tiny.params, padded, sampling))
-    return [found[i, len(row) - len(one.tokens) - 1 : len(row) - 1] for i, (row, one) in enumerate(zip(rows, made, strict=True))]
+    return [
+        found[i, len(row) - len(one.tokens) - 1 : len(row) - 1]
+        for i, (row, one) in enumerate(zip(rows, made, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("name", CASES_HERE)

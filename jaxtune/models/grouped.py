@@ -174,7 +174,7 @@ def attend_cached(
 def _write(kept: jax.Array, new: jax.Array, row: jax.Array, first: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
     """Puts new tokens into a layer's slots from `first` on: (all layers, that layer)."""
     new, alone = new.astype(kept.dtype), kept.shape[0] == 1
-    start = [row, 0, 0, 0, 0]
+    start: list[Any] = [row, 0, 0, 0, 0]
     start[dim] = first
     if alone:  # written without the dim of layers, it is the same array that is read and that a loop carries on
         mine = jax.lax.dynamic_update_slice(kept[0], new, start[1:])
