@@ -217,6 +217,19 @@ def _parquet(run: Run, damaged_from: int = 0, **columns: list[Any]) -> None:
     run.set(f"data.train={path}", "data.prompt={text}", "data.label_column=mood")
 
 
+def _preferred(
+    objective: str, *settings: str, chosen: str = "a cat", rejected: str = "a dog"
+) -> Callable[[Run], object]:
+    """Sixteen pairs, for this objective."""
+
+    def broken_by(run: Run) -> None:
+        lines = [json.dumps({"prompt": f"who {i}", "chosen": chosen, "rejected": rejected}) for i in range(16)]
+        run.rows(*lines)
+        run.set(f"train.objective={objective}", *settings)
+
+    return broken_by
+
+
 def _pairs(*lines: str, settings: tuple[str, ...] = ()) -> Callable[[Run], object]:
     """These rows, for an embedding model."""
 
@@ -451,6 +464,19 @@ _DATA = [
 ]  # fmt: skip
 
 _PAIRS = [
+    row("preferences of another objective", _preferred("sft"), r"rows\.jsonl:1: the row compares two answers", r"'dpo'"),
+    row("no preferences for dpo", "--config.train.objective=dpo", r"rows\.jsonl:\d+: .*compares answers, and the row has one", "'chosen'"),
+    row("chosen is rejected", _preferred("dpo", rejected="a cat"), "no training rows left of", r"chosen_equals_rejected 16"),
+    row("an empty answer", _preferred("dpo", chosen=" "), r"empty_completion 16"),
+    row("no reference", _preferred("dpo", "tune.method=full", "preference.reference=adapter_off"), "there is no adapter to switch off", "set 'start'"),
+    row("reference none", _preferred("kto", "preference.reference=none"), "needs a reference", "'simpo', 'cpo', 'orpo'"),
+    row("smoothed to nothing", _preferred("dpo", "preference.loss_type=robust", "preference.label_smoothing=0.5"), "as often wrong as right", r"below 0\.5"),
+    row("smoothing of ipo", _preferred("dpo", "preference.loss_type=ipo", "preference.label_smoothing=0.1"), "does nothing with preference.loss_type='ipo'"),
+    row("shared prompts over a context axis", _preferred("dpo", "preference.share_prompts=always", "mesh.context=2"), "context axis", "'auto' or 'never'"),
+    row("a reward without its head", _preferred("reward"), "what goes together", "'reward' with model.head='sequence'"),
+    row("a reward of two labels", _preferred("reward", "model.head=sequence", "model.labels=a,b"), "learns one score", "2 labels"),
+    row("judged answers without a judgement", lambda r: (r.rows(json.dumps({"prompt": "who", "completion": "a cat"})), r.set("train.objective=kto")), r"rows\.jsonl:1: .*'kto' needs to know of each answer", "'label'"),
+    row("kto accumulated", _preferred("kto", "train.accumulation=2"), "compares all rows of a batch"),
     row("pairs of another objective", lambda r: r.rows(PAIR), r"rows\.jsonl:1: the row is a query and a passage", "'contrastive'"),
     row("no pairs for contrastive", "--config.train.objective=contrastive", r"rows\.jsonl:1: .*'contrastive' needs a query and a passage", r"data\.prompt and data\.passage"),
     row("half a pair", _pairs('{"question": "who"}'), r"rows\.jsonl:1: fields 'question' fit no known format", r"passage\|context"),

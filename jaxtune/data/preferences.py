@@ -106,7 +106,7 @@ def tokenize(
         kept = _with_mismatched(kept, reader.group)
     kept = [_cut(one, row_id, reader, data, counts) for one, row_id in zip(kept, row_ids, strict=True)]
     counts["without_trained_stop"] = _never_stop(kept, reader, tokenizer)
-    return _rows(kept, row_ids, margins, counts, reader)
+    return rows_of(kept, row_ids, margins, counts, reader)
 
 
 def encode(example: Example, reader: Reader, tokenizer: Tokenizer, data: ConfigDict) -> Answers | str:
@@ -203,7 +203,9 @@ def _never_stop(rows: list[Answers], reader: Reader, tokenizer: Tokenizer) -> in
     return sum(not stops(row) for row in rows)
 
 
-def _rows(rows: list[Answers], row_ids: list[str], margins: list[float], counts: Counter[str], reader: Reader) -> Rows:
+def rows_of(
+    rows: list[Answers], row_ids: list[str], margins: list[float], counts: Counter[str], reader: Reader
+) -> Rows:
     laid = [row.laid_out(reader.share) for row in rows]
     tokens, weights, branches = (np.concatenate([one[i] for one in laid]) for i in range(3))
     offsets = np.cumsum([0, *(len(one[0]) for one in laid)], dtype=np.int64)
