@@ -100,6 +100,8 @@ class Made:
     def add(self, jobs_TB: np.ndarray, tokens_TB: np.ndarray, logps_TB: np.ndarray) -> None:
         """Takes a block of steps."""
         real = jobs_TB != NOBODY
+        if not real.any():  # a block may stop before its first step, for fewer rows to go on
+            return
         order = np.argsort(jobs_TB[real], kind="stable")  # a row's tokens stay in the order of time
         jobs, tokens, logps = (each[real][order] for each in (jobs_TB, tokens_TB, logps_TB))
         found, starts = np.unique(jobs, return_index=True)

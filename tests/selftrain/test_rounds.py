@@ -191,7 +191,7 @@ def _set(**changes: object) -> Callable[[ConfigDict], None]:
         (_set(reward__functions=()), r"reward\.functions is empty: name at least one"),
         (_set(reward__functions=(("exact_anser", 1.0),)), "unsupported reward 'exact_anser'"),
         (_set(reward__functions=(("none.py:mine", 1.0),)), "there is no file 'none.py'"),
-        (_set(reward__threshold=1.5), r"round 1 kept none of \d+ answers \(below_threshold \d+"),
+        (_set(reward__threshold=1.5), r"round 1 kept none of \d+ answers \(.*below_threshold \d+"),
         (_set(data__test_fraction=0.0), "held-out rows: set data.test_fraction or data.test"),
         (_set(eval__split="validation"), "eval.split is 'validation'; set 'test'"),
         (_set(train__patience=2), "set train.patience=0"),
