@@ -46,7 +46,7 @@ def started(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
     config.tune.adapter = str(folder / "sft" / "adapter")
     config.reward.functions = (("exact_answer", 1.0),)
     config.self_training.rounds, config.self_training.samples, config.self_training.max_new_tokens = 2, 2, 6
-    config.self_training.temperature, config.self_training.part_prompts = 1.0, 16
+    config.self_training.temperature, config.self_training.part_prompts, config.self_training.slots = 1.0, 16, 8
     config.train.steps, config.checkpoint.every_steps = 6, 2
     config.eval.before_after, config.tracking.report = True, True
     return config
