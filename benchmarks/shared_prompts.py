@@ -48,7 +48,7 @@ class Side:
         from jaxtune import sharding
         from jaxtune.config import base
         from jaxtune.data.batches import stack
-        from jaxtune.train import state, step
+        from jaxtune.train import random_weights, state, step
         from jaxtune.weights.source import hf_preset
 
         data, config = rows(share, options), base()
@@ -60,7 +60,7 @@ class Side:
         batch = stack(data, [(i,) for i in range(options.rows)], config.data.max_length, 0)
         names = step.fields(config, self._program)
         self._batch = sharding.to_global({name: batch[name] for name in names}, mesh, options.rows)
-        self._state, self._frozen = state.create(self._program, state.random_base(self._program, 0), 0)
+        self._state, self._frozen = state.create(self._program, random_weights.random_base(self._program, 0), 0)
         self._run = step.make(config, self._program)
         self.losses: list[float] = []
         self.norms: list[float] = []

@@ -23,10 +23,11 @@ from jaxtune.config import ConfigDict, base, keys
 from jaxtune.types import UserError
 
 # Fields that may differ between a checkpoint and the run that resumes it: none of them changes what is computed.
-_FREE = (
+FREE = (
     "name", "workdir", "mesh.", "tracking.", "eval.", "generate.", "export.", "plan.", "checkpoint.", "model.attention",
     "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.save", "train.offload",
     "train.loss_chunk_tokens", "train.on_nonfinite", "train.max_skipped_steps", "compile_cache", "lr_find.", "sweep.", "optim.use_ema",
+    "reward.", "self_training.",
 )  # fmt: skip
 _STEERING = ("data.", "optim.", "train.")  # may differ where a checkpoint is only used
 _LATEST = 2  # so that a damaged newest one has another before it
@@ -190,26 +191,38 @@ class Checkpoints:
         return meta
 
     def _check_meta(self, meta: dict[str, Any], step: int) -> None:
-        saved, now = meta["config"], json.loads(_config_json(self._config))
-        for key in keys(self._config):
-            if key.startswith(_FREE if self._resuming else _FREE + _STEERING):
-                continue
-            then, value = saved, now
-            try:
-                for part in key.split("."):
-                    then, value = then[part], value[part]
-            except KeyError:
-                continue  # a field that this checkpoint's jaxtune did not have
-            if then != value:
-                raise UserError(
-                    f"checkpoint {self.folder / str(step)} is of another config: {key} was {then!r} and is now {value!r}; "
-                    f"set it back to resume, or start in another --workdir"
-                )
+        changed = first_change(meta["config"], self._config, FREE if self._resuming else FREE + _STEERING)
+        if changed:
+            key, then, value = changed
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is of another config: {key} was {then!r} and is now {value!r}; "
+                f"set it back to resume, or start in another --workdir"
+            )
         if self._resuming and self._data and meta.get("data", self._data) != self._data:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} was trained on other rows: data.train ({self._config.data.train}), its "
                 "tokenizer or its chat template has changed since; put it back to resume, or start in another --workdir"
             )
+
+
+def first_change(saved: dict[str, Any], config: ConfigDict, free: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+    """(field, what it was, what it is) of the first field that differs from a saved config; None where none does.
+
+    Fields whose names begin like one of `free` may differ.
+    """
+    now = json.loads(_config_json(config))
+    for key in keys(config):
+        if key.startswith(free):
+            continue
+        then, value = saved, now
+        try:
+            for part in key.split("."):
+                then, value = then[part], value[part]
+        except KeyError:
+            continue  # a field that the saved config's jaxtune did not have
+        if then != value:
+            return key, then, value
+    return None
 
 
 def _config_json(config: ConfigDict) -> str:

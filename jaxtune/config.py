@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
 
+from jaxtune import config_methods
 from jaxtune.types import UserError, nearest
 
 
@@ -191,7 +192,7 @@ def _mesh() -> ConfigDict:
 
 def _eval() -> ConfigDict:
     c = ConfigDict()
-    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity | retrieval (contrastive); heads for labels, tags or masked words have metrics of their own
+    c.metric = "auto"  # auto | labels (likelihood of each label) | exact_match (of generations) | perplexity | reward (of generations, by the section reward) | retrieval (contrastive); heads for labels, tags or masked words have metrics of their own
     c.labels = ()  # the candidate answers; () = every answer seen in the rows
     c.split = "test"  # rows to measure on: train | validation | test
     c.corpus = "split"  # retrieval: search among the distinct passages of eval.split (split) or of all rows (all)
@@ -262,46 +263,6 @@ def _tracking() -> ConfigDict:
     return c
 
 
-def _lr_find() -> ConfigDict:
-    c = ConfigDict()
-    c.low = 1e-7  # learning rate of the first step
-    c.high = 1.0  # of the last; in between it grows by the same factor each step (arXiv:1506.01186)
-    c.num_steps = 100
-    c.smoothing = 0.9  # decay of the running mean of the loss
-    c.stop_factor = 4.0  # stops when the running mean exceeds its lowest by so much
-    return c
-
-
-def _sweep() -> ConfigDict:
-    c = ConfigDict()
-    c.axes = ()  # ((key, (value, …)), …), e.g. (("optim.learning_rate", (1e-4, 3e-4)),); random also ("linear" | "log", low, high)
-    c.method = "grid"  # grid (every combination) | random (of each axis, independently)
-    c.num_runs = 0  # random: how many; grid: the first so many, 0 = all
-    c.seed = 0  # of the random choice
-    c.metric = "eval/loss"  # runs are compared by this: a name of metrics.jsonl, or of what is measured after training
-    c.goal = "min"  # min | max
-    return c
-
-
-def _preference() -> ConfigDict:
-    c = ConfigDict()
-    c.beta = 0.1  # dpo, kto, cpo: how near to the reference; simpo: scale of the reward (its paper: 2 to 10); orpo: weight of the odds ratio
-    c.loss_type = "sigmoid"  # dpo, cpo: sigmoid | hinge | ipo | robust (objectives/pairs.py has the formulas)
-    c.label_smoothing = 0.0  # share of the pairs taken to be the wrong way round: dpo, cpo (sigmoid and robust), simpo
-    c.length_normalised = False  # dpo: log-ratios are means over an answer's tokens, as ipo's always are
-    c.rpo_alpha = 0.0  # dpo, simpo: weight of the chosen answers' cross-entropy beside the loss
-    c.cpo_alpha = 1.0  # cpo: likewise
-    c.simpo_gamma = 0.5  # simpo: margin by which the chosen answer's reward should be the higher
-    c.orpo_prompts = True  # orpo: its cross-entropy reads the prompt too, as its authors' code and TRL's; False = the answer alone, as the paper
-    c.desirable_weight = 1.0  # kto: weight of desirable answers' losses
-    c.undesirable_weight = 1.0  # kto: of undesirable ones'
-    c.center_rewards = 0.0  # reward: weight of the squared sum of a pair's scores, which keeps them about 0
-    c.margin_scale = 1.0  # reward: a row's margin, or difference of ratings, times this is what its scores should differ by at least; 0 = no margin
-    c.reference = "auto"  # dpo, kto: adapter_off (the model without its adapter) | start (the model as training starts, computed once before) | another model's URI, likewise | auto (adapter_off for a new adapter, else start)
-    c.share_prompts = "auto"  # a pair's prompt is computed once: auto (where the model can, and no attention kernel of a TPU or GPU is lost by it) | always | never
-    return c
-
-
 def base() -> ConfigDict:
     """Returns the config with every field at its default, locked against new keys."""
     config = ConfigDict()
@@ -315,8 +276,8 @@ def base() -> ConfigDict:
     config.optim, config.train, config.checkpoint = _optim(), _train(), _checkpoint()
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
-    config.lr_find, config.sweep = _lr_find(), _sweep()
-    config.preference = _preference()
+    for name, section in config_methods.SECTIONS.items():
+        config[name] = section()
     config.lock()
     return config
 

@@ -1,4 +1,4 @@
-"""Entry: `python -m jaxtune.launch [train|evaluate|generate|chat|export|plan|lr_find|sweep] --config=FILE [--config.a.b=v] [--workdir=DIR]`.
+"""Entry: `python -m jaxtune.launch [train|evaluate|generate|chat|export|self_train|plan|lr_find|sweep] --config=FILE [--config.a.b=v] [--workdir=DIR]`.
 
 Reads the verb and the config, starts the distributed runtime where there is one, and hands over to `run.py`. A user's
 mistake ends in one line on stderr and exit code 2; code 75 says "saved, run me again to resume".
@@ -33,6 +33,7 @@ VERBS = {
     "generate": "answer a file of prompts",
     "chat": "talk to the model in the terminal",
     "export": "write a run's result as a PEFT adapter or a Hugging Face model folder",
+    "self_train": "rounds of sampling, judging and training on what was right (STaR, RFT, ReST-EM)",
     "plan": "compile the training step for a TPU that is not here, and say what it needs, takes and costs",
     "lr_find": "train a copy at ever higher learning rates, and say which one falls fastest",
     "sweep": "train once for each combination of config.sweep.axes, and compare",
@@ -40,7 +41,7 @@ VERBS = {
 _FILES = {"lr_find": "jaxtune.lr_find", "sweep": "jaxtune.sweep"}  # verbs that run.py does not hold
 USAGE = (
     "usage: python -m jaxtune.launch [VERB] --config=configs/X.py [--config.a.b=value] [--workdir=DIR] [--dry_run]\n"
-    + "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
+    + "\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())
     + "\n  plan --search finds the best mesh, micro-batch and remat; plan --topologies[=v5e:4x4,v5p:2x2x2] ranks slices by price"
     + "\n  --dry_run prints the first batch token by token, what trains, and the schedule; then stops"
     + "\n  several hosts: --coordinator=HOST:PORT --num_processes=N --process_id=I (found by themselves on Cloud TPU)"
@@ -138,7 +139,7 @@ def _dispatch(arguments: list[str]) -> int:
         action = partial(run.train, began=goodput.process_began())
     elsewhere = verb in ("plan", "sweep")  # compiled for devices that are not here, or in other processes
     keeping = nullcontext() if elsewhere else compiled.kept(options)
-    resuming = verb == "sweep" or (verb == "train" and options.checkpoint.resume)
+    resuming = verb == "sweep" or (verb in ("train", "self_train") and options.checkpoint.resume)
     with keeping, workdir.Folder(options.workdir, resume=resuming) as folder:
         action(options, folder.path)
     return 0
@@ -164,7 +165,7 @@ def _check_outputs(options: config_lib.ConfigDict, verb: str) -> None:
     place = Path(output or Path(options.workdir) / "generations.jsonl")
     if verb == "generate" and given and place.resolve() == Path(given).expanduser().resolve():
         raise UserError(f"generate.input={given!r} is where the answers go, and would be replaced; set generate.output")
-    if verb in ("train", "export"):
+    if verb in ("train", "export", "self_train"):
         _check_result(options, verb)
 
 
@@ -173,7 +174,7 @@ def _check_result(options: config_lib.ConfigDict, verb: str) -> None:
     local = [Path(uri).expanduser() for uri in (options.model.source, options.tune.adapter) if uri]
     sources = [path for path in local if path.exists()]
     folder = None if "://" in options.workdir else Path(options.workdir)
-    if verb == "train" and folder and any(folder.resolve() == path.resolve() for path in sources):
+    if verb != "export" and folder and any(folder.resolve() == path.resolve() for path in sources):
         raise UserError(f"workdir={options.workdir!r} is what the run starts from; choose another --workdir")
     kind = "adapter" if options.tune.method == "lora" and not options.export.merge else "model"
     place = Path(options.export.output) if options.export.output else folder and folder / kind

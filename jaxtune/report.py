@@ -21,7 +21,7 @@ _SHARES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "exact_match": "Exact match", "label_macro_f1": "Macro-F1 of labels",
     "label_micro_f1": "Micro-F1 of labels", "subset_accuracy": "All labels right", "entity_micro_f1": "Micro-F1 of entities",
     "entity_macro_f1": "Macro-F1 of entities", "tag_accuracy": "Words tagged right", "masked_accuracy": "Masked words guessed",
-    "recall_at_1": "Recall@1", "recall_at_5": "Recall@5",
+    "recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "pass_rate": "Pass rate",
 }  # fmt: skip
 _NAMES = _SHARES | {
     "label_nll": "Label NLL (nats)", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte", "rmse": "RMSE", "mrr_at_10": "MRR@10",
@@ -44,7 +44,8 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         dropped: {reason: rows}}, where names that end in `_share` are shown as percent; `seconds`: {part: seconds};
         `start`: {seconds: {part: seconds to the first step}, compile_seconds, compile_overlapped_seconds, from_cache};
         `wall`: {cause: seconds of the process}, "training" the productive ones; shown in place of `seconds`;
-        `how_to`: (title, code) pairs; `config`: the resolved config.
+        `rounds`: {table: {column: cells}, names, estimates, control, metric} of rounds, the metric's estimates by name, and
+        the control's or None; `how_to`: (title, code) pairs; `config`: the resolved config.
     """
     folder = Path(workdir)
     plain = _plain(facts)
@@ -87,6 +88,8 @@ def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
         "start": _start(facts.get("start")),
         "wall": _wall(facts.get("wall", {})),
         "goodput": _goodput(facts.get("wall", {})),
+        "rounds": _rounds(facts.get("rounds")),
+        "round_plots": [_round_plot(facts["rounds"])] if has_plots and "rounds" in facts else [],
         "how_to": facts.get("how_to", []),
         "config": json.dumps(facts["config"], indent=2, ensure_ascii=False) if "config" in facts else "",
     }
@@ -174,6 +177,18 @@ def _wall(wall: Mapping[str, float]) -> list[tuple[str, str, str, float]]:
     whole = sum(wall.values()) or 1.0
     rows = [(_CAUSES.get(cause, _words(cause)), took) for cause, took in wall.items()]
     return [(name, _duration(took), f"{took / whole:.1%}", round(100 * took / whole, 2)) for name, took in rows]
+
+
+def _rounds(rounds: Mapping[str, Any] | None) -> tuple[list[str], list[list[str]]] | None:
+    """The header and the rows of the table of rounds."""
+    if rounds is None:
+        return None
+    cells = [[_number(cell) for cell in column] for column in rounds["table"].values()]
+    return list(rounds["table"]), [list(row) for row in zip(*cells, strict=True)]
+
+
+def _round_plot(rounds: Mapping[str, Any]) -> Markup:
+    return report_plots.rounds(rounds["names"], rounds["estimates"], rounds["control"], _name(rounds["metric"]))
 
 
 def _goodput(wall: Mapping[str, float]) -> str:

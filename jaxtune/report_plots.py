@@ -58,6 +58,26 @@ def training(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
     return plots
 
 
+def rounds(
+    names: Sequence[str], estimates: Sequence[Mapping[str, float]], control: Mapping[str, float] | None, title: str
+) -> Markup:
+    """Draws one metric over the rounds of a run, with its intervals, and the control's as a band."""
+    canvas, (axes,) = figure(8, 2.8)
+    at = range(len(names))
+    if control:
+        axes.axhspan(control["low"], control["high"], color=BEFORE, alpha=0.2, linewidth=0)
+        axes.axhline(control["value"], color=BEFORE, linewidth=1.4, label="control on gold answers")
+    values = [estimate["value"] for estimate in estimates]
+    for x, estimate in zip(at, estimates, strict=True):
+        axes.plot([x, x], [estimate["low"], estimate["high"]], color=AFTER, linewidth=1.2, alpha=0.6)
+    axes.plot(at, values, color=AFTER, marker="o", markersize=5, label="rounds")
+    axes.set_xticks(at, names)
+    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=9)
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+    beside = f"; control {control['value']:.4g}" if control else ""
+    return svg(canvas, f"{title} by round", f"{title} by round: {listed}{beside}", wide=True)
+
+
 def heat_map(counts_CC: np.ndarray, labels: Sequence[str], side: str) -> Markup:
     """Draws a confusion matrix; a cell is as dark as its share of its row, so that rare answers show too."""
     num = len(labels)

@@ -4,6 +4,7 @@ train      fetch → tokenise → load → measure before → train → measure 
 evaluate   measure a base model, or a run's best checkpoint
 generate   answer a file of prompts          chat     the same, by hand
 export     a run's result as PEFT adapter or Hugging Face folder
+self_train rounds of sampling, judging and training on what was right
 plan       what the training step needs, takes and costs on a TPU that is not here
 """
 
@@ -21,12 +22,13 @@ import jax
 from jaxtune import checkpoint, fetch, optim, tracking, validation
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, readers, templates
+from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import account, measure, tasks
+from jaxtune.evals import account, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
+from jaxtune.selftrain import rounds
 from jaxtune.train import compiled, goodput, loop, references, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
@@ -121,7 +123,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show)
+    splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show, config.eval.metric == "reward")
     held = measure.held_out(config, splits, tokenizer, start.reader(config, model, tokenizer))
     if held is None:
         raise UserError(
@@ -213,13 +215,19 @@ def export(config: ConfigDict, workdir: Path) -> None:
     print(f"step {step} written to {shown(config.workdir, workdir, folder)}")
 
 
+def self_train(config: ConfigDict, workdir: Path) -> None:
+    """Rounds of sampling, judging and training on what was right, measured each, beside as many gold answers."""
+    hands = rounds.Hands(train, account.compare_runs, judge.load)
+    rounds.run(config, workdir, hands, _progress(config), partial(_say, config))
+
+
 def plan(config: ConfigDict, workdir: Path) -> None:
     """Says what the training step needs, how long it takes and what it costs, where none of it is; writes `plan.json`.
 
     With `plan.search` it finds the best mesh, micro-batch and remat; with `plan.topologies` it ranks slices; a hosted
     service's price needs neither a model nor libtpu.
     """
-    from jaxtune.plan import account, cost, cpu
+    from jaxtune.plan import account, cost, counted, cpu
 
     result: dict[str, Any] = {}
     lines, show = [], partial(tracking.progress, mode=config.tracking.progress)
@@ -229,7 +237,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
     planned = not priced or compared or bool(config.model.source and config.plan.topology)
     # On this machine's CPU what training's process would hold is part of the forecast, and its rows are.
     needs_rows = counts or (planned and (cpu.is_cpu(config.plan.topology) or not steps))
-    rows = _counted(config, show) if needs_rows else None
+    rows = counted.rows(config, show) if needs_rows else None
     if planned:
         model = source.find(config)
         where = ", ".join(config.plan.topologies) or config.plan.topology
@@ -245,7 +253,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
             result, text = account.one(*given)
         lines.append(text)
     if priced:
-        found = cost.api(config, _training_tokens(config, steps, rows) if counts else None)
+        found = cost.api(config, counted.training_tokens(config, steps, rows) if counts else None)
         known = {
             key: value for key, value in result.items() if value is not None
         }  # no price of chips hides a service's
@@ -277,27 +285,6 @@ def _write(path: Path, text: str) -> None:
             partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
-
-
-def _counted(config: ConfigDict, show: Callable[..., Iterator[Any]]) -> rows_lib.Rows | None:
-    """The rows of `data.train` as training would read them, where there is a tokenizer; sets `train.steps` where epochs decide."""
-    model = source.find(config) if config.model.source else source.Model("", None, {}, None, None)
-    if not config.data.train or (model.path is None and not config.model.tokenizer):
-        return None
-    tokenizer = source.find_tokenizer(config, model)
-    return rows_lib.read(config, tokenizer, show, start.reader(config, model, tokenizer) if model.uri else readers.NEXT)
-
-
-def _training_tokens(config: ConfigDict, steps: int, rows: rows_lib.Rows | None) -> int:
-    """Tokens of all epochs' rows, or of the `steps` that were asked for; of their batches where there are no rows to count."""
-    if rows is not None:
-        epochs = steps / rows.batches.steps_per_epoch if steps else config.train.epochs
-        return round(rows.train.counts["tokens"] * epochs)
-    if config.data.train:
-        raise UserError(
-            "counting the tokens of data.train needs a tokenizer: set model.tokenizer, or plan.api_training_tokens"
-        )
-    return int(steps * config.train.batch_size * config.data.max_length)
 
 
 def _before(

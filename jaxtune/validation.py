@@ -39,7 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "train.remat": ("none", "dots", "block"),
     "train.on_nonfinite": ("stop", "skip"),
-    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval"),
+    "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval", "reward"),
     "eval.corpus": ("split", "all"),
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
@@ -47,6 +47,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.decay_shape": ("linear", "cosine", "exponential", "sqrt"),
     "sweep.method": ("grid", "random"),
     "sweep.goal": ("min", "max"),
+    "reward.on_error": ("zero", "drop", "stop"),
+    "self_training.method": ("star", "rft", "rest_em"),
     "tune.init": ("auto", "a_zero", "b_zero"),
     "preference.loss_type": ("sigmoid", "hinge", "ipo", "robust"),
     "preference.share_prompts": ("auto", "always", "never"),
@@ -66,6 +68,8 @@ _AT_LEAST: dict[str, float] = {
     "model.quantize_block": -1,
     "optim.moment_block": 16, "optim.min_factored_dim": 1, "lr_find.num_steps": 10, "lr_find.stop_factor": 1.01, "sweep.num_runs": 0,
     "train.neftune_noise_alpha": 0, "train.z_loss_weight": 0, "train.focal_gamma": 0,
+    "reward.workers": 1, "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
+    "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1, "self_training.slots": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -81,6 +85,8 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "optim.stable_share": (0, 1), "optim.layer_decay": (0.001, 1), "optim.ema_decay": (0, 0.999999), "optim.muon_momentum": (0, 0.999999),
     "optim.muon_rms": (1e-6, 1e3), "train.label_smoothing": (0, 0.99), "lr_find.smoothing": (0, 0.999), "lr_find.high": (0, 1e6),
     "sweep.seed": (0, 2**32 - 1),
+    "reward.timeout_seconds": (0.01, 86400), "reward.threshold": (-1e9, 1e9),
+    "self_training.temperature": (0, 1e6), "self_training.top_p": (1e-6, 1),
     "preference.label_smoothing": (0, 0.5), "preference.rpo_alpha": (0, 1e6), "preference.cpo_alpha": (0, 1e6),
     "preference.simpo_gamma": (0, 1e6), "preference.desirable_weight": (0, 1e6), "preference.undesirable_weight": (0, 1e6),
     "preference.center_rewards": (0, 1e6), "preference.margin_scale": (0, 1e6), "preference.beta": (0, 1e6),
@@ -220,14 +226,16 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(f"config.data.label_bins has {one!r}; expected (low, high, name) with two numbers")
     for key in _RANGES:
         _check_range(key, lookup(config, key))
-    for key in ("eval.labels", "model.labels", "generate.stop"):
+    for key in ("eval.labels", "model.labels", "generate.stop", "reward.choices"):
         words = lookup(config, key)
         twice = next((word for word in words if words.count(word) > 1), None)
         if twice is not None or "" in words:
             raise UserError(
                 f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
             )
+    _check_rewards(config.reward.functions)
     for key, pattern in [
+        *((f"reward.{name}", config.reward[name]) for name in ("answer_regex", "completion_regex", "regex")),
         ("data.split_regex", config.data.split_regex),
         ("model.quantize_targets", config.model.quantize_targets),
         *(("mesh.rules", rule[0]) for rule in rules),
@@ -304,6 +312,15 @@ def _check_sweep(config: ConfigDict) -> None:
         raise UserError(f"config.sweep.axes names a key twice; expected each once: {', '.join(names)}")
     if sweep.method == "random" and sweep.axes and not sweep.num_runs:
         raise UserError("sweep.method='random' draws sweep.num_runs combinations, and that is 0: set sweep.num_runs")
+
+
+def _check_rewards(functions: tuple[Any, ...]) -> None:
+    for one in functions:
+        pair = tuple(one) if isinstance(one, tuple | list) else (one,)
+        if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], int | float):
+            raise UserError(
+                f"config.reward.functions has {one!r}; expected (reward, weight), such as ('exact_answer', 1.0)"
+            )
 
 
 def _check_range(key: str, values: tuple[Any, ...]) -> None:

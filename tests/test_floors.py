@@ -12,6 +12,7 @@ ROOT = Path(jaxtune.__file__).parent
 FLOORS = [
     {
         "config",
+        "config_methods",
         "registry",
         "types",
         "report_plots",
@@ -24,10 +25,10 @@ FLOORS = [
         "workdir",
     },
     {"sharding", "models", "data", "moments"},
-    {"adapters", "objectives", "optim"},
+    {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
-    {"evals", "retrieval", "explain", "plan", "review", "serve"},
+    {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
     {"run", "lr_find", "sweep"},
     {"launch"},
 ]
@@ -35,7 +36,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOGETHER = {
     "fetch": {"archives", "indexes", "types"},
     "indexes": {"archives", "types"},
-    "config": {"types"},
+    "config": {"config_methods", "types"},
     "validation": {"config", "types"},
     "registry": {"types"},
     "archives": {"types"},

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
 from jaxtune import moments, optim, sharding
-from jaxtune.train import state, step
+from jaxtune.train import random_weights, state, step
 from jaxtune.weights import source
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -218,7 +218,7 @@ def test_every_optimizer_trains_sharded_and_skips_broken_steps(tiny_config: Conf
     tiny_config.optim.update({"learning_rate": 0.1 if name == "sgd" else 1e-3, "clip_norm": 0.0})
     mesh = sharding.make_mesh(tiny_config, jax.devices())
     program = state.abstract(tiny_config, source.find(tiny_config).hf_config, mesh, 10)
-    base = state.random_base(program, 0)
+    base = random_weights.random_base(program, 0)
     current, frozen = state.create(program, base, 0)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.state)
     run = step.make(tiny_config, program)

@@ -42,32 +42,35 @@ class Example(NamedTuple):
     desirable: bool | None = None  # whether this answer is one to be given; None = the row does not say
 
 
-def read_examples(path: Path, data: ConfigDict, answers: bool = True) -> tuple[list[Example], Counter[str]]:
+def read_examples(
+    path: Path, data: ConfigDict, answers: bool = True, keep_rows: bool = False
+) -> tuple[list[Example], Counter[str]]:
     """Returns the examples of one file, or of a folder's files by name, in their order; and the rows dropped by reason.
 
     Args:
       path: a file that `sources.read_rows` reads, or a folder of such files (`data.files` says which).
       data: the `data` section of the config.
       answers: False also admits rows that have no answer yet (prompts to generate for).
+      keep_rows: keep each example's row, for rewards to read; and what decides its split, without answers too.
 
     Raises:
       UserError: a bad row ("file:row: …"), or a file without rows.
     """
     path, columns = Path(path), tuple(data.columns)
     if not path.is_dir():
-        return to_examples(read_rows(path, columns), path.name, data, answers)
+        return to_examples(read_rows(path, columns), path.name, data, answers, keep_rows)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for file in folder_files(path, data.files):
         name = file.relative_to(path).as_posix()
-        more, lost = to_examples(read_rows(file, columns, lone_object=True), name, data, answers)
+        more, lost = to_examples(read_rows(file, columns, lone_object=True), name, data, answers, keep_rows)
         examples += more
         dropped += lost
     return examples, dropped
 
 
 def to_examples(
-    rows: Iterable[tuple[int, Row]], name: str, data: ConfigDict, answers: bool = True
+    rows: Iterable[tuple[int, Row]], name: str, data: ConfigDict, answers: bool = True, keep_rows: bool = False
 ) -> tuple[list[Example], Counter[str]]:
     """Returns the examples of numbered rows of the file called `name`, and the counts of rows dropped by reason."""
     examples: list[Example] = []
@@ -86,9 +89,12 @@ def to_examples(
             if isinstance(example, str):
                 dropped[example] += 1
             else:
-                key = _split_text(row, data) if answers else ""  # prompts are not split, so need not have its column
+                # Prompts alone are not split, so need not have its column.
+                key = _split_text(row, data) if answers or keep_rows else ""
                 examples.append(
-                    example._replace(row_id=f"{name}:{number}", split_key=key, row=None if answers else row)
+                    example._replace(
+                        row_id=f"{name}:{number}", split_key=key, row=row if keep_rows or not answers else None
+                    )
                 )
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None

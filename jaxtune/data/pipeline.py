@@ -40,11 +40,21 @@ def silent(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
     return items
 
 
-def load(data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progress: Progress = silent) -> Splits:
+def load(
+    data: ConfigDict,
+    paths: dict[str, Path],
+    tokenizer: Tokenizer,
+    progress: Progress = silent,
+    keep_rows: bool = False,
+    answers: bool = True,
+) -> Splits:
     """Returns the examples of `paths` ("train", and optionally "eval" and "test") in three splits.
 
     A split without a file of its own is a share of the training rows, by a hash of each row's split key: it depends
     neither on the order of rows nor on any seed. Then `data.limit` keeps the training rows of the smallest hashes.
+
+    Where rewards are to judge (`keep_rows`), examples keep their rows, and those of a test file need no answer; without
+    `answers`, none needs one.
 
     Raises:
       UserError: a bad row, a file without rows, or a split that leaves nothing to train on.
@@ -58,7 +68,8 @@ def load(data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progres
     read: dict[str, list[Example]] = {}
     for name in ("train", "eval", "test"):
         if name in paths:
-            read[name], lost = read_examples(paths[name], data)
+            needs_answer = answers and not (keep_rows and name == "test")
+            read[name], lost = read_examples(paths[name], data, needs_answer, keep_rows)
             dropped.update(lost)
     test_share = 0.0 if "test" in read else data.test_fraction
     validation_share = 0.0 if "eval" in read else data.validation_fraction

@@ -100,6 +100,17 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
     print(f"result in {place}{where}")
 
 
+def compare_runs(config: ConfigDict, first: tuple[Path, str], second: tuple[Path, str]) -> dict[str, dict[str, Any]]:
+    """Two models that were judged on the same rows: second minus first, as `tasks.compare`; of each a run's
+    predictions.jsonl and the side in it.
+    """
+    options = measure.intervals(config)
+    sides = [tasks.read_predictions(path, side) for path, side in (first, second)]
+    known = {"passed": "pass_rate", "reward": "mean_reward", "correct": "exact_match"}
+    names = [name for column, name in known.items() if all(column in rows[0] for rows in sides)]
+    return tasks.compare(*(tasks.measured(names, rows, (), **options) for rows in sides), **options)
+
+
 def _about(config: ConfigDict, run: Run) -> dict[str, str]:
     lora, trained = run.program.lora, state_lib.num_params(run.program.state.params)
     how = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}" if lora else f"{config.tune.method} fine-tuning"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import heads, likelihood, preferences, retrieval, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.sampler import Sampler
+from jaxtune.rewards import scoring
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
 
@@ -76,6 +78,8 @@ def held_out(
         metric = "labels" if config.data.label_column or config.eval.labels else "perplexity"
     if metric == "perplexity":
         return HeldOut(metric, examples, (), [])
+    if metric == "reward":
+        return HeldOut(metric, examples, (), _judged_rows(config, examples, tokenizer))
     without = [e.row_id for e in examples if e.answer is None]
     if without:
         raise UserError(f"eval.metric={metric!r} needs an answer in every row; {without[0]} has none: use 'perplexity'")
@@ -97,6 +101,27 @@ def held_out(
     return HeldOut(metric, examples, labels, rows)
 
 
+def _judged_rows(config: ConfigDict, examples: list[Example], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """What rewards need to judge an answer to each example; refuses rows that they cannot judge."""
+    scoring.names(config.reward)
+    rows = [scoring.row_of(example) for example in examples]
+    scoring.check_rows(config.reward, [example.row_id for example in examples], rows)
+    return [
+        {
+            "row_id": example.row_id,
+            "answer": example.answer,
+            "prompt_ids": templates.prompt_ids(example, tokenizer),
+            "prompt": scoring.prompt_of(example),
+            "row": row,
+        }
+        for example, row in zip(examples, rows, strict=True)
+    ]
+
+
+def _judged(rewarder: scoring.Rewarder, rows: list[dict[str, Any]], texts: list[str]) -> np.ndarray:
+    return rewarder([row["prompt"] for row in rows], texts, [row["row"] for row in rows]).total
+
+
 def nothing_held(config: ConfigDict) -> str:
     """What to say where `held_out` finds no rows."""
     keys = {
@@ -108,9 +133,12 @@ def nothing_held(config: ConfigDict) -> str:
 
 def asked(config: ConfigDict, held: HeldOut) -> str:
     """A hash of all that measuring the untuned model depends on: its source, rows, answers, labels, metric, intervals, tokens."""
-    settings = {**config.data.to_dict(), **intervals(config)}
+    data = {key: value for key, value in config.data.items() if key not in ("train", "eval", "test")}
+    settings = {**data, **intervals(config)}  # what the files hold stands in the rows
     settings |= {"model": config.model.to_dict(), "adapter": config.tune.adapter}
-    if held.metric == "exact_match":
+    if held.metric == "reward":
+        settings |= {"reward": config.reward.to_dict()}
+    if held.metric in ("exact_match", "reward"):
         settings |= {key: config.generate[key] for key in config.generate if key not in ("input", "output")}
     text = json.dumps([held, settings], ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -150,6 +178,11 @@ def measure(
         return tasks.exact_match(
             held.rows, generator(config, tokenizer, program, params, progress, f"answering, {what}"), **options
         )
+    if held.metric == "reward":
+        answer = generator(config, tokenizer, program, params, progress, f"answering, {what}")
+        with scoring.Rewarder(config.reward) as rewarder:
+            judge = partial(_judged, rewarder, held.rows)
+            return tasks.rewarded(held.rows, answer, judge, config.reward.threshold, **options)
     if held.metric == "labels":
         size, doing = config.eval.batch_size, f"scoring, {what}"
         score = likelihood.label_scorer(program.inference, params, tokenizer.pad_id, size, progress, doing)
@@ -199,7 +232,9 @@ def check(config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Prog
       UserError: naming the first row that is too long for the model, or why none is left.
     """
     ids = [row["row_id"] for row in held.rows]
-    if held.metric == "exact_match":
+    if held.metric == "reward":
+        scoring.check(config.reward)
+    if held.metric in ("exact_match", "reward"):
         return check_prompts(config, program, ids, [row["prompt_ids"] for row in held.rows])
     if held.metric == "perplexity":
         try:

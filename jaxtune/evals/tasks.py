@@ -58,6 +58,8 @@ def _metrics(labels: Sequence[str]) -> dict[str, _Metric]:
         "macro_f1": _Metric(f1, "prediction", ("answer",)),
         "label_nll": _Metric(statistics.mean, "label_nll", higher_is_better=False),
         "exact_match": _Metric(statistics.mean, "correct"),
+        "pass_rate": _Metric(statistics.mean, "passed"),
+        "mean_reward": _Metric(statistics.mean, "reward"),
         "recall_at_1": _Metric(statistics.mean, "correct"),
         "recall_at_5": _Metric(statistics.mean, "in_top_5"),
         "mrr_at_10": _Metric(statistics.mean, "reciprocal_rank"),
@@ -151,6 +153,30 @@ def exact_match(
         correct = normalise(text) == normalise(row["answer"])
         results.append({"row_id": row["row_id"], "answer": row["answer"], "prediction": text, "correct": correct})
     return Result(_measure(("exact_match",), results, (), num_samples, confidence, seed), results)
+
+
+def rewarded(
+    rows: Sequence[Row],
+    generate: GenerateFn,
+    score: Callable[[list[str]], np.ndarray],
+    threshold: float,
+    **options: Any,
+) -> Result:
+    """Measures generations by their rewards: `pass_rate`, the share of `threshold` or more, and `mean_reward`.
+
+    Args:
+      rows: what to ask.
+      generate: prompts of token ids -> texts.
+      score: texts -> their rewards, (M,); NaN, of one that could not be judged, counts as 0 and does not pass.
+      threshold: from which a text passes.
+      **options: num_samples, confidence and seed of the bootstrap.
+    """
+    texts = generate([row["prompt_ids"] for row in rows])
+    results = []
+    for row, text, reward in zip(rows, texts, score(texts), strict=True):
+        judged = {"prediction": text, "passed": bool(reward >= threshold), "reward": float(np.nan_to_num(reward))}
+        results.append({"row_id": row["row_id"], "answer": row["answer"], **judged})
+    return measured(("pass_rate", "mean_reward"), results, (), **options)
 
 
 def normalise(text: str) -> str:
@@ -268,6 +294,12 @@ def compare(
             test = "paired permutation"
         report[name] = {**gap._asdict(), "p": p, "test": test, "higher_is_better": metric.higher_is_better}
     return report
+
+
+def read_predictions(path: str | os.PathLike[str], side: str) -> list[dict[str, Any]]:
+    """Returns the rows of one side ("before", "after") of what `write_predictions` wrote."""
+    lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    return [{"row_id": line["row_id"], "answer": line["answer"], **line[side]} for line in lines]
 
 
 def write_predictions(path: str | os.PathLike[str], before: Result | None, after: Result | None) -> None:

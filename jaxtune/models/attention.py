@@ -104,6 +104,8 @@ def _dense(
     if rule.softcap:
         scores_BKGTS = jnp.tanh(scores_BKGTS / rule.softcap) * rule.softcap
     behind_TS = offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]  # how far a key lies behind its query
+    if T == 1:  # whose slots may be a ring: what seems to lie ahead is of the round before, or empty (segment 0)
+        behind_TS %= S
     if rule.slopes:
         slopes_KG = jnp.asarray(rule.slopes, jnp.float32).reshape(K, N // K)
         scores_BKGTS -= slopes_KG[None, :, :, None, None] * behind_TS[None, None, None]

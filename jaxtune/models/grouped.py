@@ -31,6 +31,19 @@ class Where(NamedTuple):
         return cos[which], sin[which]
 
 
+# Of a cache: the dim of each array that counts slots. Both lie as the matmuls of one new token read them: k (L, B, K, H, S) and
+# v (L, B, K, S, H).
+SLOTS_DIM = {"k": 4, "v": 3}
+
+
+def empty_slots(layers: int, rows: int, slots: int, heads: int, k_dim: int, v_dim: int, dtype: Any) -> Cache:
+    """Keys and values of no token yet."""
+    return {
+        "k": jnp.zeros((layers, rows, heads, k_dim, slots), dtype),
+        "v": jnp.zeros((layers, rows, heads, slots, v_dim), dtype),
+    }
+
+
 class At(NamedTuple):
     """Which layer of a scan this is: its row in the stack, what it picks from the model's windows and ropes, what it gets."""
 
@@ -118,9 +131,11 @@ class Attention(nnx.Module):
     @staticmethod
     def empty(a: spec.Attention, layers: int, rows: int, slots: int, dtype: Any) -> Cache:
         """What `layers` of these remember, with nothing in it."""
-        if a.reuse is not None:
-            return {}
-        return {name: jnp.zeros((layers, rows, slots, a.num_kv_heads, a.head_dim), dtype) for name in ("k", "v")}
+        return (
+            {}
+            if a.reuse is not None
+            else empty_slots(layers, rows, slots, a.num_kv_heads, a.head_dim, a.head_dim, dtype)
+        )
 
 
 def attend_cached(
@@ -129,30 +144,52 @@ def attend_cached(
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Attention over the tokens themselves or, with a cache, over all slots once these tokens are written to theirs.
 
-    Returns its output and the cache; without one, the keys and values themselves, in case a later layer reuses them.
+    Returns its output and the cache; without one, the keys and values themselves, in case a later layer reuses them. A
+    single token goes on where the slots end: they are a ring.
     """
     options: dict[str, Any] = {"window_index": at.window, "sinks_N": sinks_N}
     segments_BT = where.segment_ids_BT
     q_BTNH, k_BTKH, v_BTKH = named((q_BTNH, k_BTKH, v_BTKH), "qkv")
     if cache is None:
-        k_BTKH, v_BTKH = at.kv or (k_BTKH, v_BTKH)
+        k_BTKH, v_BTKH = (k_BTKH, v_BTKH) if at.kv is None else _by_token(*at.kv)
         out = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, rule, run, **options)
-        return out, {"k": k_BTKH, "v": v_BTKH}
+        return out, dict(zip("kv", _by_head(k_BTKH, v_BTKH), strict=True))
     assert where.key_segments_BS is not None
     assert where.used is not None
+    first = where.used % where.key_segments_BS.shape[1]
     if at.kv is None:
-        start = (at.row, 0, where.used, 0, 0)
-        cache = {
-            name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), start)
-            for name, new in (("k", k_BTKH), ("v", v_BTKH))
-        }
-        k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(cache[name], at.row, keepdims=False) for name in ("k", "v"))
+        made = [
+            _write(cache[name], new, at.row, first, SLOTS_DIM[name])
+            for name, new in zip("kv", _by_head(k_BTKH, v_BTKH), strict=True)
+        ]
+        cache, mine = {"k": made[0][0], "v": made[1][0]}, [each[1] for each in made]
     else:
-        k_BSKH, v_BSKH = at.kv
+        mine = list(at.kv)
     out = attend(
-        q_BTNH, k_BSKH, v_BSKH, segments_BT, where.key_segments_BS, rule, run, offset=where.used, self_attention=False, **options
+        q_BTNH, *_by_token(*mine), segments_BT, where.key_segments_BS, rule, run, offset=first, self_attention=False, **options
     )  # fmt: skip
     return out, cache
+
+
+def _write(kept: jax.Array, new: jax.Array, row: jax.Array, first: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
+    """Puts new tokens into a layer's slots from `first` on: (all layers, that layer)."""
+    new, alone = new.astype(kept.dtype), kept.shape[0] == 1
+    start: list[Any] = [row, 0, 0, 0, 0]
+    start[dim] = first
+    if alone:  # written without the dim of layers, it is the same array that is read and that a loop carries on
+        mine = jax.lax.dynamic_update_slice(kept[0], new, start[1:])
+        return mine[None], mine
+    kept = jax.lax.dynamic_update_slice(kept, new[None], start)
+    return kept, jax.lax.dynamic_index_in_dim(kept, row, keepdims=False)
+
+
+def _by_head(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys (B, K, H, T) and values (B, K, T, H), as a cache keeps them."""
+    return jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.swapaxes(v_BTKH, 1, 2)
+
+
+def _by_token(k_BKHS: jax.Array, v_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.transpose(k_BKHS, (0, 3, 1, 2)), jnp.swapaxes(v_BKSH, 1, 2)
 
 
 def distinct(windows: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxtune.models import rope, spec
 from jaxtune.models.attention import Rule
-from jaxtune.models.grouped import At, Cache, Where, attend_cached, distinct
+from jaxtune.models.grouped import At, Cache, Where, attend_cached, distinct, empty_slots
 from jaxtune.models.layers import Linear, RMSNorm, Runtime
 
 _EPS = 1e-6
@@ -61,5 +61,4 @@ class LatentAttention(nnx.Module):
 
     @staticmethod
     def empty(a: spec.Latent, layers: int, rows: int, slots: int, dtype: Any) -> Cache:
-        dims = {"k": a.nope_dim + a.rope_dim, "v": a.value_dim}
-        return {name: jnp.zeros((layers, rows, slots, a.num_heads, dim), dtype) for name, dim in dims.items()}
+        return empty_slots(layers, rows, slots, a.num_heads, a.nope_dim + a.rope_dim, a.value_dim, dtype)

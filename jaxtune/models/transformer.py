@@ -35,7 +35,8 @@ from jaxtune.models.layers import (
 class KVCache(NamedTuple):
     """What decoding remembers. `stacks` holds a dictionary for each stack of layers, arrays (L, B, …): keys and values for
     S slots, or a recurrence's state. segment_ids: (B, S) int32, 0 for empty or padding slots; used: () int32, the slots
-    written so far, the same in every row.
+    written so far, the same in every row. Single tokens may go on past S: the slots are then a ring, and what they
+    overwrite must be of no use to their row any more.
     """
 
     stacks: tuple[Cache, ...]
@@ -261,7 +262,9 @@ class Model(nnx.Module):
         if cache is None:
             return Where(segment_ids_BT, tables, None, None), None
         segments_BS = jax.lax.dynamic_update_slice(
-            cache.segment_ids_BS, jnp.asarray(segment_ids_BT, jnp.int32), (0, cache.used)
+            cache.segment_ids_BS,
+            jnp.asarray(segment_ids_BT, jnp.int32),
+            (0, cache.used % cache.segment_ids_BS.shape[1]),
         )
         where = Where(segment_ids_BT, tables, segments_BS, cache.used)
         return where, cache._replace(segment_ids_BS=segments_BS)

@@ -63,7 +63,7 @@ def read(
       UserError: bad data, or validation is asked for and there are no rows to validate on.
     """
     data, training = config.data, config.train
-    splits = pipeline.load(data, paths(config), tokenizer, show)
+    splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=config.eval.metric == "reward")
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:

@@ -17,7 +17,7 @@ from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, flash, quantised, reading, splash
-from jaxtune.train import layout, preferences, step
+from jaxtune.train import layout, preferences, random_weights, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -174,7 +174,7 @@ def load(
 ) -> tuple[State, Params]:
     """Streams the weights onto the mesh (random ones for a preset); returns the first state and the frozen params."""
     if model.tensors is None:
-        base = state_lib.random_base(program, config.train.seed)
+        base = random_weights.random_base(program, config.train.seed)
     else:
         new_head = bool(config.model.head)
         found = (program.family, program.model_config, program.base)

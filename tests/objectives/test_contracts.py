@@ -13,7 +13,7 @@ from jaxtune import registry, sharding
 from jaxtune.config import base
 from jaxtune.models import llama
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import start, state, step
+from jaxtune.train import random_weights, start, state, step
 from jaxtune.train.preferences import READERS
 from jaxtune.types import BATCH_FIELDS, BRANCH_BITS
 from jaxtune.weights import source
@@ -89,7 +89,7 @@ def one_step(config: ConfigDict, batches: list[dict[str, np.ndarray]], devices: 
     found = []
     run = None
     for batch in batches or [batch_of(config.train.objective, config, program)]:
-        made, frozen = state.create(program, state.random_base(program, 0), 0)
+        made, frozen = state.create(program, random_weights.random_base(program, 0), 0)
         run = run or step.make(config, program)
         _, metrics = run(made, frozen, sharding.to_global(batch, mesh, B))
         found.append({name: float(value) for name, value in metrics.items()} | {"batch": batch})  # type: ignore[dict-item]

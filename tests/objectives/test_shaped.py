@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxtune.models.embed_noise import noisy, text_lengths
 from jaxtune.objectives import ops
-from jaxtune.train import state, step
+from jaxtune.train import random_weights, state, step
 from jaxtune.types import UserError
 from jaxtune.weights import source
 
@@ -115,7 +115,7 @@ def test_noise_is_in_training_alone(tiny_config: ConfigDict) -> None:
 
         tiny_config.train.neftune_noise_alpha = alpha
         program = state.abstract(tiny_config, hf_config, sharding.make_mesh(tiny_config, jax.devices()[:1]), 1)
-        params = state.random_base(program, 0)
+        params = random_weights.random_base(program, 0)
         params |= state._initial_adapter(program, params, 0)
         tokens_BT = np.arange(16, dtype=np.int32)[None] % 7
         batch = {"tokens_BT": tokens_BT, "segment_ids_BT": tokens_BT * 0 + 1, "positions_BT": np.arange(16)[None]}
