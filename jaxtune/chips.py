@@ -51,6 +51,10 @@ _KEYS = {
     "chip_config", "device_kinds", "named_by", "slices", "usd_per_chip_hour", "spec_source", "price_source",
 }  # fmt: skip
 _NEEDED = ("hbm_gib", "hbm_gb_per_second", "tflops")
+_AT_LEAST = {
+    "ici_gb_per_second": 0, "ici_ports": 0, "wraps_at": 0, "dcn_gbit_per_second": 0, "devices": 1, "usd_per_chip_hour": 0,
+}  # fmt: skip
+_SHAPE = r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}"
 
 
 def table(prices: str = "") -> dict[str, Chip]:
@@ -98,6 +102,7 @@ def _chip(name: str, row: Mapping[str, Any], prices: str) -> Chip:
     missing = [key for key in _NEEDED if key not in row]
     if missing:
         raise UserError(f"plan.prices={prices!r}: [{name}] is a new chip and lacks {missing[0]!r}")
+    _check(name, row, prices)
     try:
         tflops = {dtype: float(value) * 1e12 for dtype, value in row["tflops"].items()}
         price = row.get("usd_per_chip_hour")
@@ -121,9 +126,34 @@ def _chip(name: str, row: Mapping[str, Any], prices: str) -> Chip:
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"plan.prices={prices!r}: [{name}] has a value of a wrong type: {error}") from None
-    if "bfloat16" not in tflops or min(chip.hbm_bytes, chip.hbm_bytes_per_second, *tflops.values()) <= 0:
-        raise UserError(f"plan.prices={prices!r}: [{name}] needs tflops.bfloat16, and figures above 0")
+    if "bfloat16" not in tflops:
+        raise UserError(f"plan.prices={prices!r}: [{name}] needs tflops.bfloat16")
     return chip
+
+
+def _check(name: str, row: Mapping[str, Any], prices: str) -> None:
+    """Refuses a figure that no chip has: what is divided by is above 0, nothing is below it, and all is finite."""
+    tflops = row["tflops"].items() if isinstance(row["tflops"], dict) else ()
+    above = {key: row[key] for key in ("hbm_gib", "hbm_gb_per_second")} | {f"tflops.{d}": v for d, v in tflops}
+    for key, value in above.items():
+        if not (_is_number(value) and value > 0):
+            raise UserError(f"plan.prices={prices!r}: [{name}] has {key} = {value!r}; expected a number above 0")
+    for key, low in _AT_LEAST.items():
+        value = row.get(key, low)
+        if not (_is_number(value) and value >= low):
+            raise UserError(
+                f"plan.prices={prices!r}: [{name}] has {key} = {value!r}; expected a number of {low} or more"
+            )
+    for key in ("slices", "device_kinds"):
+        if not (isinstance(row.get(key, []), list) and all(isinstance(word, str) for word in row.get(key, []))):
+            raise UserError(f"plan.prices={prices!r}: [{name}] has {key} = {row[key]!r}; expected a list of strings")
+    for shape in row.get("slices", ()):
+        if not re.fullmatch(_SHAPE, shape):
+            raise UserError(f'plan.prices={prices!r}: [{name}] has a slice {shape!r}; expected shapes such as "4x4"')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Slice(NamedTuple):
@@ -167,10 +197,11 @@ def slice_of(topology: str, chips: Mapping[str, Chip], num_slices: int = 1) -> S
         generation, _, number = topology.rpartition("-")
         if generation in chips:
             shape = _shape_named(topology, chips[generation], number)
+    near = "" if generation in chips else nearest(generation.lower(), list(chips))
     # libtpu ends the whole process where a side is 0.
-    if generation not in chips or not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape):
+    if generation not in chips or not re.fullmatch(_SHAPE, shape):
         raise UserError(
-            f"plan.topology={topology!r}{nearest(generation, list(chips))}; expected GENERATION:SHAPE, e.g. v5e:4x4 or v5p:2x2x4 "
+            f"plan.topology={topology!r}{near}; expected GENERATION:SHAPE, e.g. v5e:4x4 or v5p:2x2x4 "
             f"(or a name such as v5e-16), or cpu; generations: {', '.join(chips)}"
         )
     chip = chips[generation]

@@ -27,7 +27,7 @@ def _model() -> ConfigDict:
     c.pooling = ""  # which state stands for a whole text in an embedding: first (CLS) | mean | last; "" = as the model's folder says, else mean (encoders), last (decoders)
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
-    c.attention = "auto"  # auto (by platform) | xla | splash
+    c.attention = "auto"  # auto (splash on TPU, flash on GPU, else xla) | xla | splash | flash; what a kernel cannot say runs as xla: slopes and two-way windows (both), soft caps, windows, sinks, `mesh.context`, odd or wide heads (flash); on GPUs before compute capability 8.0 all of it
     c.quantize = ""  # storage of the frozen weights of linear layers: "" (param_dtype) | int8 | int4 | nf4 (QLoRA, arXiv:2305.14314)
     c.quantize_block = 64  # inputs that share a scale (fewer where it does not divide them); 0 = all of an output's
     c.quantize_targets = r"layers\.(?!.*\brouter\b).*"  # regex, full match, over the paths of linear layers; none but those of blocks are quantised
@@ -90,16 +90,32 @@ def _data() -> ConfigDict:
 
 def _optim() -> ConfigDict:
     c = ConfigDict()
-    c.name = "adamw"  # adamw | sgd
+    c.name = "adamw"  # adamw | adam8bit (moments of a byte each) | adafactor | lion | muon (matrices of layers; AdamW for the rest) | sgd
     c.learning_rate = 2e-4  # peak
-    c.schedule = "cosine"  # cosine | linear | constant
+    c.schedule = "cosine"  # cosine | linear | constant | wsd (stays at the peak, then decays; arXiv:2404.06395)
     c.warmup_steps = 0.03  # steps of linear warm-up; below 1 = a share of all steps
-    c.final_ratio = 0.0  # learning rate at the end, over the peak (cosine, linear)
+    c.final_ratio = 0.0  # learning rate at the end, over the peak (cosine, linear, wsd)
     c.b1 = 0.9
-    c.b2 = 0.999
+    c.b2 = 0.999  # lion's authors take 0.99
     c.eps = 1e-8
     c.weight_decay = 0.0  # decoupled; matrices only, never norms, biases or magnitudes
     c.clip_norm = 1.0  # global gradient norm is clipped to this; 0 = never
+    c.stable_share = 0.9  # wsd: share of the steps after the warm-up that stay at the peak
+    c.decay_shape = (
+        "linear"  # wsd: how the rest falls: linear | cosine | exponential | sqrt (1 - sqrt, arXiv:2405.18392)
+    )
+    c.layer_decay = 1.0  # each layer's learning rate over that of the layer above; embeddings' is the lowest (arXiv:2003.10555); 1 = all alike
+    c.moment_block = 256  # adam8bit: numbers that share a scale, at most (arXiv:2110.02861)
+    c.min_factored_dim = 128  # adafactor: matrices with both dims of so many or more keep factored moments
+    c.scale_by_weights = False  # adafactor: the learning rate is relative to the RMS of each matrix
+    c.muon_momentum = 0.95  # muon: of the gradients that are made orthogonal
+    c.muon_rms = (
+        0.2  # muon: RMS of an update over the learning rate; about AdamW's, so that its rates serve (arXiv:2502.16982)
+    )
+    c.ema_decay = 0.0  # of a moving average of the weights, e.g. 0.999; 0 = none
+    c.use_ema = (
+        True  # where there is an average, it is what is validated, measured and exported; False = the last weights
+    )
     return c
 
 
@@ -131,6 +147,16 @@ def _train() -> ConfigDict:
     c.explode_factor = 0.0  # also call a loss exploding above this multiple of its running mean; 0 = non-finite only
     c.mlp_block_tokens = 0  # a feed-forward layer takes so many tokens of a device at a time, each block rematerialised on its own; 0 = all
     c.log_every_steps = 1  # console line every so many steps where there is no terminal
+    c.neftune_noise_alpha = 0.0  # noise on the embeddings in training, e.g. 5 (NEFTune, arXiv:2310.05914); 0 = none
+    c.label_smoothing = (
+        0.0  # share of each target that is spread over all classes or words; as torch's CrossEntropyLoss
+    )
+    c.z_loss_weight = 0.0  # of the squared log-partition of the logits, e.g. 1e-4 (arXiv:2204.02311)
+    c.focal_gamma = (
+        0.0  # targets that are sure already weigh less: (1 - p)^gamma, e.g. 2 (arXiv:1708.02002); 0 = cross-entropy
+    )
+    c.class_weights = ()  # classify, token_classify: loss weight of each label, in the order of the model's labels; () = all alike
+    c.beside = ()  # objectives beside `objective`, added to it: ((name, weight), …), or (name, weight, URI) with training rows of its own
     return c
 
 
@@ -237,68 +263,6 @@ def _tracking() -> ConfigDict:
     return c
 
 
-def _reward() -> ConfigDict:
-    c = ConfigDict()
-    c.functions = ()  # ((reward, weight), …): exact_answer | choice | json_schema | regex | length, or a function of yours (prompt, completion, row) -> float, "module:function" or "file.py:function"
-    c.threshold = 0.5  # weighted sum from which an answer counts as right
-    c.timeout_seconds = 10.0  # of one function on one completion; then its process is ended and another started
-    c.on_error = (
-        "zero"  # a function that raises, hangs or returns no number: zero (its value) | drop (the completion) | stop
-    )
-    c.workers = 1  # processes that judge
-    c.answer_column = "answer"  # exact_answer, choice: the row's column that holds the answer; a row without such a column has its last assistant turn, completion, output or label there
-    c.answer_regex = (
-        ""  # what of that column is the answer, e.g. r"####\s*(.+)": group 1 counts where there is one; "" = all
-    )
-    c.completion_regex = (
-        ""  # exact_answer, choice: what of a completion is its answer, likewise, the last match; "" = all
-    )
-    c.choices = ()  # choice: the answers to choose among; () = the completion as a whole is compared
-    c.json_schema = ""  # json_schema: file of a JSON schema; "" = each row's column "schema"
-    c.regex = ""  # regex: pattern to be found in the completion
-    c.length_characters = (1, 1000)  # length: (low, high), characters
-    return c
-
-
-def _preference() -> ConfigDict:
-    c = ConfigDict()
-    c.beta = 0.1  # dpo, kto, cpo: how near to the reference; simpo: scale of the reward (its paper: 2 to 10); orpo: weight of the odds ratio
-    c.loss_type = "sigmoid"  # dpo, cpo: sigmoid | hinge | ipo | robust (objectives/pairs.py has the formulas)
-    c.label_smoothing = 0.0  # share of the pairs taken to be the wrong way round: dpo, cpo (sigmoid and robust), simpo
-    c.length_normalised = False  # dpo: log-ratios are means over an answer's tokens, as ipo's always are
-    c.rpo_alpha = 0.0  # dpo, simpo: weight of the chosen answers' cross-entropy beside the loss
-    c.cpo_alpha = 1.0  # cpo: likewise
-    c.simpo_gamma = 0.5  # simpo: margin by which the chosen answer's reward should be the higher
-    c.orpo_prompts = True  # orpo: its cross-entropy reads the prompt too, as its authors' code and TRL's; False = the answer alone, as the paper
-    c.desirable_weight = 1.0  # kto: weight of desirable answers' losses
-    c.undesirable_weight = 1.0  # kto: of undesirable ones'
-    c.center_rewards = 0.0  # reward: weight of the squared sum of a pair's scores, which keeps them about 0
-    c.margin_scale = 1.0  # reward: a row's margin, or difference of ratings, times this is what its scores should differ by at least; 0 = no margin
-    c.reference = "auto"  # dpo, kto: adapter_off (the model without its adapter) | start (the model as training starts, computed once before) | another model's URI, likewise | auto (adapter_off for a new adapter, else start)
-    c.share_prompts = "auto"  # a pair's prompt is computed once: auto (where the model can, and no TPU kernel is lost by it) | always | never
-    return c
-
-
-def _self_training() -> ConfigDict:
-    c = ConfigDict()
-    c.method = "star"  # star (arXiv:2203.14465) | rft (arXiv:2308.01825) | rest_em (arXiv:2312.06585)
-    c.rounds = 3  # of sampling, judging, training and measuring
-    c.samples = 4  # answers to each prompt in a round
-    c.max_per_prompt = 10  # rft, rest_em: answers kept of a prompt at most; 0 = all
-    c.hint = " (Hint: the answer is {answer}.)"  # star: what is added to a prompt without a right answer, a template over columns, before it is asked again; learned from without it; "" = never
-    c.with_gold = False  # train on the gold answers too, as RFT's authors do
-    c.from_base = True  # each round trains from the first model; False = from the one of the round before
-    c.control = True  # train on as many gold answers beside it
-    c.temperature = 0.7  # of the answers; those that measure are drawn as `generate` says
-    c.top_k = 0  # 0 = off
-    c.top_p = 1.0  # 1 = off
-    c.max_new_tokens = 256  # of an answer; one that does not end by then is refused
-    c.part_prompts = 64  # prompts whose answers are written together: what a kill costs at most
-    c.reward_model = ""  # URI of a model with one score (model.head="sequence"), which judges in place of reward.functions; reward.threshold is of its score
-    c.reward_adapter = ""  # PEFT folder over it, by URI; reward_model is then its base
-    return c
-
-
 def base() -> ConfigDict:
     """Returns the config with every field at its default, locked against new keys."""
     config = ConfigDict()
@@ -312,9 +276,8 @@ def base() -> ConfigDict:
     config.optim, config.train, config.checkpoint = _optim(), _train(), _checkpoint()
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
-    config.reward = _reward()
-    config.preference, config.rl = _preference(), config_methods.rl()
-    config.reward, config.self_training = _reward(), _self_training()
+    for name, section in config_methods.SECTIONS.items():
+        config[name] = section()
     config.lock()
     return config
 

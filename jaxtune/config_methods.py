@@ -1,12 +1,94 @@
-"""Sections of the config that belong to one way of training each; `config.base()` holds them all."""
+"""Sections of the config that belong to one way of teaching, or to one verb; `config.base` puts them beside the others."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
 
+def lr_find() -> ConfigDict:
+    c = ConfigDict()
+    c.low = 1e-7  # learning rate of the first step
+    c.high = 1.0  # of the last; in between it grows by the same factor each step (arXiv:1506.01186)
+    c.num_steps = 100
+    c.smoothing = 0.9  # decay of the running mean of the loss
+    c.stop_factor = 4.0  # stops when the running mean exceeds its lowest by so much
+    return c
+
+
+def sweep() -> ConfigDict:
+    c = ConfigDict()
+    c.axes = ()  # ((key, (value, …)), …), e.g. (("optim.learning_rate", (1e-4, 3e-4)),); random also ("linear" | "log", low, high)
+    c.method = "grid"  # grid (every combination) | random (of each axis, independently)
+    c.num_runs = 0  # random: how many; grid: the first so many, 0 = all
+    c.seed = 0  # of the random choice
+    c.metric = "eval/loss"  # runs are compared by this: a name of metrics.jsonl, or of what is measured after training
+    c.goal = "min"  # min | max
+    return c
+
+
+def reward() -> ConfigDict:
+    c = ConfigDict()
+    c.functions = ()  # ((reward, weight), …): exact_answer | choice | json_schema | regex | length, or a function of yours (prompt, completion, row) -> float, "module:function" or "file.py:function"
+    c.threshold = 0.5  # weighted sum from which an answer counts as right
+    c.timeout_seconds = 10.0  # of one function on one completion; then its process is ended and another started
+    c.on_error = (
+        "zero"  # a function that raises, hangs or returns no number: zero (its value) | drop (the completion) | stop
+    )
+    c.workers = 1  # processes that judge
+    c.answer_column = "answer"  # exact_answer, choice: the row's column that holds the answer; a row without such a column has its last assistant turn, completion, output or label there
+    c.answer_regex = (
+        ""  # what of that column is the answer, e.g. r"####\s*(.+)": group 1 counts where there is one; "" = all
+    )
+    c.completion_regex = (
+        ""  # exact_answer, choice: what of a completion is its answer, likewise, the last match; "" = all
+    )
+    c.choices = ()  # choice: the answers to choose among; () = the completion as a whole is compared
+    c.json_schema = ""  # json_schema: file of a JSON schema; "" = each row's column "schema"
+    c.regex = ""  # regex: pattern to be found in the completion
+    c.length_characters = (1, 1000)  # length: (low, high), characters
+    return c
+
+
+def self_training() -> ConfigDict:
+    c = ConfigDict()
+    c.method = "star"  # star (arXiv:2203.14465) | rft (arXiv:2308.01825) | rest_em (arXiv:2312.06585)
+    c.rounds = 3  # of sampling, judging, training and measuring
+    c.samples = 4  # answers to each prompt in a round
+    c.max_per_prompt = 10  # rft, rest_em: answers kept of a prompt at most; 0 = all
+    c.hint = " (Hint: the answer is {answer}.)"  # star: what is added to a prompt without a right answer, a template over columns, before it is asked again; learned from without it; "" = never
+    c.with_gold = False  # train on the gold answers too, as RFT's authors do
+    c.from_base = True  # each round trains from the first model; False = from the one of the round before
+    c.control = True  # train on as many gold answers beside it
+    c.temperature = 0.7  # of the answers; those that measure are drawn as `generate` says
+    c.top_k = 0  # 0 = off
+    c.top_p = 1.0  # 1 = off
+    c.max_new_tokens = 256  # of an answer; one that does not end by then is refused
+    c.slots = 32  # answers that are made side by side
+    c.part_prompts = 64  # prompts whose answers are written together: what a kill costs at most
+    c.reward_model = ""  # URI of a reward model's folder or adapter (train.objective="reward"), which judges in place of reward.functions; reward.threshold is then of its score
+    return c
+
+
+def preference() -> ConfigDict:
+    c = ConfigDict()
+    c.beta = 0.1  # dpo, kto, cpo: how near to the reference; simpo: scale of the reward (its paper: 2 to 10); orpo: weight of the odds ratio
+    c.loss_type = "sigmoid"  # dpo, cpo: sigmoid | hinge | ipo | robust (objectives/pairs.py has the formulas)
+    c.label_smoothing = 0.0  # share of the pairs taken to be the wrong way round: dpo, cpo (sigmoid and robust), simpo
+    c.length_normalised = False  # dpo: log-ratios are means over an answer's tokens, as ipo's always are
+    c.rpo_alpha = 0.0  # dpo, simpo: weight of the chosen answers' cross-entropy beside the loss
+    c.cpo_alpha = 1.0  # cpo: likewise
+    c.simpo_gamma = 0.5  # simpo: margin by which the chosen answer's reward should be the higher
+    c.orpo_prompts = True  # orpo: its cross-entropy reads the prompt too, as its authors' code and TRL's; False = the answer alone, as the paper
+    c.desirable_weight = 1.0  # kto: weight of desirable answers' losses
+    c.undesirable_weight = 1.0  # kto: of undesirable ones'
+    c.center_rewards = 0.0  # reward: weight of the squared sum of a pair's scores, which keeps them about 0
+    c.margin_scale = 1.0  # reward: a row's margin, or difference of ratings, times this is what its scores should differ by at least; 0 = no margin
+    c.reference = "auto"  # dpo, kto: adapter_off (the model without its adapter) | start (the model as training starts, computed once before) | another model's URI, likewise | auto (adapter_off for a new adapter, else start)
+    c.share_prompts = "auto"  # a pair's prompt is computed once: auto (where the model can, and no attention kernel of a TPU or GPU is lost by it) | always | never
+    return c
+
+
 def rl() -> ConfigDict:
-    """Reinforcement: completions by the model itself, judged by the section `reward`."""
     c = ConfigDict()
     c.prompts_per_round = 8  # prompts that are answered before weights change
     c.group_size = 8  # completions of each
@@ -40,3 +122,13 @@ def rl() -> ConfigDict:
     c.keep_rounds = 0  # rounds kept in WORKDIR/rollouts, from which a resumed run goes on in mid-round; 0 = all
     c.samples = 4  # completions of each round written to WORKDIR/samples.jsonl
     return c
+
+
+SECTIONS = {
+    "lr_find": lr_find,
+    "sweep": sweep,
+    "reward": reward,
+    "self_training": self_training,
+    "preference": preference,
+    "rl": rl,
+}

@@ -60,6 +60,15 @@ def joined() -> bool:
     return _looking is not None
 
 
+def await_loss(error: BaseException) -> None:
+    """After an error of the runtime, which a collective ends in when the process at its other end is gone: gives the watch
+    the time in which it finds a loss, and so ends this process. Returns where there is none, or where the error is another."""
+    import jax
+
+    if _looking is not None and isinstance(error, jax.errors.JaxRuntimeError):
+        _looking.join((_LOOKS + 3) * _pause_seconds)
+
+
 def leave(code: int) -> None:
     """Tells the others that this process is done, with an exit code; after an error it ends here, without waiting for them."""
     if _looking is None:

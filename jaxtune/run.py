@@ -18,22 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxtune import checkpoint, fetch, optim, tracking, validation
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, preferences, templates
+from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
-from jaxtune.selftrain import rounds as selftrain_rounds
+from jaxtune.selftrain import rounds as self_training
 from jaxtune.train import compiled, goodput, loop, references, rounds, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
-from jaxtune.types import BRANCH_BITS, UserError
+from jaxtune.types import UserError
 from jaxtune.weights import source
 from jaxtune.workdir import shown
 
@@ -52,11 +51,11 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         tokenizer = source.find_tokenizer(config, model)
     with wall("tokenise"):
         reader = start.reader(config, model, tokenizer)
-        rows = rows_lib.read(config, tokenizer, show, reader)
+        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer))
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         validation.check_profile(config)
     if config.checkpoint.resume:
-        with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
+        with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
             checkpoints.check()
     with wall("program"):
         program, values = start.program(config, model)
@@ -75,7 +74,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
-    with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
+    with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = _resumed(config, workdir, checkpoints, program, state)
         if is_main:
@@ -87,7 +86,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
             known = (compiling, wall, counted)
             outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
-            params = _best(checkpoints, program, outcome)
+            params = _best(config, checkpoints, program, outcome)
             tracker.close_console()
             after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)
             with wall("export"):
@@ -111,28 +110,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     start.check_length(config, program)
     start.check_export(config, program)
     print(config_lib.to_json(config))
-    batch = rows.batches[0]
-    weights_T = batch["weights_BT"][0]
-    if reader.kind in ("next", "pairs", "judged"):
-        weights_T = np.concatenate([[0.0], weights_T[:-1]])  # a weight stands where its token is predicted
-    print(
-        f"\nfirst row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:"
-    )
-    for position, token in enumerate(batch["tokens_BT"][0]):
-        segment, row = batch["segment_ids_BT"][0, position], batch["row_ids_BT"][0, position]
-        if segment:
-            name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
-            number, branch = segment & (1 << BRANCH_BITS) - 1, segment >> BRANCH_BITS
-            where = f"{number:3d}" + (f".{branch}" if reader.kind in preferences.KINDS else "")
-            print(f"  {position:5d}  segment {where}  {name:<24}  weight {weights_T[position]:g}  {text}")
-    for tokens_U, ids_U in zip(
-        batch.get("passage_tokens_BQU", [[]])[0], batch.get("passage_segment_ids_BQU", [[]])[0], strict=True
-    ):
-        text = tokenizer.decode(tokens_U[ids_U != 0], skip_special=False)
-        print(f"  passage of {int((ids_U != 0).sum())} tokens: {text}")
-    print(
-        f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding\n\n{start.summary(model, program)}; they are"
-    )
+    print(f"\n{rows_lib.first_row(config, rows, tokenizer, reader)}\n\n{start.summary(model, program)}; they are")
     for path, leaf in program.state.params.items():
         print(f"  {program.labels[path]:<10} {path}  {leaf.shape} {leaf.dtype}")
     rate, last = optim.schedule(config.optim, config.train.steps), config.train.steps
@@ -241,8 +219,8 @@ def export(config: ConfigDict, workdir: Path) -> None:
 
 def self_train(config: ConfigDict, workdir: Path) -> None:
     """Rounds of sampling, judging and training on what was right, measured each, beside as many gold answers."""
-    hands = selftrain_rounds.Hands(train, account.compare_runs, judge.reward_model)
-    selftrain_rounds.run(config, workdir, hands, _progress(config), partial(_say, config))
+    hands = self_training.Hands(train, account.compare_runs, judge.load)
+    self_training.run(config, workdir, hands, _progress(config), partial(_say, config))
 
 
 def plan(config: ConfigDict, workdir: Path) -> None:
@@ -256,8 +234,9 @@ def plan(config: ConfigDict, workdir: Path) -> None:
     result: dict[str, Any] = {}
     lines, show = [], partial(tracking.progress, mode=config.tracking.progress)
     priced, steps = cost.wants_api(config), config.train.steps
-    counts = priced and not config.plan.api_training_tokens
-    planned = not priced or bool(config.model.source and (config.plan.topology or config.plan.topologies))
+    counts = bool(config.plan.api_training_usd_per_1k_tokens) and not config.plan.api_training_tokens
+    compared = config.plan.search or bool(config.plan.topologies)
+    planned = not priced or compared or bool(config.model.source and config.plan.topology)
     # On this machine's CPU what training's process would hold is part of the forecast, and its rows are.
     needs_rows = counts or (planned and (cpu.is_cpu(config.plan.topology) or not steps))
     rows = counted.rows(config, show) if needs_rows else None
@@ -277,7 +256,10 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         lines.append(text)
     if priced:
         found = cost.api(config, counted.training_tokens(config, steps, rows) if counts else None)
-        result = {**found, **result, "api": found}
+        known = {
+            key: value for key, value in result.items() if value is not None
+        }  # no price of chips hides a service's
+        result = {**result, **found, **known, "api": found}
         lines.append(account.api_table(found))
     _write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
     print("\n\n".join(lines))
@@ -326,12 +308,11 @@ def _before(
     return result
 
 
-def _best(checkpoints: checkpoint.Checkpoints, program: Program, outcome: loop.Outcome) -> Params:
+def _best(config: ConfigDict, checkpoints: checkpoint.Checkpoints, program: Program, outcome: loop.Outcome) -> Params:
     """The trained parameters with the lowest validation loss; the last where none was measured."""
     best_step = outcome.progress.best_step
     best = checkpoints.restore(program.state, best_step) if best_step not in (0, outcome.steps) else None
-    params: Params = best.state.params if best else outcome.state.params
-    return params
+    return optim.in_use(config.optim, best.state if best else outcome.state)
 
 
 def _after(
@@ -372,7 +353,7 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
     with checkpoint.Checkpoints(config.workdir, config, resuming=False) as checkpoints:
         step = checkpoints.best_step() if wanted == "best" else int(wanted) if wanted.isdigit() else None
         restored = checkpoints.restore(program.state, step)
-    return (restored.step, restored.state.params) if restored else None
+    return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
 
 
 def _ready(config: ConfigDict, model: source.Model) -> tuple[Program, Params, str]:

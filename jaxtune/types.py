@@ -81,7 +81,7 @@ def nearest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> st
     near = difflib.get_close_matches(name, known, limit, 0.6)
     if "." in name or any("." in k for k in known):  # dotted paths: the last part alone may have been meant
         tails = {k: k.rsplit(".", 1)[-1] for k in known}
-        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tails.values()), limit, 0.75)
+        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(dict.fromkeys(tails.values())), limit, 0.75)
         near += [k for tail in close for k in known if tails[k] == tail and k not in near]
     near = near[:limit]
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -15,7 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.pooling": ("", "first", "mean", "last"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "splash"),
+    "model.attention": ("auto", "xla", "splash", "flash"),
     "model.quantize": ("", "int8", "int4", "nf4"),
     "tune.method": ("lora", "full", "head"),
     "tune.dtype": ("float32", "bfloat16"),
@@ -35,8 +35,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.tag_subwords": ("first", "all"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
     "data.too_long": ("truncate", "drop", "error"),
-    "optim.name": ("adamw", "sgd"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.name": ("adamw", "adam8bit", "adafactor", "lion", "muon", "sgd"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "train.remat": ("none", "dots", "block"),
     "train.on_nonfinite": ("stop", "skip"),
     "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval", "reward"),
@@ -44,7 +44,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
+    "optim.decay_shape": ("linear", "cosine", "exponential", "sqrt"),
+    "sweep.method": ("grid", "random"),
+    "sweep.goal": ("min", "max"),
     "reward.on_error": ("zero", "drop", "stop"),
+    "self_training.method": ("star", "rft", "rest_em"),
     "tune.init": ("auto", "a_zero", "b_zero"),
     "preference.loss_type": ("sigmoid", "hinge", "ipo", "robust"),
     "preference.share_prompts": ("auto", "always", "never"),
@@ -54,7 +58,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.kl_in": ("loss", "reward"),
     "rl.scale_rewards": ("group", "batch", "none"),
     "rl.old_logps": ("auto", "sampler", "policy"),
-    "self_training.method": ("star", "rft", "rest_em"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -69,11 +72,12 @@ _AT_LEAST: dict[str, float] = {
     "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1,
-    "reward.workers": 1,
+    "optim.moment_block": 16, "optim.min_factored_dim": 1, "lr_find.num_steps": 10, "lr_find.stop_factor": 1.01, "sweep.num_runs": 0,
+    "train.neftune_noise_alpha": 0, "train.z_loss_weight": 0, "train.focal_gamma": 0,
+    "reward.workers": 1, "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
+    "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1, "self_training.slots": 1,
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
-    "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
-    "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -86,14 +90,17 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
     "plan.efficiency": (0.01, 1),
     "mesh.max_unsharded": (0, 1),
+    "optim.stable_share": (0, 1), "optim.layer_decay": (0.001, 1), "optim.ema_decay": (0, 0.999999), "optim.muon_momentum": (0, 0.999999),
+    "optim.muon_rms": (1e-6, 1e3), "train.label_smoothing": (0, 0.99), "lr_find.smoothing": (0, 0.999), "lr_find.high": (0, 1e6),
+    "sweep.seed": (0, 2**32 - 1),
     "reward.timeout_seconds": (0.01, 86400), "reward.threshold": (-1e9, 1e9),
+    "self_training.temperature": (0, 1e6), "self_training.top_p": (1e-6, 1),
     "preference.label_smoothing": (0, 0.5), "preference.rpo_alpha": (0, 1e6), "preference.cpo_alpha": (0, 1e6),
     "preference.simpo_gamma": (0, 1e6), "preference.desirable_weight": (0, 1e6), "preference.undesirable_weight": (0, 1e6),
     "preference.center_rewards": (0, 1e6), "preference.margin_scale": (0, 1e6), "preference.beta": (0, 1e6),
     "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
-    "self_training.temperature": (0, 1e6), "self_training.top_p": (1e-6, 1),
 }  # fmt: skip
 
 ON_POLICY = ("grpo", "rloo", "reinforce_pp", "ppo")  # objectives whose batches the model writes itself
@@ -105,7 +112,8 @@ _RANGES = (
 
 _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
-    "optim.eps": "a gradient of 0 is divided by 0", "preference.beta": "no answer is preferred to another",
+    "optim.eps": "a gradient of 0 is divided by 0", "lr_find.low": "no factor takes it anywhere",
+    "preference.beta": "no answer is preferred to another",
 }  # fmt: skip
 
 
@@ -134,6 +142,8 @@ def validate(config: ConfigDict) -> None:
         if not lookup(config, key) > 0:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
+    _check_losses(config)
+    _check_sweep(config)
     _check_preference(config)
     if config.train.objective in ON_POLICY:
         _check_rl(config)
@@ -185,6 +195,10 @@ def _check_rl(config: ConfigDict) -> None:
         raise UserError(
             f"{name} learns from rewards, and reward.functions is empty: name at least one, such as (('exact_answer', 1.0),)"
         )
+    if train.beside:
+        raise UserError(
+            f"train.beside={train.beside}: {name} writes its own batches, and nothing can stand beside it; set it to ()"
+        )
     if rl.beta and config.tune.method != "lora":
         raise UserError(
             f"rl.beta={rl.beta} asks for the KL divergence to the model with its adapter off, and tune.method={config.tune.method!r} has no "
@@ -232,8 +246,11 @@ def check_profile(config: ConfigDict) -> None:
     if steps and 0 < last < first + steps:
         raise UserError(
             f"tracking.profile_steps={steps} from tracking.profile_start_step={first} on: the run has {last} steps, 0 to {last - 1}; "
-            f"set tracking.profile_start_step={max(0, last - steps)} or less"
-            + (f" and tracking.profile_steps={last}" if steps > last else "")
+            + (
+                f"set tracking.profile_start_step={last - steps} or less"
+                if steps <= last
+                else f"set tracking.profile_start_step=0 and tracking.profile_steps={last} or less"
+            )
         )
 
 
@@ -249,6 +266,11 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key} names what a rematerialised step keeps, and train.remat='none' keeps all: set train.remat='block'"
             )
+    both = next((name for name in config.train.save if name in config.train.offload), None)
+    if both:
+        raise UserError(
+            f"train.save and train.offload both have {both!r}, which lies on the device or in the host's memory: leave it in one"
+        )
     if config.train.mlp_block_tokens and "mlp" in (*config.train.save, *config.train.offload):
         raise UserError(
             "train.save and train.offload cannot keep 'mlp' of blocks that are recomputed one by one: leave it out, or set "
@@ -284,6 +306,74 @@ def _check_forms(config: ConfigDict) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
+
+
+def _check_losses(config: ConfigDict) -> None:
+    """What shapes a loss, and how its rate falls."""
+    train, optim = config.train, config.optim
+    if train.focal_gamma and train.label_smoothing:
+        raise UserError(
+            f"train.focal_gamma={train.focal_gamma} and train.label_smoothing={train.label_smoothing} undo each other: set one to 0"
+        )
+    if any(
+        isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < 1e9 for one in train.class_weights
+    ):
+        raise UserError(
+            f"config.train.class_weights is {train.class_weights!r}; expected a number of 0 or more for each label"
+        )
+    for one in train.beside:
+        if not (
+            isinstance(one, tuple | list) and 2 <= len(one) <= 3 and isinstance(one[0], str) and isinstance(one[-1], str | int | float)
+            and isinstance(one[1], int | float) and 0 < one[1] < 1e9 and (len(one) == 2 or isinstance(one[2], str))
+        ):  # fmt: skip
+            raise UserError(
+                f"config.train.beside has {one!r}; expected (objective, weight above 0) or (objective, weight, URI of its training rows)"
+            )
+    if optim.schedule == "wsd" and optim.decay_shape == "exponential" and not optim.final_ratio:
+        raise UserError(
+            "optim.decay_shape='exponential' never reaches optim.final_ratio=0.0: set optim.final_ratio above 0 (e.g. 0.1), or "
+            "another optim.decay_shape"
+        )
+    if config.lr_find.high <= config.lr_find.low:
+        raise UserError(f"lr_find.high={config.lr_find.high} is not above lr_find.low={config.lr_find.low}")
+
+
+def _check_sweep(config: ConfigDict) -> None:
+    known, sweep = keys(base()), config.sweep
+    for axis in sweep.axes:
+        if not (
+            isinstance(axis, tuple | list)
+            and len(axis) == 2
+            and isinstance(axis[0], str)
+            and isinstance(axis[1], tuple | list)
+        ):
+            raise UserError(f"config.sweep.axes has {axis!r}; expected (config key, (value, …))")
+        key, values = axis
+        if key not in known or key.startswith("sweep.") or key in ("name", "workdir", "checkpoint.resume"):
+            raise UserError(
+                f"config.sweep.axes: config key {key!r} does not exist, or is the sweep's own{nearest(key, known)}"
+            )
+        if not values:
+            raise UserError(f"config.sweep.axes: {key!r} has no values; expected at least one")
+        if values[0] in ("linear", "log"):
+            low_high = values[1:]
+            if sweep.method != "random":
+                raise UserError(
+                    f"config.sweep.axes: {key!r} is a range, which sweep.method='grid' cannot list: name its values"
+                )
+            if (
+                len(low_high) != 2
+                or not all(isinstance(x, int | float) for x in low_high)
+                or not low_high[0] < low_high[1]
+            ):
+                raise UserError(f"config.sweep.axes: {key!r} is {values!r}; expected ({values[0]!r}, low, high)")
+            if values[0] == "log" and low_high[0] <= 0:
+                raise UserError(f"config.sweep.axes: {key!r} is {values!r}; expected a low above 0")
+    names = [key for key, _ in sweep.axes]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.sweep.axes names a key twice; expected each once: {', '.join(names)}")
+    if sweep.method == "random" and sweep.axes and not sweep.num_runs:
+        raise UserError("sweep.method='random' draws sweep.num_runs combinations, and that is 0: set sweep.num_runs")
 
 
 def _check_rewards(functions: tuple[Any, ...]) -> None:

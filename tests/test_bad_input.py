@@ -217,6 +217,19 @@ def _parquet(run: Run, damaged_from: int = 0, **columns: list[Any]) -> None:
     run.set(f"data.train={path}", "data.prompt={text}", "data.label_column=mood")
 
 
+def _preferred(
+    objective: str, *settings: str, chosen: str = "a cat", rejected: str = "a dog"
+) -> Callable[[Run], object]:
+    """Sixteen pairs, for this objective."""
+
+    def broken_by(run: Run) -> None:
+        lines = [json.dumps({"prompt": f"who {i}", "chosen": chosen, "rejected": rejected}) for i in range(16)]
+        run.rows(*lines)
+        run.set(f"train.objective={objective}", *settings)
+
+    return broken_by
+
+
 def _pairs(*lines: str, settings: tuple[str, ...] = ()) -> Callable[[Run], object]:
     """These rows, for an embedding model."""
 
@@ -276,6 +289,7 @@ _COMMAND = [
     row("patience without rows", "--config.train.eval_every_steps=1 --config.train.patience=2", r"train\.patience=2 needs validation rows"),
     row("rule that matches nothing", lambda r: r.get_config("c.mesh.rules = ((r'layers\\.attn\\.q_porj\\.kernel', ('', 'fsdp', '')),)"), r"mesh\.rules .* matches no parameter; did you mean .*layers\.attn\.q_proj\.kernel"),
     row("splash with rows of an odd length", "--config.model.attention=splash --config.data.max_length=100", r"data\.max_length=100 is no multiple of 128", "make it 128"),
+    row("flash with rows of an odd length", "--config.model.attention=flash --config.data.max_length=100", r"data\.max_length=100 is no multiple of 128", "make it 128"),
     row("label bins of another form", lambda r: r.get_config("c.data.label_bins = ((1, 2),)"), r"data\.label_bins", "expected"),
     row("learning rate without end", "--config.optim.learning_rate=inf", r"optim\.learning_rate is inf"),
     row("epochs without end", "--config.train.steps=0 --config.train.epochs=inf", r"train\.epochs is inf"),
@@ -451,6 +465,19 @@ _DATA = [
 ]  # fmt: skip
 
 _PAIRS = [
+    row("preferences of another objective", _preferred("sft"), r"rows\.jsonl:1: the row compares two answers", r"'dpo'"),
+    row("no preferences for dpo", "--config.train.objective=dpo", r"rows\.jsonl:\d+: .*compares answers, and the row has one", "'chosen'"),
+    row("chosen is rejected", _preferred("dpo", rejected="a cat"), "no training rows left of", r"chosen_equals_rejected 16"),
+    row("an empty answer", _preferred("dpo", chosen=" "), r"empty_completion 16"),
+    row("no reference", _preferred("dpo", "tune.method=full", "preference.reference=adapter_off"), "there is no adapter to switch off", "set 'start'"),
+    row("reference none", _preferred("kto", "preference.reference=none"), "needs a reference", "'simpo', 'cpo', 'orpo'"),
+    row("smoothed to nothing", _preferred("dpo", "preference.loss_type=robust", "preference.label_smoothing=0.5"), "as often wrong as right", r"below 0\.5"),
+    row("smoothing of ipo", _preferred("dpo", "preference.loss_type=ipo", "preference.label_smoothing=0.1"), "does nothing with preference.loss_type='ipo'"),
+    row("shared prompts over a context axis", _preferred("dpo", "preference.share_prompts=always", "mesh.context=2"), "context axis", "'auto' or 'never'"),
+    row("a reward without its head", _preferred("reward"), "what goes together", "'reward' with model.head='sequence'"),
+    row("a reward of two labels", _preferred("reward", "model.head=sequence", "model.labels=a,b"), "learns one score", "2 labels"),
+    row("judged answers without a judgement", lambda r: (r.rows(json.dumps({"prompt": "who", "completion": "a cat"})), r.set("train.objective=kto")), r"rows\.jsonl:1: .*'kto' needs to know of each answer", "'label'"),
+    row("kto accumulated", _preferred("kto", "train.accumulation=2"), "compares all rows of a batch"),
     row("pairs of another objective", lambda r: r.rows(PAIR), r"rows\.jsonl:1: the row is a query and a passage", "'contrastive'"),
     row("no pairs for contrastive", "--config.train.objective=contrastive", r"rows\.jsonl:1: .*'contrastive' needs a query and a passage", r"data\.prompt and data\.passage"),
     row("half a pair", _pairs('{"question": "who"}'), r"rows\.jsonl:1: fields 'question' fit no known format", r"passage\|context"),
@@ -515,6 +542,16 @@ _LABELS = [  # (rows, what else is set) of heads for labels
     row("text that is empty", lambda r: _texts(r, "regression", "stars", 1, ""), r"rows\.jsonl:2: the text is empty"),
     row("metric of language models for a head", lambda r: (_texts(r, "regression", "stars", 1), r.set("eval.metric=perplexity", "eval.split=train")), r"eval\.metric='perplexity' measures language models", "'auto'"),
     row("words from a classifier", lambda r: (_texts(r, "regression", "stars", 1), _generate(r, "the cat"), r.set("data.split_key=", "data.format=auto")), "writes no text", "language model"),
+    row("a weight too many for the labels", lambda r: (_tags(r, {"tokens": ["the"], "tags": ["O"]}), r.set("train.class_weights=(1.0,2.0)")), r"train\.class_weights has 2 numbers; expected one for each label: O, B-PER, I-PER"),
+    row("weights of labels in a chat", "--config.train.class_weights=(1.0,2.0)", r"train\.class_weights=\(1\.0, 2\.0\) is nothing that train\.objective='sft' takes"),
+    row("a focal loss that is smoothed", "--config.train.focal_gamma=2.0 --config.train.label_smoothing=0.1", r"train\.focal_gamma=2\.0 and train\.label_smoothing=0\.1", "set one to 0"),
+    row("an objective beside that is none", "--config.train.beside=(('stf',0.1),)", "unsupported objective 'stf'; did you mean 'sft'"),
+    row("an objective beside without a weight", "--config.train.beside=('sft',)", r"config\.train\.beside has 'sft'; expected \(objective, weight above 0\)"),
+    row("a span outside its answer", lambda r: r.chat(_user("who"), _assistant("cat", spans=[[1, 9, 2]])), r"rows\.jsonl:3: message 2: span .* not inside the content, of 3 characters"),
+    row("a decay that never ends", "--config.optim.schedule=wsd --config.optim.decay_shape=exponential", r"optim\.decay_shape='exponential' never reaches optim\.final_ratio=0\.0"),
+    row("an optimizer by half its name", "--config.optim.name=adam", r"config\.optim\.name is 'adam'; expected one of .*'adam8bit'"),
+    row("a sweep of nothing", _verb("sweep"), r"sweep needs config\.sweep\.axes"),
+    row("a ramp that goes down", _verb("lr_find", "lr_find.high=1e-9"), r"lr_find\.high=1e-09 is not above lr_find\.low=1e-07"),
 ]  # fmt: skip
 
 TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _PAIRS + _VERBS + _LABELS

@@ -24,12 +24,12 @@ FLOORS = [
         "validation",
         "workdir",
     },
-    {"sharding", "models", "data"},
+    {"sharding", "models", "data", "moments"},
     {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run"},
+    {"run", "lr_find", "sweep"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

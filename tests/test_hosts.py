@@ -9,7 +9,9 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import run, sharding
+from jaxtune import hosts, launch, run, sharding
 from jaxtune.weights import hf
 from tests.train.test_exactness import finished, launched, logged, write_config
 
@@ -126,6 +128,21 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(runs: Runs, of_two: list[s
         layer, linear, kind = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.(lora_[AB])", name).groups()  # type: ignore[union-attr]
         path = next(p for p in restored.state.params if f".{linear}.adapter." in p and p.endswith(kind.lower()))
         assert (value == np.asarray(restored.state.params[path])[int(layer)].T).all()
+
+
+def test_a_broken_collective_waits_for_the_watch_to_say_who_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective of a CPU ends in an error at once when the other end is gone; the watch, which names it, needs its time."""
+    done: list[object] = []
+    watch = SimpleNamespace(join=lambda seconds=None: done.append(seconds))
+    monkeypatch.setattr(hosts, "_looking", watch)
+    monkeypatch.setattr(hosts, "_pause_seconds", 6.0)
+    monkeypatch.setattr(hosts, "leave", lambda code: done.append("left"))
+    for error, waited in ((jax.errors.JaxRuntimeError("Gloo AllGather failed"), [78.0]), (KeyError("ours"), [])):
+        monkeypatch.setattr(launch, "_run", Mock(side_effect=error))
+        done.clear()
+        with pytest.raises(type(error)):
+            launch.main(["train"])
+        assert done == [*waited, "left"]  # within 10 looks a process is found to be silent
 
 
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])

@@ -62,6 +62,14 @@ class Answers(NamedTuple):
             kept = kept._replace(completions=completions, weights=tuple(one[:most] for one in kept.weights))
         return kept
 
+    def apart(self, max_length: int) -> Answers:
+        """What is left where each answer stands by itself after the prompt, in a window of its own."""
+        most = max(map(len, self.completions))
+        kept = self.prompt[max(0, min(len(self.prompt) - 1, len(self.prompt) + most - max_length)) :]
+        room = max(1, max_length - len(kept))
+        cut = (tuple(one[:room] for one in parts) for parts in (self.completions, self.weights))
+        return Answers(kept, self.branches, *cut)
+
     def laid_out(self, share: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens, weights, branches), each of the whole row."""
         shared, opening = (self.prompt[:-1], self.prompt[-1:]) if share else (self.prompt[:0], self.prompt)
@@ -106,7 +114,7 @@ def tokenize(
         kept = _with_mismatched(kept, reader.group)
     kept = [_cut(one, row_id, reader, data, counts) for one, row_id in zip(kept, row_ids, strict=True)]
     counts["without_trained_stop"] = _never_stop(kept, reader, tokenizer)
-    return _rows(kept, row_ids, margins, counts, reader)
+    return rows_of(kept, row_ids, margins, counts, reader)
 
 
 def encode(example: Example, reader: Reader, tokenizer: Tokenizer, data: ConfigDict) -> Answers | str:
@@ -203,7 +211,9 @@ def _never_stop(rows: list[Answers], reader: Reader, tokenizer: Tokenizer) -> in
     return sum(not stops(row) for row in rows)
 
 
-def _rows(rows: list[Answers], row_ids: list[str], margins: list[float], counts: Counter[str], reader: Reader) -> Rows:
+def rows_of(
+    rows: list[Answers], row_ids: list[str], margins: list[float], counts: Counter[str], reader: Reader
+) -> Rows:
     laid = [row.laid_out(reader.share) for row in rows]
     tokens, weights, branches = (np.concatenate([one[i] for one in laid]) for i in range(3))
     offsets = np.cumsum([0, *(len(one[0]) for one in laid)], dtype=np.int64)

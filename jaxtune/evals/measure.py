@@ -134,7 +134,8 @@ def nothing_held(config: ConfigDict) -> str:
 
 def asked(config: ConfigDict, held: HeldOut) -> str:
     """A hash of all that measuring the untuned model depends on: its source, rows, answers, labels, metric, intervals, tokens."""
-    settings = {**config.data.to_dict(), **intervals(config)}
+    data = {key: value for key, value in config.data.items() if key not in ("train", "eval", "test")}
+    settings = {**data, **intervals(config)}  # what the files hold stands in the rows
     settings |= {"model": config.model.to_dict(), "adapter": config.tune.adapter}
     if held.metric == "reward":
         settings |= {"reward": config.reward.to_dict()}
@@ -232,6 +233,8 @@ def check(config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Prog
       UserError: naming the first row that is too long for the model, or why none is left.
     """
     ids = [row["row_id"] for row in held.rows]
+    if held.metric == "reward":
+        scoring.check(config.reward)
     if held.metric in ("exact_match", "reward"):
         return check_prompts(config, program, ids, [row["prompt_ids"] for row in held.rows])
     if held.metric == "perplexity":

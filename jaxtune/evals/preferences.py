@@ -34,7 +34,7 @@ def rows(config: ConfigDict, examples: list[Example], reader: Reader, tokenizer:
         found = preferences.encode(example, reader, tokenizer, config.data)
         if isinstance(found, str):
             continue
-        found = found.cut(config.data.max_length, False)
+        found = found.apart(config.data.max_length)
         answer: Any = "chosen" if example.branches else found.branches == (preferences.CHOSEN,)
         trained = [np.flatnonzero(w).tolist() for w in found.weights]
         if not all(trained) or (len(trained) == 2 and np.array_equal(found.completions[0], found.completions[1])):

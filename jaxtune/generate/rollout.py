@@ -12,10 +12,8 @@ one goes through the loop like any other, so a first token is drawn as every tok
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune import sharding
+from jaxtune.generate.jobs import NOBODY, Made, Progress, Queue, Rollout, Waiting, rounded
 from jaxtune.generate.logits import Sampling, choose
 from jaxtune.generate.sampler import left_padded, prefill
 from jaxtune.models import layers, spec
@@ -32,24 +31,10 @@ from jaxtune.models.grouped import SLOTS_DIM, Cache
 from jaxtune.models.transformer import KVCache
 from jaxtune.types import UserError
 
-_BUCKET_TOKENS = 32  # prompt and cache lengths are rounded up to this, so that few shapes compile
+__all__ = ["Roller", "Rollout"]
+
 _BLOCK_STEPS = 64  # at most so many steps between two looks of the host
-_PREFILL_ROWS = 16
 _FEWEST_ROWS = 8  # below so many, a step is bound by the weights that it reads
-_NOBODY = -1
-
-Progress = Callable[[Iterable[int], int, str], Iterator[int]]
-
-
-class Rollout(NamedTuple):
-    """One completion: `prompt` is the number of its prompt; tokens (T,) int32 hold the stop token where it `ended` by one;
-    logps (T,) float32 are of the distribution that each token was drawn from, its temperature, top-k, top-p and min-p applied.
-    """
-
-    prompt: int
-    tokens: np.ndarray
-    logps: np.ndarray
-    ended: bool
 
 
 class _Pool(NamedTuple):
@@ -61,7 +46,7 @@ class _Pool(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The rows that decode: their ring, last token and its position, their job (`_NOBODY`: idle) and how many tokens it has."""
+    """The rows that decode: their ring, last token and its position, their job (`NOBODY`: idle) and how many tokens it has."""
 
     cache: KVCache
     last_B: jax.Array
@@ -70,17 +55,8 @@ class _Rows(NamedTuple):
     made_B: jax.Array
 
 
-class _Queue(NamedTuple):
-    """Jobs that wait, in order, each with its prompt's place in the pool; `num` of them are real. `more`: the host has others."""
-
-    jobs_Q: Any
-    entries_Q: Any
-    num: Any
-    more: Any
-
-
 class _Log(NamedTuple):
-    """What a block of steps made, (steps, B): each row's job (`_NOBODY` where it was idle), token and log-probability."""
+    """What a block of steps made, (steps, B): each row's job (`NOBODY` where it was idle), token and log-probability."""
 
     jobs_TB: jax.Array
     tokens_TB: jax.Array
@@ -142,9 +118,9 @@ class Roller:
         slots = self._slots
         while slots // 2 >= num_jobs and self._may_be(slots // 2):
             slots //= 2
-        rows, pool = self._empty(params, slots, _rounded(longest + max_new_tokens), _rounded(longest))
-        waiting = _Waiting(prompts, group_size, slots)
-        made, key = _Made(num_jobs, self._stop_ids, max_new_tokens, progress), jax.random.key(seed)
+        rows, pool = self._empty(params, slots, rounded(longest + max_new_tokens), rounded(longest))
+        waiting = Waiting(prompts, group_size, slots)
+        made, key = Made(num_jobs, self._stop_ids, max_new_tokens, progress), jax.random.key(seed)
         while True:
             for batch in waiting.to_prefill():
                 tokens_RT, lengths_R = left_padded([prompts[i][:-1] for i in batch.prompts], batch.width, self._pad_id)
@@ -180,89 +156,6 @@ class Roller:
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {min(stretched)} positions from which rope_type "
                 "'dynamic' turns every earlier token anew, which no cache can follow: shorten one of them"
             )
-
-
-def _rounded(tokens: int) -> int:
-    return max(1, -(-tokens // _BUCKET_TOKENS)) * _BUCKET_TOKENS
-
-
-class _Batch(NamedTuple):
-    """Prompts to prefill together, padded to `width`, and their places in the pool; a place past its end is nobody's."""
-
-    prompts: list[int]
-    width: int
-    entries_R: np.ndarray
-
-
-class _Waiting:
-    """The jobs that have not begun: those whose prompt is in the pool, in order, and those whose prompt is not yet.
-
-    Prompts go by length, so that likes are prefilled with likes.
-    """
-
-    def __init__(self, prompts: Sequence[Sequence[int]], group_size: int, entries: int):
-        self._lengths, self._group, self._num_entries = [len(prompt) for prompt in prompts], group_size, entries
-        self._prompts = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)))
-        self._ready: deque[tuple[int, int]] = deque()  # (job, place of its prompt in the pool)
-        self._free = list(range(entries))
-        self.num = len(prompts) * group_size
-
-    def to_prefill(self) -> Iterator[_Batch]:
-        """Batches of prompts for the free places; few places wait until they are enough for a batch."""
-        while self._prompts and len(self._free) >= min(_PREFILL_ROWS, len(self._prompts), self._num_entries):
-            chosen = [self._prompts.popleft() for _ in range(min(_PREFILL_ROWS, len(self._prompts), len(self._free)))]
-            places = [self._free.pop() for _ in chosen]
-            for prompt, place in zip(chosen, places, strict=True):
-                self._ready.extend((prompt * self._group + member, place) for member in range(self._group))
-            filling = [chosen[-1]] * (_PREFILL_ROWS - len(chosen))
-            entries_R = np.asarray(places + [self._num_entries] * len(filling), np.int32)
-            yield _Batch(chosen + filling, _rounded(self._lengths[chosen[0]] - 1), entries_R)
-
-    def queue(self) -> _Queue:
-        """As many jobs as two fillings of all rows, from those that are ready."""
-        first = list(islice(self._ready, 2 * self._num_entries))
-        jobs_Q, entries_Q = np.zeros((2, 2 * self._num_entries), np.int32)
-        jobs_Q[: len(first)], entries_Q[: len(first)] = zip(*first, strict=True) if first else ((), ())
-        return _Queue(jobs_Q, entries_Q, np.int32(len(first)), np.bool_(self.num > len(first)))
-
-    def take(self, num: int) -> None:
-        """The first `num` jobs have begun: a prompt that none waits for any more leaves its place."""
-        self.num -= num
-        for _ in range(num):
-            _, place = self._ready.popleft()
-            if not self._ready or self._ready[0][1] != place:
-                self._free.append(place)
-
-
-class _Made:
-    """What rows have made so far, by job."""
-
-    def __init__(self, num_jobs: int, stop_ids: tuple[int, ...], max_new_tokens: int, progress: Progress):
-        self._stop_ids, self._most = stop_ids, max_new_tokens
-        self._parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(num_jobs)]
-        self._lengths = np.zeros(num_jobs, np.int64)
-        self._bar, self.num = iter(progress(range(num_jobs), num_jobs, "rollouts")), 0
-
-    def add(self, jobs_TB: np.ndarray, tokens_TB: np.ndarray, logps_TB: np.ndarray) -> None:
-        """Takes a block of steps."""
-        real = jobs_TB != _NOBODY
-        order = np.argsort(jobs_TB[real], kind="stable")  # a row's tokens stay in the order of time
-        jobs, tokens, logps = (each[real][order] for each in (jobs_TB, tokens_TB, logps_TB))
-        found, starts = np.unique(jobs, return_index=True)
-        for job, own, its in zip(found, np.split(tokens, starts[1:]), np.split(logps, starts[1:]), strict=True):
-            self._parts[job].append((own, its))
-            self._lengths[job] += len(own)
-            if own[-1] in self._stop_ids or self._lengths[job] == self._most:
-                self.num += 1
-                next(self._bar, None)
-
-    def rollouts(self, group_size: int) -> list[Rollout]:
-        """All of them, complete."""
-        whole = [[np.concatenate(each) for each in zip(*parts, strict=True)] for parts in self._parts]
-        return [
-            Rollout(job // group_size, tokens, logps, bool(tokens[-1] in self._stop_ids))
-            for job, (tokens, logps) in enumerate(whole)
-        ]
 
 
 # ---- what is compiled ----
@@ -322,7 +215,7 @@ def _empty(
         used=jnp.int32(ring)
     )  # the clock: every slot has been written, if by nobody
     zeros_B = jnp.zeros((slots,), jnp.int32)
-    rows = _Rows(cache, zeros_B, zeros_B, zeros_B + _NOBODY, zeros_B)
+    rows = _Rows(cache, zeros_B, zeros_B, zeros_B + NOBODY, zeros_B)
     return _spread(constrain, rows), _Pool(model.empty_cache(slots, width).stacks, zeros_B, zeros_B)
 
 
@@ -352,9 +245,9 @@ def _prefill(
     )
 
 
-def _begin(pool: _Pool, queue: _Queue, rows: _Rows, at: jax.Array) -> _Rows:
-    """The first idle row takes job `at` of the queue: its prompt goes into the slots just behind the clock."""
-    row, entry = jnp.argmax(rows.job_B == _NOBODY), queue.entries_Q[at]
+def _begin(pool: _Pool, queue: Queue, began: jax.Array, rows: _Rows) -> _Rows:
+    """The first idle row takes job `began` of the queue: its prompt goes into the slots just behind the clock."""
+    row, entry = jnp.argmax(rows.job_B == NOBODY), queue.entries_Q[began]
     cache = rows.cache
     ring, clock = cache.segment_ids_BS.shape[1], cache.used
     length = pool.lengths_E[entry]
@@ -374,64 +267,77 @@ def _begin(pool: _Pool, queue: _Queue, rows: _Rows, at: jax.Array) -> _Rows:
     )
     mine_S = jnp.roll((jnp.arange(ring) >= ring - length).astype(jnp.int32), clock % ring)
     segments_BS = jax.lax.dynamic_update_slice(cache.segment_ids_BS, mine_S[None], (row, 0))
+    new = (pool.last_E[entry], length, queue.jobs_Q[began], 0)
     return _Rows(
-        KVCache(stacks, segments_BS, clock),
-        rows.last_B.at[row].set(pool.last_E[entry]),
-        rows.position_B.at[row].set(length),
-        rows.job_B.at[row].set(queue.jobs_Q[at]),
-        rows.made_B.at[row].set(0),
+        KVCache(stacks, segments_BS, clock), *(old.at[row].set(value) for old, value in zip(rows[1:], new, strict=True))
     )
 
 
 def _block(
     graphdef: nnx.GraphDef, constrain: Any, stop_ids: tuple[int, ...], vocab_size: int, params: Any, rows: _Rows, pool: _Pool,
-    queue: _Queue, enough: jax.Array, key: jax.Array, sampling: Sampling, max_new_tokens: int,
+    queue: Queue, enough: jax.Array, key: jax.Array, sampling: Sampling, max_new_tokens: int,
 ) -> tuple[_Rows, _Log, jax.Array]:  # fmt: skip
     """Steps until the host has something to do: a block is full, the queue is empty and the host has more, or no job waits
     anywhere and `enough` rows or fewer are busy. Returns also how many jobs began.
     """
     model = _bind(graphdef, params)
     B = rows.job_B.shape[0]
-    none_TB = jnp.full((_BLOCK_STEPS, B), _NOBODY, jnp.int32)
+    none_TB = jnp.full((_BLOCK_STEPS, B), NOBODY, jnp.int32)
     log = _Log(none_TB, none_TB, jnp.zeros((_BLOCK_STEPS, B), jnp.float32))
 
     def wanted(carry: tuple[jax.Array, jax.Array, _Rows, _Log]) -> jax.Array:
         step, began, rows, _ = carry
-        num_busy = jnp.sum(rows.job_B != _NOBODY)
+        num_busy = jnp.sum(rows.job_B != NOBODY)
         busy = jnp.where(queue.more, num_busy == B, num_busy > enough)
         return (step < _BLOCK_STEPS) & ((began < queue.num) | busy)
 
     def one(carry: tuple[jax.Array, jax.Array, _Rows, _Log]) -> tuple[jax.Array, jax.Array, _Rows, _Log]:
         step, began, rows, log = carry
         began, rows = jax.lax.while_loop(
-            lambda each: (each[0] < queue.num) & jnp.any(each[1].job_B == _NOBODY),
-            lambda each: (each[0] + 1, _begin(pool, queue, each[1], each[0])),
+            lambda each: (each[0] < queue.num) & jnp.any(each[1].job_B == NOBODY),
+            lambda each: (each[0] + 1, view(_begin(pool, queue, each[0], whole(each[1])))),
             (began, rows),
         )
-        busy_B = rows.job_B != _NOBODY
-        hidden_B1D, cache = model(
-            rows.last_B[:, None], rows.position_B[:, None], busy_B.astype(jnp.int32)[:, None], rows.cache
-        )
-        logits_BV = model.head(hidden_B1D[:, 0])
-        if logits_BV.shape[1] > vocab_size:
-            logits_BV = jnp.where((jnp.arange(logits_BV.shape[1]) < vocab_size)[None], logits_BV, -1e30)
-        keys_B = jax.vmap(lambda job, made: jax.random.fold_in(jax.random.fold_in(key, job), made))(
-            rows.job_B, rows.made_B
-        )
-        token_B, logp_B = choose(logits_BV, sampling, keys_B)
-        log = _Log(*(old.at[step].set(new) for old, new in zip(log, (rows.job_B, token_B, logp_B), strict=True)))
-        made_B = rows.made_B + 1
-        done_B = jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32)) | (made_B >= max_new_tokens)
-        rows = _Rows(cache, token_B, rows.position_B + busy_B, jnp.where(done_B, _NOBODY, rows.job_B), made_B)
-        return step + 1, began, _spread(constrain, rows), log
+        rows, new = advance(whole(rows))
+        log = _Log(*(old.at[step].set(value) for old, value in zip(log, new, strict=True)))
+        return step + 1, began, view(rows), log
 
-    _, began, rows, log = jax.lax.while_loop(wanted, one, (jnp.int32(0), jnp.int32(0), rows, log))
-    return rows, log, began
+    view, whole = (partial(_shaped, model, one=each) for each in (lambda x: x[0], lambda x: x[None]))
+    advance = partial(_advance, model, constrain, stop_ids, vocab_size, key, sampling, max_new_tokens)
+    _, began, rows, log = jax.lax.while_loop(wanted, one, (jnp.int32(0), jnp.int32(0), view(rows), log))
+    return whole(rows), log, began
+
+
+def _shaped(model: Any, rows: _Rows, one: Callable[[jax.Array], jax.Array]) -> _Rows:
+    """`one` takes the dim of a single layer off the cache, or puts it on: XLA's CPU compiler writes a carried array where it
+    lies, and not a copy, if a step only views it with that dim.
+    """
+    if not _unrolled(model):
+        return rows
+    return rows._replace(cache=rows.cache._replace(stacks=jax.tree.map(one, rows.cache.stacks)))
+
+
+def _advance(
+    model: Any, constrain: Any, stop_ids: tuple[int, ...], vocab_size: int, key: jax.Array, sampling: Sampling, max_new_tokens: int,
+    rows: _Rows,
+) -> tuple[_Rows, tuple[jax.Array, jax.Array, jax.Array]]:  # fmt: skip
+    """One token for every row: (rows, (each row's job, token, log-probability))."""
+    busy_B = (rows.job_B != NOBODY).astype(jnp.int32)
+    hidden_B1D, cache = model(rows.last_B[:, None], rows.position_B[:, None], busy_B[:, None], rows.cache)
+    logits_BV = model.head(hidden_B1D[:, 0])
+    if logits_BV.shape[1] > vocab_size:
+        logits_BV = jnp.where((jnp.arange(logits_BV.shape[1]) < vocab_size)[None], logits_BV, -1e30)
+    keys_B = jax.vmap(lambda job, made: jax.random.fold_in(jax.random.fold_in(key, job), made))(rows.job_B, rows.made_B)
+    token_B, logp_B = choose(logits_BV, sampling, keys_B)
+    made_B = rows.made_B + 1
+    done_B = jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32)) | (made_B >= max_new_tokens)
+    on = _Rows(cache, token_B, rows.position_B + busy_B, jnp.where(done_B, NOBODY, rows.job_B), made_B)
+    return _spread(constrain, on), (rows.job_B, token_B, logp_B)
 
 
 def _fewer(constrain: Any, rows: _Rows, num: int) -> _Rows:
     """The busy rows among `num`, where no more are busy: fewer rows are a cheaper step."""
-    kept_B = jnp.argsort(rows.job_B == _NOBODY, stable=True)[:num]
+    kept_B = jnp.argsort(rows.job_B == NOBODY, stable=True)[:num]
     stacks = jax.tree.map(lambda x_LB: jnp.take(x_LB, kept_B, axis=1), rows.cache.stacks)
     cache = KVCache(stacks, rows.cache.segment_ids_BS[kept_B], rows.cache.used)
     return _spread(constrain, _Rows(cache, *(each[kept_B] for each in rows[1:])))

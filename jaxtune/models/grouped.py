@@ -158,20 +158,29 @@ def attend_cached(
     assert where.used is not None
     first = where.used % where.key_segments_BS.shape[1]
     if at.kv is None:
-        for name, new in zip("kv", _by_head(k_BTKH, v_BTKH), strict=True):
-            start = [at.row, 0, 0, 0, 0]
-            start[SLOTS_DIM[name]] = first
-            cache = {
-                **cache,
-                name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), start),
-            }
-        mine = [jax.lax.dynamic_index_in_dim(cache[name], at.row, keepdims=False) for name in ("k", "v")]
+        made = [
+            _write(cache[name], new, at.row, first, SLOTS_DIM[name])
+            for name, new in zip("kv", _by_head(k_BTKH, v_BTKH), strict=True)
+        ]
+        cache, mine = {"k": made[0][0], "v": made[1][0]}, [each[1] for each in made]
     else:
         mine = list(at.kv)
     out = attend(
         q_BTNH, *_by_token(*mine), segments_BT, where.key_segments_BS, rule, run, offset=first, self_attention=False, **options
     )  # fmt: skip
     return out, cache
+
+
+def _write(kept: jax.Array, new: jax.Array, row: jax.Array, first: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
+    """Puts new tokens into a layer's slots from `first` on: (all layers, that layer)."""
+    new, alone = new.astype(kept.dtype), kept.shape[0] == 1
+    start: list[Any] = [row, 0, 0, 0, 0]
+    start[dim] = first
+    if alone:  # written without the dim of layers, it is the same array that is read and that a loop carries on
+        mine = jax.lax.dynamic_update_slice(kept[0], new, start[1:])
+        return mine[None], mine
+    kept = jax.lax.dynamic_update_slice(kept, new[None], start)
+    return kept, jax.lax.dynamic_index_in_dim(kept, row, keepdims=False)
 
 
 def _by_head(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ from jaxtune import config as config_lib
 from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
 from jaxtune.plan import compile as plan_compile
-from jaxtune.plan import cost, cpu, search
+from jaxtune.plan import search
 from jaxtune.plan.compile import Plan
 from jaxtune.plan.cost import Forecast
 
@@ -18,12 +18,7 @@ Result = tuple[dict[str, Any], str]  # what goes into plan.json, and lines for t
 
 def one(config: ConfigDict, hf_config: dict[str, Any], adapter: Any) -> Result:
     """Compiles this config for its topology."""
-    place = plan_compile.where(config)
-    plan, dots = plan_compile.compiled(config, hf_config, adapter)
-    seconds = None
-    if cpu.is_cpu(place.name):
-        place, seconds = cpu.as_measured(place, dots), cpu.dot_seconds(dots)
-    made = cost.forecast(cost.work_of(plan, seconds), place, config.train.steps, config.plan.efficiency)
+    plan, made, place = plan_compile.forecast(config, hf_config, adapter)
     return written(plan, made, place, config.train.steps), table(plan, made, place, config.train.steps)
 
 
@@ -100,6 +95,7 @@ def table(plan: Plan, made: Forecast, place: Slice, steps: int) -> str:
         share = "; measured here, and added"
     rows += [
         ("seconds by", f"{seconds}{share}"),
+        *((f"{name} left out", f"its speed is not known for {place.chip.name}: give it in plan.prices") for name in made.not_counted),
         ("a step", f"{made.step_seconds:.3g} s, limited by {made.limited_by}; model FLOPs utilisation {made.model_flops_utilisation:.0%}"),
         ("tokens/s", f"{made.tokens_per_second:,.0f}, {made.tokens_per_second_per_chip:,.0f} a chip"),
         (f"{steps} steps", f"{made.hours:.3g} hours" + ("" if made.training_usd is None else f", ${made.training_usd:,.2f}")),

@@ -22,7 +22,7 @@ from jaxtune import chips
 from jaxtune.adapters import lora
 from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
-from jaxtune.plan import cpu, flops, hlo
+from jaxtune.plan import cost, cpu, flops, hlo
 from jaxtune.train import layout, start, state, step
 from jaxtune.types import UserError
 
@@ -199,6 +199,18 @@ def compiled(
     return plan, hardware
 
 
+def forecast(
+    config: ConfigDict, hf_config: dict[str, Any], adapter: lora.Options | None = None
+) -> tuple[Plan, cost.Forecast, Slice]:
+    """The plan, what it takes and costs, and where: by the roofs of a TPU's chips; by what is measured here for "cpu"."""
+    place, seconds = where(config), None
+    plan, dots = compiled(config, hf_config, adapter)
+    if cpu.is_cpu(place.name):
+        place, seconds = cpu.as_measured(place, dots), cpu.dot_seconds(dots)
+    work, steps = cost.work_of(plan, seconds), max(1, config.train.steps)
+    return plan, cost.forecast(work, place, steps, config.plan.efficiency), place
+
+
 def _compiled(lowered: Any, on_tpu: bool) -> tuple[Any, str]:
     """The compiled step and its optimised program as text.
 
@@ -259,13 +271,15 @@ def _parts(memory: Any, arguments: dict[str, int], moved: hlo.Traffic, around: i
 
 
 def _peak(memory: Any) -> int:
+    """The sum of the parts, or XLA's own figure where that is more: it counts what lies in the host's memory, which is not here."""
     summed = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    return int(max(summed + memory.generated_code_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)))
+    own = getattr(memory, "peak_memory_in_bytes", 0) - getattr(memory, "host_temp_size_in_bytes", 0)
+    return int(max(summed + memory.generated_code_size_in_bytes, own))
 
 
 def _first_size(message: str) -> str:

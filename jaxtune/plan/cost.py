@@ -38,7 +38,8 @@ class Work(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """`seconds_by_resource` is what each alone would need for a step. Dollars are None where no price is known."""
+    """`seconds_by_resource` is what each alone would need for a step. Dollars are None where no price is known. `not_counted`:
+    resources that the step uses and whose speed the table of chips lacks."""
 
     limited_by: str
     seconds_by_resource: dict[str, float]
@@ -51,6 +52,7 @@ class Forecast(NamedTuple):
     usd_per_chip_hour: float | None
     usd_per_million_tokens: float | None
     training_usd: float | None
+    not_counted: tuple[str, ...]
 
 
 def work_of(plan: Any, dot_seconds: float | None = None) -> Work:
@@ -66,11 +68,14 @@ def forecast(work: Work, place: Slice, steps: int, efficiency: float) -> Forecas
     """Time and price of `steps` steps of this work on this slice."""
     chip, count = place.chip, place.num_devices
     compute = sum(found / place.num_chips / chip.peak(dtype) for dtype, found in work.flops_by_dtype.items())
+    sent = {
+        "ici": (work.ici_bytes, place.ici_bytes_per_second),
+        "dcn": (work.dcn_bytes, chip.dcn_bytes_per_second / chip.devices),
+    }
     seconds = {
         "compute": compute if work.dot_seconds is None else work.dot_seconds,
         "hbm": work.hbm_bytes / (chip.hbm_bytes_per_second / chip.devices),
-        "ici": _over(work.ici_bytes, place.ici_bytes_per_second),
-        "dcn": _over(work.dcn_bytes, chip.dcn_bytes_per_second / chip.devices),
+        **{name: num_bytes / rate if rate else 0.0 for name, (num_bytes, rate) in sent.items()},
     }
     limit = max(seconds, key=lambda name: seconds[name])
     step = seconds[limit] / efficiency if chip.overlaps else sum(seconds.values())
@@ -91,11 +96,10 @@ def forecast(work: Work, place: Slice, steps: int, efficiency: float) -> Forecas
         usd_per_chip_hour=price,
         usd_per_million_tokens=each,
         training_usd=usd,
+        not_counted=tuple(
+            name for name, (num_bytes, rate) in sent.items() if num_bytes and not rate and place.num_chips > 1
+        ),
     )
-
-
-def _over(sent: float, rate: float) -> float:
-    return sent / rate if rate else 0.0
 
 
 # ---- a hosted service ----
@@ -104,8 +108,10 @@ Range = tuple[Fraction, Fraction]
 
 
 def wants_api(config: ConfigDict) -> bool:
-    """Whether a price per token is given."""
-    return bool(config.plan.api_training_usd_per_1k_tokens or config.plan.api_inference_usd_per_1k_tokens)
+    """Whether a hosted service is to be priced: anything that only its price needs is given."""
+    p = config.plan
+    training = p.api_training_usd_per_1k_tokens or p.api_training_tokens
+    return bool(training or p.api_inference_usd_per_1k_tokens or p.monthly_requests or p.tokens_per_request)
 
 
 def api(config: ConfigDict, training_tokens: int | None) -> dict[str, Any]:
@@ -114,11 +120,15 @@ def api(config: ConfigDict, training_tokens: int | None) -> dict[str, Any]:
     `training_tokens` counts where the config does not. A range in any of them gives [low, high].
 
     Raises:
-      UserError: a price for training, and nothing to train on; a price for inference without requests and tokens, or the other
+      UserError: a price for training and nothing to train on, or the other way round; a price for inference without requests and tokens, or the other
         way round.
     """
     p = config.plan
     found: dict[str, Any] = {}
+    if p.api_training_tokens and not p.api_training_usd_per_1k_tokens:
+        raise UserError(
+            f"plan.api_training_tokens={p.api_training_tokens} has no price: set plan.api_training_usd_per_1k_tokens"
+        )
     if p.api_training_usd_per_1k_tokens:
         tokens = _range(p.api_training_tokens) if p.api_training_tokens else (Fraction(training_tokens or 0),) * 2
         if not tokens[1]:

@@ -12,9 +12,10 @@ from jaxtune import chips, sharding
 from jaxtune.chips import Slice
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES
-from jaxtune.plan import estimate
-from jaxtune.plan.compile import Plan, compile_step, devices_of, program_of, where
-from jaxtune.plan.cost import Forecast, forecast, work_of
+from jaxtune.plan import cpu, estimate
+from jaxtune.plan.compile import Plan, devices_of, program_of, where
+from jaxtune.plan.compile import forecast as compile_forecast
+from jaxtune.plan.cost import Forecast
 from jaxtune.plan.estimate import Estimate
 from jaxtune.registry import load
 from jaxtune.types import UserError
@@ -115,8 +116,12 @@ def rank(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, show: Show
     known, found = chips.table(config.plan.prices), []
     names = config.plan.topologies
     names = _one_each(known) if tuple(names) == ("all",) else names
-    for name in show(names, len(names), "topologies"):
-        place = chips.slice_of(name, known, config.plan.num_slices)
+    if any(cpu.is_cpu(name) for name in names):
+        raise UserError(
+            "plan.topologies ranks slices of TPUs by their price; this machine is measured by plan.topology='cpu'"
+        )
+    places = [chips.slice_of(name, known, config.plan.num_slices) for name in names]
+    for place in show(places, len(places), "topologies"):
         try:
             fitting = [e for e in Table(config, hf_config, adapter, place, _quiet).ranked(1.0) if e.fits]
             found.append(Ranked(place, fitting[0] if fitting else None, "" if fitting else "nothing fits"))
@@ -186,7 +191,7 @@ class Table:
     def ranked(self, correction: float) -> list[Estimate]:
         """Every candidate: those that fit first, fastest first, of equals the one that moves and holds least."""
         found = []
-        for (program, held), remat in itertools.product(self.programs.values(), self.traces):
+        for (program, held), remat in itertools.product(self.programs.values(), remats(self.config)):
             for accumulation in accumulations(self.config, program):
                 choice = (accumulation, remat, self.traces[remat])
                 found.append(estimate.estimate(self.config, program, held, *choice, self.most, self.place, correction))
@@ -212,13 +217,19 @@ def meshes(config: ConfigDict, model_config: Any, place: Slice) -> Iterator[dict
             yield mesh
 
 
+def remats(config: ConfigDict) -> list[str]:
+    """The remat choices: not to keep everything ("none") where the config names what is to be kept."""
+    named = config.train.save or config.train.offload
+    return [remat for remat in CHOICES["train.remat"] if not (named and remat == "none")]
+
+
 def accumulations(config: ConfigDict, program: Any) -> list[int]:
     """Into how many micro-batches a device's rows divide; one where the objective compares all rows of a batch."""
     from jaxtune.train import step
 
     whole = config.copy_and_resolve_references()
     whole.train.accumulation = 1
-    if step.objective(whole, program.hf_config).whole_batch:
+    if any(part.objective.whole_batch for part in step.parts(whole, program.hf_config)):
         return [1]
     return _divisors(config.train.batch_size // sharding.num_batch_shards(program.mesh))
 
@@ -231,12 +242,11 @@ def _compiled(config: ConfigDict, hf_config: dict[str, Any], adapter: Any, choic
     config, began = changed(config, choice), time.perf_counter()
     config.plan.topology = place.name
     try:
-        plan = compile_step(config, hf_config, adapter)
+        plan, made, _ = compile_forecast(config, hf_config, adapter)
     except UserError as error:
         if "does not fit" not in str(error):
             raise
         return Tried(choice, None, None, time.perf_counter() - began)
-    made = forecast(work_of(plan), place, max(1, config.train.steps), config.plan.efficiency)
     return Tried(choice, plan, made, time.perf_counter() - began)
 
 

@@ -165,6 +165,15 @@ def names(reward: ConfigDict) -> list[str]:
     return found
 
 
+def check(reward: ConfigDict) -> None:
+    """Refuses, before anything is trained, functions that could not be run.
+
+    Raises:
+      UserError: as `Rewarder`.
+    """
+    Rewarder(reward).close()
+
+
 def row_of(example: Example) -> dict[str, Any]:
     """The row that a reward sees: the data row, and its answer under "answer" where the row has no such column."""
     row = dict(example.row or {})

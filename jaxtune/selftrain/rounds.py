@@ -36,7 +36,7 @@ class Hands(NamedTuple):
 
     train: Callable[[ConfigDict, Path], None]
     compare: account.Compare
-    judge: Callable[[ConfigDict], sampling.Judge]
+    judge: Callable[[str, ConfigDict], sampling.Score]
 
 
 def run(config: ConfigDict, workdir: Path, hands: Hands, show: Any, say: Callable[[str], None]) -> None:
@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: Path, hands: Hands, show: Any, say: Callabl
     say(f"self-training by {config.self_training.method}: {len(task.prompts)} prompts, {len(task.held)} held-out rows")
     rewarder = None if config.self_training.reward_model else scoring.Rewarder(config.reward)
     try:
-        judge = sampling.verifier(rewarder) if rewarder else hands.judge(config)
+        judge = sampling.verifier(rewarder) if rewarder else _model_judge(config, hands)
         rounds = []
         for number in range(1, config.self_training.rounds + 1):
             rounds.append(_round(config, workdir, task, number, tokenizer, judge, hands, show))
@@ -68,6 +68,10 @@ def run(config: ConfigDict, workdir: Path, hands: Hands, show: Any, say: Callabl
             rewarder.close()
     control = _control(config, workdir, task, rounds[-1], hands, say) if config.self_training.control else None
     account.write(config, workdir, model.uri, rounds, control, hands.compare)
+
+
+def _model_judge(config: ConfigDict, hands: Hands) -> sampling.Judge:
+    return sampling.by_model(hands.judge(config.self_training.reward_model, config))
 
 
 def check(config: ConfigDict) -> None:

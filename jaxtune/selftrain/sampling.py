@@ -16,7 +16,7 @@ from jaxtune.data import templates
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.generate.logits import Sampling
-from jaxtune.generate.sampler import Sampler
+from jaxtune.generate.rollout import Roller
 from jaxtune.rewards import scoring
 from jaxtune.selftrain import task as task_lib
 from jaxtune.selftrain.selection import Sample, is_right
@@ -25,6 +25,8 @@ from jaxtune.train.state import Params, Program
 
 # (examples, their completions) -> (rewards, errors by name: kind, the first message of each).
 Judge = Callable[[Sequence[Example], Sequence[str]], tuple[np.ndarray, dict[str, int], dict[str, str]]]
+# (pairs of prompt and answer) -> their scores: a reward model.
+Score = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 # (prompts, answers to each, seed) -> (text, whether it ended by itself) of each, a prompt's together.
 Answer = Callable[[Sequence[Sequence[int]], int, int], list[tuple[str, bool]]]
 
@@ -116,25 +118,32 @@ def verifier(rewarder: scoring.Rewarder) -> Judge:
     return judge
 
 
+def by_model(score: Score) -> Judge:
+    """Judges by a reward model; an empty answer has no score, and a score that is not finite is counted."""
+
+    def judge(examples: Sequence[Example], completions: Sequence[str]) -> Any:
+        pairs = [(scoring.prompt_of(e), text) for e, text in zip(examples, completions, strict=True)]
+        there = np.asarray([bool(text.strip()) for _, text in pairs], bool)
+        rewards = np.full(len(pairs), np.nan)
+        if there.any():
+            rewards[there] = score([pair for pair, is_there in zip(pairs, there, strict=True) if is_there])
+        wrong = int((there & ~np.isfinite(rewards)).sum())
+        kind = "reward_model: not_a_number"
+        said = {kind: "its score is NaN or infinite"} if wrong else {}
+        return np.where(np.isfinite(rewards), rewards, np.nan), {kind: wrong} if wrong else {}, said
+
+    return judge
+
+
 def answers(config: ConfigDict, tokenizer: Tokenizer, program: Program, params: Params) -> Answer:
     """Asks this model, as `self_training` says."""
     chosen = config.self_training
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p)
     places = (tokenizer.stop_ids, tokenizer.pad_id, tokenizer.vocab_size, program.model_config.max_positions)
-    sampler = Sampler(program.inference, params, tokenizer.decode, *places)
-    size, stops = config.generate.batch_size, set(tokenizer.stop_ids)
+    roller = Roller(program.inference, *places, chosen.slots, program.mesh)
 
     def answer(prompts: Sequence[Sequence[int]], group: int, seed: int) -> list[tuple[str, bool]]:
-        made: list[tuple[str, bool]] = [("", False)] * (len(prompts) * group)
-        order = sorted(range(len(made)), key=lambda row: (-len(prompts[row // group]), row))
-        for rows in (order[i : i + size] for i in range(0, len(order), size)):
-            filled = rows + rows[:1] * (size - len(rows))
-            blocks = sampler.stream(
-                [prompts[row // group] for row in filled], sampling, chosen.max_new_tokens, seed, filled
-            )
-            for row, tokens in zip(rows, np.concatenate(list(blocks), axis=1).tolist(), strict=False):
-                end = next((i for i, token in enumerate(tokens) if token in stops), None)
-                made[row] = tokenizer.decode(tokens[:end]), end is not None
-        return made
+        made = roller(params, prompts, group, sampling, chosen.max_new_tokens, seed)
+        return [(tokenizer.decode(one.tokens[: len(one.tokens) - one.ended]), one.ended) for one in made]
 
     return answer

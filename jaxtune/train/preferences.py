@@ -7,7 +7,7 @@ from typing import Any
 from jaxtune import registry
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
-from jaxtune.models import spec, splash
+from jaxtune.models import flash, spec, splash
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import Objective
 from jaxtune.types import UserError
@@ -78,8 +78,8 @@ def shares_prompts(config: ConfigDict, model_config: Any, platform: str) -> bool
     why = _cannot(config, model_config)
     if asked == "always" and why:
         raise UserError(f"preference.share_prompts='always': {why}; set 'auto' or 'never'")
-    fits = config.data.max_length % splash.TILE_TOKENS == 0
-    by_kernel = platform == "tpu" and config.model.attention == "auto" and fits
+    tile = {"tpu": splash.TILE_TOKENS, "gpu": flash.TILE_TOKENS}.get(platform)
+    by_kernel = config.model.attention == "auto" and tile is not None and config.data.max_length % tile == 0
     return not why and (asked == "always" or not by_kernel)
 
 
@@ -97,8 +97,8 @@ def _cannot(config: ConfigDict, model_config: Any) -> str:
         return f"this model's windows are shorter than data.max_length={config.data.max_length}"
     if config.mesh.context != 1 or config.mesh.dcn_context != 1:
         return "a mesh with a context axis splits the tokens of a row"
-    if config.model.attention == "splash":
-        return "model.attention='splash' knows no branches"
+    if config.model.attention in ("splash", "flash"):
+        return f"model.attention={config.model.attention!r} knows no branches"
     if config.train.objective == "reward" and head is not None and head.pool != "last":
         return "the head of this model reads more than an answer's last token"
     return ""

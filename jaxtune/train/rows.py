@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
@@ -14,19 +17,28 @@ from jaxtune.data import masking, pairs, pipeline, preferences, prompts, readers
 from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
-from jaxtune.train import loop
+from jaxtune.train import loop, step
 from jaxtune.train.state import Program
-from jaxtune.types import UserError
+from jaxtune.types import BRANCH_BITS, Batch, UserError
 from jaxtune.validation import ON_POLICY
 
 
 class Rows(NamedTuple):
-    """The data of a run: examples of each split; training rows as batches; validation rows as tokens."""
+    """The data of a run: examples of each split; training rows as batches; validation rows as tokens.
+
+    `beside`: likewise of each objective beside the main one.
+    """
 
     splits: pipeline.Splits
     train: pipeline.Rows
     validation: pipeline.Rows | None
     batches: pipeline.BatchSource | PromptSource
+    beside: tuple[Rows, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that is trained on."""
+        return "+".join([self.train.digest, *(each.digest for each in self.beside)])
 
 
 def paths(config: ConfigDict) -> dict[str, Path]:
@@ -47,16 +59,19 @@ def judged(config: ConfigDict) -> bool:
     return config.eval.metric == "reward" or (config.eval.metric == "auto" and config.train.objective in ON_POLICY)
 
 
-def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT) -> Rows:
+def read(
+    config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT,
+    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (),
+) -> Rows:  # fmt: skip
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
-    `reader` says what of an example is learnt. Validation rows of masked words are masked once and for all.
+    `reader` says what of an example is learnt; `beside` holds config and reader of each objective beside. Validation rows of masked words are masked once and for all.
 
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
     """
     data, training = config.data, config.train
-    if config.train.objective in ON_POLICY:
+    if training.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
     splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=judged(config))
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
@@ -80,7 +95,9 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     )  # fmt: skip
     # Rounded up, so that every row is trained on; less a little, for 3 x 0.1 is more than 0.3.
     training.steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch - 1e-6))
-    return Rows(splits, rows, validation, batches)
+    for other, _ in beside:
+        other.train.steps = training.steps
+    return Rows(splits, rows, validation, batches, tuple(read(other, tokenizer, show, how) for other, how in beside))
 
 
 def _prompts(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
@@ -126,25 +143,73 @@ def summary(config: ConfigDict, rows: Rows) -> str:
     what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
     what = f"in prompts, {config.rl.prompts_per_round} a round" if isinstance(rows.batches, PromptSource) else what
     what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
+    others = "".join(f"; beside: {each.train.counts['rows']:,} rows" for each in rows.beside)
     return (
-        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}; "
+        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}{others}; "
         f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
     )
 
 
+def first_row(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, reader: readers.Reader) -> str:
+    """The first batch row token by token, with each token's loss weight as a target, for the terminal."""
+    batch = rows.batches[0]
+    weights_T = batch["weights_BT"][0]
+    if reader.kind in ("next", "pairs", "judged"):
+        weights_T = np.concatenate([[0.0], weights_T[:-1]])  # a weight stands where its token is predicted
+    lines = [
+        f"first row of the first batch ({config.train.batch_size} x {config.data.max_length}), weight of each token as a target:"
+    ]
+    for position, token in enumerate(batch["tokens_BT"][0]):
+        segment, row = batch["segment_ids_BT"][0, position], batch["row_ids_BT"][0, position]
+        if segment:
+            name, text = rows.train.row_ids[row], tokenizer.decode_token(int(token))
+            number, branch = segment & (1 << BRANCH_BITS) - 1, segment >> BRANCH_BITS
+            where = f"{number:3d}" + (f".{branch}" if reader.kind in preferences.KINDS else "")
+            lines.append(f"  {position:5d}  segment {where}  {name:<24}  weight {weights_T[position]:g}  {text}")
+    for tokens_U, ids_U in zip(
+        batch.get("passage_tokens_BQU", [[]])[0], batch.get("passage_segment_ids_BQU", [[]])[0], strict=True
+    ):
+        text = tokenizer.decode(tokens_U[ids_U != 0], skip_special=False)
+        lines.append(f"  passage of {int((ids_U != 0).sum())} tokens: {text}")
+    return "\n".join([*lines, f"  and {int((batch['segment_ids_BT'][0] == 0).sum())} of padding"])
+
+
 def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Program) -> loop.Data:
-    """Batches as the loop asks for them: this host's rows only."""
-    mine, validation = sharding.host_rows(program.mesh, config.train.batch_size), rows.validation
-    data, source = config.data, rows.batches
-    assert isinstance(source, pipeline.BatchSource)
+    """Batches as the loop asks for them: this host's rows only.
 
-    def batches(first_step: int, num_steps: int, _: Any) -> Iterator[Any]:
-        return pipeline.iterate(source, first_step, num_steps, mine, data.prefetch_batches)
+    Raises:
+      UserError: the objective writes its batches itself, and what asks for rows (lr_find) has no rewards.
+    """
+    mine, data = sharding.host_rows(program.mesh, config.train.batch_size), config.data
+    every = (rows, *rows.beside)
+    sources = [each.batches for each in every if isinstance(each.batches, pipeline.BatchSource)]
+    if len(sources) < len(every):
+        raise UserError(
+            f"train.objective={config.train.objective!r} writes its own batches, which only `train` can ask for"
+        )
 
-    def held_back() -> Iterator[Any]:
-        assert validation is not None
+    def batches(first_step: int, num_steps: int, current: Any = None) -> Iterator[Any]:
+        streams = [pipeline.iterate(source, first_step, num_steps, mine, data.prefetch_batches) for source in sources]
+        return (_joined(found) for found in zip(*streams, strict=True))
+
+    def measured(each: Rows) -> Iterator[Any]:
+        if each.validation is None:
+            return
         options = (data.max_length, data.packing, config.train.batch_size, tokenizer.pad_id, config.train.eval_batches)
-        for batch in pipeline.eval_batches(validation, *options):
+        for batch in pipeline.eval_batches(each.validation, *options):
             yield {name: array[mine] for name, array in batch.items()}
 
-    return loop.Data(batches, held_back if validation else None, lambda row: rows.train.row_ids[row])
+    def held_back() -> Iterator[Any]:
+        if not rows.beside:
+            yield from measured(rows)
+            return
+        blank = [{name: np.zeros_like(x) for name, x in source.local(0, mine).items()} for source in sources]
+        for found in itertools.zip_longest(*map(measured, every)):  # of weight 0 where one has no more
+            yield _joined([batch or empty for batch, empty in zip(found, blank, strict=True)])
+
+    return loop.Data(batches, held_back if rows.validation else None, lambda row: rows.train.row_ids[row])
+
+
+def _joined(found: Sequence[Batch]) -> Batch:
+    """One batch of those of each objective."""
+    return {step.prefix(at) + name: array for at, batch in enumerate(found) for name, array in batch.items()}

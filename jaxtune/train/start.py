@@ -16,8 +16,8 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.models import FAMILIES, quantised, reading, splash
-from jaxtune.train import layout, preferences, step
+from jaxtune.models import FAMILIES, flash, quantised, reading, splash
+from jaxtune.train import layout, preferences, random_weights, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -58,6 +58,11 @@ def check_head(config: ConfigDict, model: Model) -> None:
             f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}; what goes together: "
             f"{together}"
         )
+    weights, labels = config.train.class_weights, source.labels(model) if config.train.class_weights else ()
+    if len(weights) != len(labels):
+        raise UserError(
+            f"train.class_weights has {len(weights)} numbers; expected one for each label: {', '.join(labels)}"
+        )
     if name == "reward" and reading.num_labels(model.hf_config) != 1:
         raise UserError(
             f"train.objective='reward' learns one score, and this model's head has {reading.num_labels(model.hf_config)} labels: set "
@@ -94,6 +99,15 @@ def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Re
         pool = family.from_hf(model.hf_config).head.pool
         return readers.Reader(kinds[reading.problem(model.hf_config)], source.labels(model), pool)
     return readers.NEXT
+
+
+def beside(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> list[tuple[ConfigDict, readers.Reader]]:
+    """Of each objective of `train.beside`, the config that says what its rows are, and how it reads them.
+
+    Raises:
+      UserError: as `reader`.
+    """
+    return [(one, reader(one, model, tokenizer)) for one in step.beside(config)]
 
 
 def _masking(config: ConfigDict, tokenizer: Tokenizer) -> Masking:
@@ -133,13 +147,16 @@ def check_length(config: ConfigDict, program: Program) -> None:
     passages = {"max_passage_length": config.data.max_passage_length}
     rows = {"max_length": config.data.max_length}
     sharding.check_tokens(program.mesh, **rows | (passages if config.train.objective == "contrastive" else {}))
-    tile = splash.TILE_TOKENS * program.mesh.shape["context"]
-    if config.model.attention == "splash" and max_length % tile:
-        shards = f" times mesh.context={program.mesh.shape['context']}" if tile > splash.TILE_TOKENS else ""
+    kind, num_shards = config.model.attention, program.mesh.shape["context"]
+    tile = {"splash": splash.TILE_TOKENS * num_shards, "flash": flash.TILE_TOKENS}.get(kind, 1)
+    if max_length % tile:
+        shards = f" times mesh.context={num_shards}" if kind == "splash" and num_shards > 1 else ""
         raise UserError(
-            f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention='splash'{shards}: make it "
+            f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention={kind!r}{shards}: make it "
             f"{-(-max_length // tile) * tile}, or set model.attention='auto'"
         )
+    for one in step.beside(config):
+        check_length(one, program)
 
 
 def check_export(config: ConfigDict, program: Program) -> None:
@@ -158,7 +175,7 @@ def load(
 ) -> tuple[State, Params]:
     """Streams the weights onto the mesh (random ones for a preset); returns the first state and the frozen params."""
     if model.tensors is None:
-        base = state_lib.random_base(program, config.train.seed)
+        base = random_weights.random_base(program, config.train.seed)
     else:
         new_head = bool(config.model.head)
         own = {path: like for path, like in program.base.items() if path.startswith("value_head.")}  # no model has one

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtune import optim, registry, sharding
 from jaxtune.adapters import lora, partition
 from jaxtune.config import ConfigDict
-from jaxtune.models import FAMILIES, layers, quantised, spec
+from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.train import preferences, routers
@@ -81,6 +81,7 @@ def runtime(config: ConfigDict, mesh: Mesh, model_config: Any) -> Runtime:
         router_loss=routers.wanted(config.train),
         spread_head=mesh.shape["fsdp"] > 1 and gathered_tokens <= _SPREAD_HEAD * model_config.vocab_size,
         mlp_blocks=_mlp_blocks(config, mesh),
+        neftune_alpha=config.train.neftune_noise_alpha,
         branches=preferences.shares_prompts(config, model_config, str(mesh.devices.flat[0].platform)),
         mesh=mesh,
         spec=sharding.spec,
@@ -141,9 +142,10 @@ def abstract(
         )
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
-    layout = _check_sharding(config, mesh, variables, params)
+    kept = _quantised(quantize, params, run, mesh)
+    layout = _check_sharding(config, mesh, variables, params, kept)
     trainable, frozen = partition.split(params, labels)
-    optimizer = optim.make(config, labels, num_steps)
+    optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     return Program(
         family=family,
@@ -161,7 +163,7 @@ def abstract(
         frozen=frozen,
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
-        quantised=_quantised(quantize, params, run, mesh),
+        quantised=kept,
         layout=layout,
     )
 
@@ -175,11 +177,14 @@ def _check_dims(mesh: Mesh, model_config: Any) -> None:
         )
 
 
-def _check_sharding(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], params: Params) -> str:
+def _check_sharding(
+    config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], params: Params, kept: quantised.Base | None
+) -> str:
     """Refuses too many whole weights; returns, in words, which weights another dim than the rules' is split of."""
-    small = (".kernel.scales", ".kernel.columns")  # of a quantised kernel, beside its codes
-    base = {path: value for path, value in params.items() if ".adapter." not in path and not path.endswith(small)}
-    axes = {path: variables[path].get_metadata()["axes"] for path in base}
+    kernels = kept.kernels if kept else {}  # counted, and named by mesh.rules, as if they were not quantised
+    whole = {path: value for path, value in params.items() if not quantised.kernel_of(path)} | kernels
+    base = {path: value for path, value in whole.items() if ".adapter." not in path}
+    axes = {path: variables[path + ".codes" * (path in kernels)].get_metadata()["axes"] for path in base}
     matrices = {path: value for path, value in base.items() if len(axes[path]) > 1}
     sharding.check_sharded(matrices, num_params(base), mesh, config.mesh)
     asked = [pattern for pattern, _ in config.mesh.rules]
@@ -227,7 +232,8 @@ def _quantised(options: quantised.Options | None, params: Params, run: Runtime, 
 
 def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any]) -> dict[str, str]:
     """What trains; no head where the objective reads none."""
-    reads_head = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.reads_head
+    objectives = [config.train.objective, *(one[0] for one in config.train.beside)]
+    reads_head = any(registry.load("objective", name, OBJECTIVES).OBJECTIVE.reads_head for name in objectives)
     head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
     has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
     return partition.label(variables, config.tune.method, has_task, headless=not reads_head)
@@ -263,7 +269,8 @@ def _shapes(
 def without_adapter(program: Program) -> nnx.GraphDef:
     """The structure of the model as trained, with no adapter on it."""
     quantize = program.quantised.options if program.quantised else None
-    return _shapes(program.family, program.model_config, program.run, None, quantize)[0]
+    run = program.run._replace(neftune_alpha=0.0)
+    return _shapes(program.family, program.model_config, run, None, quantize)[0]
 
 
 def _state_shapes(optimizer: optax.GradientTransformation, trainable: Params, whole: NamedSharding) -> State:
@@ -283,8 +290,9 @@ def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Params, w
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey) and entry.key in params]
-        like = params[names[-1]] if names else None
-        where = like.sharding if like is not None and like.shape == leaf.shape else whole
+        # Blocks' scales have their parameter's dims, one of them shorter.
+        likes = [params[name].sharding for name in names if len(params[name].shape) == len(leaf.shape)]
+        where = sharding.fitting(likes[-1], leaf.shape) if likes else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
@@ -293,43 +301,6 @@ def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Params, w
 def shardings(shapes: Any) -> Any:
     """The shardings of a tree of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
-
-
-def random_base(program: Program, seed: int) -> Params:
-    """Random base weights for a preset, made in place on their shards: N(0, 0.02), norms 1, biases 0.
-
-    Those that are quantised are so as they are made, a layer at a time.
-    """
-    plain = {path: like for path, like in program.base.items() if quantised.kernel_of(path) is None}
-
-    def make(key: jax.Array) -> Params:
-        def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-            if path.endswith((".bias", ".scale")):
-                return jnp.full(like.shape, 1.0 if path.endswith(".scale") else 0.0, like.dtype)
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            return (jax.random.normal(own, like.shape, jnp.float32) * 0.02).astype(like.dtype)
-
-        return {path: one(path, like) for path, like in plain.items()}
-
-    key = jax.random.key(seed)
-    return jax.jit(make, out_shardings=shardings(plain))(key) | _random_quantised(program, key)
-
-
-def _random_quantised(program: Program, key: jax.Array) -> Params:
-    made: Params = {}
-    for path, like in program.quantised.kernels.items() if program.quantised else ():
-        where = {leaf: program.base[leaf].sharding for leaf in program.base if quantised.kernel_of(leaf) == path}
-        num_layers, *shape = like.shape
-
-        def make(key: jax.Array, path: str = path, shape: Any = shape, num_layers: int = num_layers) -> Params:
-            def one(key: jax.Array) -> quantised.Packed:
-                assert program.quantised is not None
-                return program.quantised.quantize(jax.random.normal(key, shape, jnp.float32) * 0.02)
-
-            return quantised.spread(path, jax.lax.map(one, jax.random.split(key, num_layers)))
-
-        made |= jax.jit(make, out_shardings=where)(jax.random.fold_in(key, zlib.crc32(path.encode())))
-    return made
 
 
 def create(

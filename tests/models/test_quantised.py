@@ -18,7 +18,7 @@ from jaxtune import config as config_lib
 from jaxtune import run, sharding
 from jaxtune.adapters import lora
 from jaxtune.models import layers, quantised
-from jaxtune.train import start, state, step
+from jaxtune.train import random_weights, start, state, step
 from jaxtune.types import UserError
 from jaxtune.validation import validate
 from jaxtune.weights import hf, pack, source
@@ -318,7 +318,7 @@ def test_weights_are_quantised_as_they_come(tiny_config: ConfigDict, monkeypatch
 def test_a_preset_is_random_in_codes() -> None:
     config = config_of("nf4", {"fsdp": 2})
     program = program_of(CASES["mixtral"], config)
-    made = state.random_base(program, 0)
+    made = random_weights.random_base(program, 0)
     assert made.keys() == program.base.keys()
     kernel = "layers.mlp.experts.down_proj.kernel"
     found = dequantize(program.quantised.packed(made, kernel), jnp.float32)

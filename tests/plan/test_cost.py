@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_ranges_are_exact_at_both_ends(config: ConfigDict) -> None:
         ({"monthly_requests": ("many",)}, "monthly_requests"),
         ({"api_training_usd_per_1k_tokens": (0.04,)}, "api_training_tokens"),
         ({"api_inference_usd_per_1k_tokens": (0.04,)}, "monthly_requests"),
+        ({"api_training_tokens": (500_000,)}, "has no price"),
     ],
 )
 def test_what_cannot_be_priced_is_said(config: ConfigDict, changes: dict, says: str) -> None:
@@ -74,6 +76,38 @@ def test_a_service_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads((tmp_path / "w" / "plan.json").read_text())
     assert (found["training_usd"], found["monthly_inference_usd"]) == (20, 200)
     assert "20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config.plan.monthly_requests=5"], "a month of inference needs all of"),
+        (["--config.plan.api_training_tokens=5"], "has no price"),
+        (["--search", "--config.plan.api_training_usd_per_1k_tokens=1", "--config.plan.api_training_tokens=5"], "model.source is empty"),
+        (["--topologies=cpu", "--config.model.source=preset:llama_tiny"], "ranks slices of TPUs"),
+        (["--topologies=v5e:2x2,nope", "--config.model.source=preset:llama_tiny"], "plan.topology='nope'"),
+    ],
+)  # fmt: skip
+def test_half_a_question_is_not_taken_for_another(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.plan.topology = ''\n  return c\n"
+    )
+    assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_inference_alone_asks_nothing_of_the_training_rows(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from jaxtune import config\ndef get_config():\n  c = config.base()\n  c.data.train = 'rows.jsonl'\n  return c\n"
+    )
+    given = ["api_inference_usd_per_1k_tokens=0.04", "monthly_requests=100000", "tokens_per_request=50"]
+    flags = [f"--config.plan.{flag}" for flag in given]
+    assert launch.main(["plan", f"--config={path}", f"--workdir={tmp_path / 'w'}", *flags]) == 0
+    assert json.loads((tmp_path / "w" / "plan.json").read_text())["monthly_inference_usd"] == 200
 
 
 def test_tokens_of_all_steps_where_no_number_is_given(config: ConfigDict) -> None:
@@ -102,6 +136,15 @@ def test_a_step_takes_as_long_as_its_slowest_resource() -> None:
         work(ici_bytes=100e9 * 4), place, 1, 1.0
     )  # 4 x 4 closes no ring: one link a side, 50e9 bytes/s each
     assert (slow.limited_by, slow.step_seconds) == ("ici", pytest.approx(4))
+
+
+def test_what_is_sent_at_an_unknown_speed_is_said() -> None:
+    table = chips.table()
+    v4, v5p = (chips.slice_of(name, table, num_slices=2) for name in ("v4:2x2x2", "v5p:2x2x2"))
+    made = cost.forecast(work(dcn_bytes=1e9), v4, 1, 1.0)
+    assert (made.not_counted, made.seconds_by_resource["dcn"]) == (("dcn",), 0.0)
+    assert cost.forecast(work(dcn_bytes=1e9), v5p, 1, 1.0).not_counted == ()
+    assert cost.forecast(work(), v4, 1, 1.0).not_counted == ()
 
 
 def test_eight_bits_are_faster_where_the_chip_says_so() -> None:
@@ -154,6 +197,29 @@ def test_a_users_prices_win(tmp_path: Path) -> None:
         chips.table(str(tmp_path / "none.toml"))
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("usd_per_chip_hour = -3", "usd_per_chip_hour = -3; expected a number of 0 or more"),
+        ("usd_per_chip_hour = nan", "usd_per_chip_hour = nan; expected"),
+        ('usd_per_chip_hour = "1.2"', "usd_per_chip_hour = '1.2'; expected a number"),
+        ("hbm_gib = inf", "hbm_gib = inf; expected a number above 0"),
+        ("hbm_gib = true", "hbm_gib = True; expected a number"),
+        ("tflops = { bfloat16 = nan }", "tflops.bfloat16 = nan; expected a number above 0"),
+        ("devices = 0", "devices = 0; expected a number of 1 or more"),
+        ("ici_gb_per_second = -1", "ici_gb_per_second = -1"),
+        ('slices = ["4xx4"]', "a slice '4xx4'; expected shapes"),
+        ('slices = "4x4"', "expected a list"),
+        ('device_kinds = "TPU v5e"', "expected a list"),
+    ],
+)
+def test_figures_that_no_chip_has(line: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[v5e]\n{line}\n")
+    with pytest.raises(UserError, match=f"mine.toml.*v5e.*{re.escape(says)}"):
+        chips.table(str(path))
+
+
 @pytest.mark.parametrize(("name", "shape"), [("v5e-64", "v5e:8x8"), ("v5p-8", "v5p:2x2x1"), ("tpu7x-16", "tpu7x:2x2x2"), ("v4:2x2x4", "v4:2x2x4")])  # fmt: skip
 def test_names_of_slices(name: str, shape: str) -> None:
     assert chips.slice_of(name, chips.table()).name == shape
@@ -163,6 +229,13 @@ def test_names_of_slices(name: str, shape: str) -> None:
 def test_names_of_no_slice(name: str) -> None:
     with pytest.raises(UserError, match="plan.topology"):
         chips.slice_of(name, chips.table())
+
+
+def test_a_wrong_shape_is_not_called_a_wrong_generation() -> None:
+    for name, hint in (("v5e:0x4", False), ("V5E:4x4", True)):
+        with pytest.raises(UserError) as error:
+            chips.slice_of(name, chips.table())
+        assert ("did you mean 'v5e'" in str(error.value)) == hint
 
 
 def test_this_machine_is_measured() -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jaxtune import chips, launch, validation
 from jaxtune import config as config_lib
 from jaxtune.models import llama, mixtral
-from jaxtune.plan import account, estimate, search
+from jaxtune.plan import account, cpu, estimate, search
 from jaxtune.plan import compile as plan_compile
 from jaxtune.sharding import AXES
 from jaxtune.types import SAVED_NAMES, UserError
@@ -81,6 +81,23 @@ def test_every_name_saves_something(config: ConfigDict, family: str) -> None:
             assert estimate.traced(config, settings, None, device).saved_bytes > least, (attention, name)
 
 
+def test_what_is_to_be_kept_by_name_is_not_all_kept(config: ConfigDict) -> None:
+    """A planned config that keeps all, and names what to keep, would be refused."""
+    assert search.remats(config) == ["none", "dots", "block"]
+    config.train.save = ("attention",)
+    assert search.remats(config) == ["dots", "block"]
+    for remat in search.remats(config):
+        config.train.remat = remat
+        validation.validate(config)
+
+
+def test_what_is_kept_lies_in_one_place(config: ConfigDict) -> None:
+    """JAX's policy for offloading ends in a traceback where a name is in both; on a CPU nothing would be said."""
+    config.train.save, config.train.offload = ("qkv", "mlp"), ("mlp",)
+    with pytest.raises(UserError, match="both have 'mlp'"):
+        validation.validate(config)
+
+
 def test_what_is_planned_for_slices_says_so(config: ConfigDict) -> None:
     config.plan.num_slices = 2
     choice = SimpleNamespace(mesh=dict.fromkeys(AXES, 1) | {"data": 4, "fsdp": 2}, accumulation=1, remat="block")
@@ -107,6 +124,21 @@ def test_search_writes_a_config_that_runs(tmp_path: Path, capsys: pytest.Capture
     assert written["search"]["why"] in capsys.readouterr().out
     assert [each["fits"] for each in written["search"]["compiled"]] == [True]
     assert written["search"]["considered"] >= len(written["search"]["candidates"]) > 1
+
+
+def test_a_search_of_this_machine_measures_as_a_plan_does(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = chips.Chip("cpu", 1 << 34, 1e10, {"float32": 1e11, "bfloat16": 1e11}, overlaps=False)
+    place = chips.Slice("cpu:1", chip, (1,))
+    monkeypatch.setattr(cpu, "machine", lambda topology: place)
+    monkeypatch.setattr(cpu, "measured_bandwidth", lambda size_bytes: 2e10)
+    monkeypatch.setattr(cpu, "dot_seconds", lambda dots: 7.0)
+    config.data.max_length, config.train.batch_size = 64, 1
+    config.plan.topology = "cpu:1"
+    one = SimpleNamespace(mesh=dict.fromkeys(AXES, 1), accumulation=1, remat="block")
+    tried = search._compiled(config, hf_preset("llama_tiny"), None, one, place)
+    assert tried.forecast.seconds_by_resource["compute"] == 7.0
+    moved = tried.plan.hbm_traffic_bytes - tried.plan.dot_traffic_bytes  # what multiplications move is in their time
+    assert tried.forecast.seconds_by_resource["hbm"] == pytest.approx(moved / 2e10)
 
 
 def test_topologies_are_ranked_by_price(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ def test_a_schema_of_a_file(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def unsure(mine: str) -> Iterator[scoring.Rewarder]:
     functions = (("length", 2.0), (f"{mine}:unsure", 1.0))
-    with scoring.Rewarder(section(functions=functions, timeout_seconds=1.0, workers=2)) as rewarder:
+    with scoring.Rewarder(section(functions=functions, timeout_seconds=6.0, workers=2)) as rewarder:
         yield rewarder
 
 
@@ -115,7 +115,7 @@ def test_a_broken_reward_costs_its_value_and_is_counted(unsure: scoring.Rewarder
     np.testing.assert_array_equal(scores.total, 2 + scores.parts["unsure"])
     assert scores.total.dtype == np.float32
     assert scores.errors == {"unsure: raised": 2, "unsure: timed_out": 1, "unsure: not_a_number": 3}
-    assert unsure.first_errors["unsure: timed_out"] == "ran longer than reward.timeout_seconds=1"
+    assert unsure.first_errors["unsure: timed_out"] == "ran longer than reward.timeout_seconds=6"
     assert {"KeyError", "ended"} & set(unsure.first_errors["unsure: raised"].replace(":", " ").split())
     again = unsure(["p"], ["good"], [{}])
     assert (again.total[0], again.errors) == (3, {})

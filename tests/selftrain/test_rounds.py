@@ -13,8 +13,6 @@ from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
 from jaxtune import run, validation
-from jaxtune.data.formats import Example
-from jaxtune.evals import judge
 from jaxtune.rewards import answers
 from jaxtune.selftrain import sampling
 from jaxtune.train import loop
@@ -48,7 +46,7 @@ def started(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
     config.tune.adapter = str(folder / "sft" / "adapter")
     config.reward.functions = (("exact_answer", 1.0),)
     config.self_training.rounds, config.self_training.samples, config.self_training.max_new_tokens = 2, 2, 6
-    config.self_training.temperature, config.self_training.part_prompts = 1.0, 16
+    config.self_training.temperature, config.self_training.part_prompts, config.self_training.slots = 1.0, 16, 8
     config.train.steps, config.checkpoint.every_steps = 6, 2
     config.eval.before_after, config.tracking.report = True, True
     return config
@@ -177,11 +175,10 @@ def _without_answer(config: ConfigDict) -> None:
     config.data.train, config.data.format, config.data.label_column = str(rows), "messages", ""
 
 
-def _texts(config: ConfigDict) -> None:
-    rows = Path(config.workdir).parent / "texts.txt"
-    rows.write_text("the cat sat\n" * 3 + "the dog\n" * 3 + "".join(f"a {i}\n" for i in range(20)))
-    config.data.train, config.data.format, config.data.label_column = str(rows), "text", ""
-    config.reward.functions = (("length", 1.0),)
+def _pairs(config: ConfigDict) -> None:
+    rows = Path(config.workdir).parent / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"who {i}", "passage": "the cat"}) + "\n" for i in range(20)))
+    config.data.train, config.data.format, config.data.label_column, config.data.prompt = str(rows), "pair", "", ""
 
 
 def _set(**changes: object) -> Callable[[ConfigDict], None]:
@@ -194,7 +191,7 @@ def _set(**changes: object) -> Callable[[ConfigDict], None]:
         (_set(reward__functions=()), r"reward\.functions is empty: name at least one"),
         (_set(reward__functions=(("exact_anser", 1.0),)), "unsupported reward 'exact_anser'"),
         (_set(reward__functions=(("none.py:mine", 1.0),)), "there is no file 'none.py'"),
-        (_set(reward__threshold=1.5), r"round 1 kept none of \d+ answers \(below_threshold \d+"),
+        (_set(reward__threshold=1.5), r"round 1 kept none of \d+ answers \(.*below_threshold \d+"),
         (_set(data__test_fraction=0.0), "held-out rows: set data.test_fraction or data.test"),
         (_set(eval__split="validation"), "eval.split is 'validation'; set 'test'"),
         (_set(train__patience=2), "set train.patience=0"),
@@ -204,7 +201,7 @@ def _set(**changes: object) -> Callable[[ConfigDict], None]:
         (_set(self_training__reward_model="x"), "are both set; one of them judges"),
         (_long, "none of the 1[0-9] prompts leaves room for an answer: data.max_length=64"),
         (_without_answer, r"chats\.jsonl:1: a reward compares with the answer in column 'answer', which is missing"),
-        (_texts, "self_train needs prompts"),
+        (_pairs, r"pairs\.jsonl:\d+: self_train needs prompts"),
     ],
 )  # fmt: skip
 def test_refused_with_one_clear_line(config: ConfigDict, change: Callable[[ConfigDict], None], says: str) -> None:
@@ -228,25 +225,32 @@ def test_prompts_that_are_too_long_are_counted_and_the_rest_goes_on(config: Conf
     assert told["hinted"] == 0, "a hint is STaR's"
 
 
-def test_a_reward_model_judges_as_it_was_measured(started: ConfigDict, tmp_path: Path) -> None:
-    rows = [(f"red cat {i}", answer, score) for i in range(12) for answer, score in (("good", 2.0), ("bad", -1.0))]
-    config = started.copy_and_resolve_references()
-    config.self_training.reward_model = config.model.source
-    with pytest.raises(UserError, match=r"architectures=.*LlamaForCausalLM.* expected …ForSequenceClassification"):
-        judge.reward_model(config)
-    trained = started.copy_and_resolve_references()
-    trained.workdir, trained.tune.adapter = str(tmp_path / "reward"), ""
-    trained.model.head, trained.model.problem_type, trained.model.labels = "sequence", "regression", ("reward",)
-    trained.train.objective, trained.eval.before_after, trained.tracking.report = "classify", False, False
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"{a} {s}", "score": v}) + "\n" for a, s, v in rows))
-    trained.data.train, trained.data.prompt, trained.data.label_column = str(texts), "{text}", "score"
-    trained.train.steps, trained.data.test_fraction = 12, 0.0
-    run.train(trained, Path(trained.workdir))
-    config.self_training.reward_adapter = str(tmp_path / "reward" / "adapter")
-    plain = [Example(f"rows:{i}", prompt=f"{asked} ", answer=None) for i, (asked, _, _) in enumerate(rows)]
-    scores, errors, _ = judge.reward_model(config)(plain, [said for _, said, _ in rows])
-    assert not errors
-    assert scores[::2].min() > scores[1::2].max(), "each good answer above every bad one"
-    again, _, _ = judge.reward_model(config)(plain[:1], ["bad"])
-    np.testing.assert_allclose(again, scores[1], atol=1e-5)
+def test_a_reward_model_judges(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one that likes short answers, and gives no number to those of an even length."""
+    asked: list[tuple[str, str]] = []
+
+    def load(uri: str, config: ConfigDict) -> sampling.Score:
+        def score(pairs: list[tuple[str, str]]) -> np.ndarray:
+            asked.extend(pairs)
+            return np.asarray([1.0 if len(said) % 2 else np.nan for _, said in pairs])
+
+        assert uri == "runs/reward/adapter"
+        return score
+
+    monkeypatch.setattr(run.judge, "load", load)
+    config.reward.functions, config.self_training.reward_model = (), "runs/reward/adapter"
+    config.self_training.rounds, config.self_training.control, config.train.steps = 1, False, 2
+    config.self_training.method, config.eval.metric = "rft", "exact_match"
+    run.self_train(config, Path(config.workdir))
+    folder = Path(config.workdir) / "round_01"
+    told = json.loads((folder / "round.json").read_text())
+    kept, refused = lines(folder / "kept.jsonl"), lines(folder / "refused.jsonl")
+    assert all(len(row["messages"][-1]["content"]) % 2 for row in kept)
+    failed = [row for row in refused if row["reason"] == "reward_failed"]
+    assert all(len(row["completion"]) % 2 == 0 and row["reward"] is None for row in failed)
+    count, message = told["errors"]["reward_model: not_a_number"]
+    assert count >= len(failed) > 0
+    assert message == "its score is NaN or infinite"
+    assert all(said.strip() for _, said in asked), "an empty answer has no score"
+    assert {prompt.split()[-1] for prompt, _ in asked} == {"good", "bad"}, "it reads the user's turn"
+    assert told["metric"] == "exact_match"

@@ -186,6 +186,9 @@ def test_steps_that_the_run_does_not_take_are_not_traced() -> None:
         validation.validate(config)
     config.train.steps = 0  # as many as epochs need: not known yet
     validation.validate(config)
+    config.train.steps = 2
+    with pytest.raises(UserError, match="profile_start_step=0 and tracking.profile_steps=2 or less"):
+        validation.validate(config)
     config.tracking.profile_steps = 1000
     with pytest.raises(UserError, match="profile_steps is 1000; expected 0 to 100"):
         validation.validate(config)
