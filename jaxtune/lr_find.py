@@ -51,7 +51,7 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
     program, values = start.program(config, model)
     start.check_length(config, program)
     state, frozen = start.load(config, model, program, values, show)
-    batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps)
+    batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps, dict)
     found = find(config, program, state, frozen, show(batches, config.lr_find.num_steps, "learning rates"))
     if jax.process_index() == 0:
         _write(config, workdir, found)
