@@ -192,3 +192,24 @@ def test_without_matplotlib_the_page_says_so_and_has_tables(tmp_path):
     assert "No plots: matplotlib is not installed" in words
     assert "Confusion after" in words
     assert "80.0%" in words
+
+
+def test_rewards_are_drawn_by_function_and_only_where_there_are_any() -> None:
+    lines = [
+        {
+            "step": step,
+            "loss": 0.1,
+            "reward": 0.1 * step,
+            "rewards/right": 0.2 * step,
+            "rewards/short": 0.0,
+            "entropy": 0.5,
+        }
+        for step in range(0, 8, 2)
+    ]
+    drawn = report_plots.training(lines)
+    assert "Mean reward of each round, from 0 to 0.6" in drawn[0]
+    assert ">right<" in drawn[0]
+    assert ">short<" in drawn[0]
+    assert "Entropy (nats a token) over steps" in drawn[1]
+    plain = report_plots.training([{"step": 0, "loss": 0.1, "rewards/chosen": 1.0}])
+    assert not any("reward" in plot for plot in plain)
