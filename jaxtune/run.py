@@ -206,9 +206,8 @@ def chat(config: ConfigDict, workdir: Path) -> None:
             asked = [*messages, {"role": "user", "content": text}]
             try:
                 pieces = []
-                for piece in sampler.stream_text(
-                    tokenizer.encode(tokenizer.render(asked, add_generation_prompt=True)), *settings
-                ):
+                ids = tokenizer.encode(tokenizer.render(asked, add_generation_prompt=True))
+                for piece in sampler.stream_text([*tokenizer.virtual_ids, *ids], *settings):
                     print(piece, end="", flush=True)
                     pieces.append(piece)
                 print()

@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash"),
     "model.quantize": ("", "int8", "int4", "nf4"),
-    "tune.method": ("lora", "full", "head"),
+    "tune.method": ("lora", "full", "head", "prompt"),
     "tune.dtype": ("float32", "bfloat16"),
     "data.format": (
         "auto",
@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
+    "tune.virtual_init": ("vocabulary", "text", "random"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -55,7 +56,7 @@ _AT_LEAST: dict[str, float] = {
     "plan.num_slices": 1, "plan.confirm": 0,
     "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
-    "model.quantize_block": -1,
+    "model.quantize_block": -1, "tune.virtual_tokens": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -106,6 +107,7 @@ def validate(config: ConfigDict) -> None:
         if not lookup(config, key) > 0:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
+    _check_prompt(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -203,3 +205,19 @@ def _check_range(key: str, values: tuple[Any, ...]) -> None:
         numbers = [Fraction(-1)]
     if len(numbers) > 2 or any(number < 0 for number in numbers) or numbers != sorted(numbers):
         raise UserError(f"config.{key} is {tuple(values)!r}; expected one number of 0 or more, or (low, high)")
+
+
+def _check_prompt(config: ConfigDict) -> None:
+    """What a soft prompt needs."""
+    tune = config.tune
+    if tune.method != "prompt":
+        return
+    if (tune.virtual_init == "text") != bool(tune.virtual_text.strip()):
+        raise UserError(
+            f"tune.virtual_init={tune.virtual_init!r} with tune.virtual_text={tune.virtual_text!r:.60}: a text goes with 'text', and "
+            "'text' with a text"
+        )
+    if tune.virtual_tokens >= config.data.max_length:
+        raise UserError(
+            f"tune.virtual_tokens={tune.virtual_tokens} leaves no room in data.max_length={config.data.max_length}: raise the latter"
+        )

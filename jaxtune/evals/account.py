@@ -99,6 +99,7 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
 def _about(config: ConfigDict, run: Run) -> dict[str, str]:
     lora, trained = run.program.lora, state_lib.num_params(run.program.state.params)
     how = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}" if lora else f"{config.tune.method} fine-tuning"
+    how = f"soft prompt, {run.program.prompt.num_tokens} virtual tokens" if run.program.prompt else how
     hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"Model": run.model.uri, "Method": f"{how}: {trained:,} trained parameters", "Hardware": hardware}
 
@@ -241,7 +242,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
     if "://" in folder:
         fetched = [("To this machine", f"gcloud storage cp -r {folder} .")]
         folder = folder.rsplit("/", 1)[-1]
-    if config.tune.method == "lora" and not config.export.merge:
+    if config.tune.method in ("lora", "prompt") and not config.export.merge:
         load = f"from peft import PeftModel\n{load}base = {auto}.from_pretrained({base}{labels})\n"
         load += f'model = PeftModel.from_pretrained(base, "{folder}")'
     else:

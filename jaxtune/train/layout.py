@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from jaxtune import chips, sharding
-from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict, base
 from jaxtune.models import spec
 from jaxtune.train import state
@@ -43,7 +42,7 @@ class Need(NamedTuple):
 
 def program(
     config: ConfigDict, hf_config: dict[str, Any], devices: Sequence[jax.Device] | None = None,
-    adapter: lora.Options | None = None, pooling: str = "",
+    adapter: state.Adapter | None = None, pooling: str = "",
 ) -> Program:  # fmt: skip
     """The training program on a mesh of `devices` (default: all): that of `config.mesh`, or the one chosen here.
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import optim, registry, sharding
-from jaxtune.adapters import lora, partition
+from jaxtune.adapters import lora, partition, prompt
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec
 from jaxtune.models.layers import Runtime
@@ -32,6 +32,8 @@ from jaxtune.types import UserError
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
 # output head would often be its peak of memory; with more tokens (and so more devices) the head is the cheaper to move.
 _SPREAD_HEAD = 4
+_TABLE = "embed.table"
+Adapter = lora.Options | prompt.Options
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
 
 
@@ -64,6 +66,7 @@ class Program(NamedTuple):
     pool: str  # which state stands for a whole text: first | last | mean
     optimizer: optax.GradientTransformation
     quantised: quantised.Base | None  # which kernels are kept in codes, where any are
+    prompt: prompt.Options | None = None  # of virtual tokens
     layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
@@ -104,12 +107,12 @@ def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def abstract(
-    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: lora.Options | None = None,
+    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: Adapter | None = None,
     pooling: str = "",
 ) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
-    `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's); `pooling` is
+    `adapter` replaces the config's options of an adapter (a run that starts from a PEFT folder takes that folder's); `pooling` is
     what the model's folder says of embeddings.
 
     Raises:
@@ -120,7 +123,9 @@ def abstract(
     run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
     _check_dims(mesh, model_config)
-    options = (adapter or lora.Options.from_config(config.tune)) if config.tune.method == "lora" else None
+    kinds: dict[str, Any] = {"lora": lora.Options, "prompt": prompt.Options}
+    kind = kinds.get(config.tune.method)
+    options = (adapter or kind.from_config(config.tune)) if kind else None
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
@@ -152,7 +157,8 @@ def abstract(
         inference=inference,
         run=run,
         mesh=mesh,
-        lora=options,
+        lora=options if isinstance(options, lora.Options) else None,
+        prompt=options if isinstance(options, prompt.Options) else None,
         labels=labels,
         base={path: value for path, value in params.items() if ".adapter." not in path},
         adapter={path: value for path, value in params.items() if ".adapter." in path},
@@ -245,15 +251,17 @@ def _shapes(
     family: ModuleType,
     model_config: Any,
     run: Runtime,
-    options: lora.Options | None,
+    options: Adapter | None,
     quantize: quantised.Options | None,
 ) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     def build() -> nnx.Module:
         model = family.Model(model_config, run, nnx.Rngs(0))
         if quantize is not None:
             quantised.attach(lora.linears(model), quantize)
-        if options is not None:
+        if isinstance(options, lora.Options):
             lora.attach(model, options)
+        elif options is not None:
+            prompt.attach(model, options)
         return model
 
     return layers.flatten(nnx.eval_shape(build))
@@ -364,6 +372,8 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
     def make(key: jax.Array, kernels: Params) -> Params:
         def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            if program.prompt is not None:
+                return prompt.initial(like.shape, kernels[_TABLE], program.model_config.embed_scale, program.prompt, own)
             return lora.initial(path, like.shape, like.dtype, own, kernels.get(path))
 
         return {path: one(path, like) for path, like in program.adapter.items()}
@@ -373,6 +383,8 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
         return base[path] if path in base or not program.quantised else program.quantised.packed(base, path)
 
     needed = {path: kernel(path.split(".adapter.")[0]) for path in program.adapter if path.endswith(".magnitude")}
+    if program.prompt is not None:
+        needed[_TABLE] = base[_TABLE]
     return jax.jit(make, out_shardings=shardings(program.adapter))(jax.random.key(seed), needed)
 
 
