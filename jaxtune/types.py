@@ -25,6 +25,12 @@ import numpy as np
 #   segment_ids_BT  int32    1, 2, … numbers the rows packed into one; 0 is padding
 #   positions_BT    int32    position inside the segment, restarting at 0
 #   row_ids_BT      int32    index of the data row a token came from; -1 is padding (host-side bookkeeping)
+#   reference_logps_BT  float32  log-probability that the reference model gives `targets_BT`; 0 where nothing trains
+#   old_logps_BT    float32  likewise of the policy that sampled them
+#   advantages_BT   float32  how much better than expected the token's completion was
+#
+# A segment id may hold a branch above its number: `number | branch << BRANCH_BITS`. Branch 0 is a prompt that the other
+# branches of its number go on from; they do not see each other.
 #
 # Pairs of texts hold the query in the fields above (its loss weight stands on its first token) and beside it
 #
@@ -42,6 +48,9 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "segment_ids_BT": np.dtype(np.int32),
     "positions_BT": np.dtype(np.int32),
     "row_ids_BT": np.dtype(np.int32),
+    "reference_logps_BT": np.dtype(np.float32),
+    "old_logps_BT": np.dtype(np.float32),
+    "advantages_BT": np.dtype(np.float32),
     "query_ids_B": np.dtype(np.int32),
     "passage_tokens_BQU": np.dtype(np.int32),
     "passage_segment_ids_BQU": np.dtype(np.int32),
@@ -51,6 +60,8 @@ BATCH_FIELDS: dict[str, np.dtype] = {
 # What a rematerialised block may keep for its backward pass, by name (`train.save`, `train.offload`): its input, which is kept
 # in any case; queries, keys and values; what the attention kernel gives; what attention adds to the residual; what down_proj reads.
 SAVED_NAMES = ("block_input", "qkv", "attention", "mixed", "mlp")
+
+BRANCH_BITS = 16  # of a segment id's low bits, its number
 
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "the work was saved; run the same command again"
 

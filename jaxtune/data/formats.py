@@ -34,6 +34,7 @@ class Example(NamedTuple):
     labels: tuple[str, ...] | None = None  # the tag of each word; or the labels of a text that may have several
     is_pair: bool = False
     negative: str = ""  # of a pair: a passage that does not answer; "" = none
+    row: Row | None = None  # the row itself, of a prompt: a reward may read its other fields
 
 
 def read_examples(path: Path, data: ConfigDict, answers: bool = True) -> tuple[list[Example], Counter[str]]:
@@ -81,7 +82,9 @@ def to_examples(
                 dropped[example] += 1
             else:
                 key = _split_text(row, data) if answers else ""  # prompts are not split, so need not have its column
-                examples.append(example._replace(row_id=f"{name}:{number}", split_key=key))
+                examples.append(
+                    example._replace(row_id=f"{name}:{number}", split_key=key, row=None if answers else row)
+                )
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not examples and not dropped:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxtune.models import context, splash
 from jaxtune.models.layers import Runtime, named, recomputed
+from jaxtune.types import BRANCH_BITS
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite too
 _QUERY_BLOCK_TOKENS = 512
@@ -50,7 +51,8 @@ def attend(
 ) -> jax.Array:
     """softmax(scores) v within a segment, by `rule`. Returns (B, T, N, H of v) in q's dtype.
 
-    Query t stands at key slot `offset + t`. Segment 0 is padding. Softmax is float32. K and V are never repeated for
+    Query t stands at key slot `offset + t`. Segment 0 is padding; with `run.branches`, a token of a
+    branch sees the prompt of its number, too. Softmax is float32. K and V are never repeated for
     grouped queries. `window_index` picks one of `rule.windows` (it may differ from layer to layer of one scan). `sinks_N`
     is a learnt score per head that takes its share of the softmax and gives nothing (arXiv:2309.17453). `self_attention`
     says that keys are the queries' own tokens (S = T, offset 0): the form that the TPU kernel takes.
@@ -59,17 +61,18 @@ def attend(
     if by_kernel or (self_attention and context.num_shards(run) > 1):
         given = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, rule, run, window_index, sinks_N)
         return context.attend(attend, *given, by_kernel)
-    out = _by_xla(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, rule, window_index, sinks_N, offset)
+    rest = (rule, window_index, sinks_N, offset, run.branches)
+    out = _by_xla(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, *rest)
     return named(out, "attention")
 
 
 def _by_xla(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_segments_BT: jax.Array, k_segments_BS: jax.Array, rule: Rule,
-    window_index: jax.Array | int, sinks_N: jax.Array | None, offset: jax.Array | int,
+    window_index: jax.Array | int, sinks_N: jax.Array | None, offset: jax.Array | int, branches: bool,
 ) -> jax.Array:  # fmt: skip
     num_tokens = q_BTNH.shape[1]
     window = jnp.asarray(rule.windows, jnp.int32)[window_index] if any(rule.windows) else None
-    dense = recomputed(partial(_dense, rule))
+    dense = recomputed(partial(_dense, rule, branches))
     if num_tokens <= _QUERY_BLOCK_TOKENS or num_tokens % _QUERY_BLOCK_TOKENS:
         return dense(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, jnp.asarray(offset), window, sinks_N)
 
@@ -88,7 +91,7 @@ def _by_xla(
 
 
 def _dense(
-    rule: Rule, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_seg_BT: jax.Array, k_seg_BS: jax.Array,
+    rule: Rule, branches: bool, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_seg_BT: jax.Array, k_seg_BS: jax.Array,
     offset: jax.Array, window: jax.Array | None, sinks_N: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     B, T, N, H = q_BTNH.shape
@@ -105,7 +108,10 @@ def _dense(
     if window is not None:
         near_TS = behind_TS < window if rule.causal else jnp.abs(behind_TS) <= window
         seen_TS &= near_TS | (window == 0)
-    visible_BTS = (q_seg_BT[:, :, None] == k_seg_BS[:, None, :]) & seen_TS[None]
+    visible_BTS = q_seg_BT[:, :, None] == k_seg_BS[:, None, :]
+    if branches:  # of the same number: its own branch, and the prompt that it goes on from
+        visible_BTS |= (q_seg_BT & (1 << BRANCH_BITS) - 1)[:, :, None] == k_seg_BS[:, None, :]
+    visible_BTS &= seen_TS[None]
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED)
     if sinks_N is None:
         probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
@@ -117,6 +123,6 @@ def _dense(
 
 def _use_splash(run: Runtime, rule: Rule, num_tokens: int) -> bool:
     fits = num_tokens % (splash.TILE_TOKENS * context.num_shards(run)) == 0  # rows of other lengths take the XLA form
-    can = not rule.slopes and (rule.causal or not any(rule.windows))
+    can = not rule.slopes and not run.branches and (rule.causal or not any(rule.windows))
     on_tpu = run.mesh is not None and run.platform == "tpu"
     return can and (run.attention == "splash" or (run.attention == "auto" and on_tpu and fits))

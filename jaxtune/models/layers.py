@@ -36,7 +36,8 @@ class Runtime(NamedTuple):
     compiler cannot partition by itself; `remat` is none | dots | block, with `save` and `offload` naming what it keeps
     beside (`SAVED_NAMES`), on the device and in the host's memory; `attention` is auto | xla | splash. `router_loss`:
     whether what routers report is part of a loss, and so has a gradient. `spread_head`: see `heads.gathered`.
-    `mlp_blocks`: in how many blocks of tokens a feed-forward layer works, each rematerialised on its own.
+    `mlp_blocks`: in how many blocks of tokens a feed-forward layer works, each rematerialised on its own. `branches`:
+    segment ids hold branches, which see the prompt that they share (`types.BRANCH_BITS`).
     """
 
     param_dtype: Any = jnp.float32
@@ -49,6 +50,7 @@ class Runtime(NamedTuple):
     router_loss: bool = False
     spread_head: bool = False
     mlp_blocks: int = 1
+    branches: bool = False
     mesh: jax.sharding.Mesh | None = None
     spec: Callable[[Axes], jax.sharding.PartitionSpec] | None = None
     constrain: Callable[[jax.Array, Axes], jax.Array] = unconstrained

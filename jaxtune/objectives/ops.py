@@ -49,7 +49,8 @@ class Objective(NamedTuple):
     """What is optimised. `loss` is pure and returns an unreduced (sum, weight, metrics); the step divides, once.
 
     `problems` are what takes its place on models with another of Hugging Face's `problem_type`s.
-    `options` names the numbers of the config's `train` section that `loss` takes as keywords. `whole_batch`: rows are
+    `options` names what of the config `loss` takes as keywords, of its `train` section unless dotted ("preference.beta").
+    `frozen` names models that do not train: "reference", this one with its adapter off. `whole_batch`: rows are
     compared with each other, so a batch cannot be accumulated from parts. `reads_head` False: hidden states are all it reads.
     """
 

@@ -267,6 +267,12 @@ def _shapes(
     return layers.flatten(nnx.eval_shape(build))
 
 
+def without_adapter(program: Program) -> nnx.GraphDef:
+    """The structure of the model as trained, with no adapter on it."""
+    quantize = program.quantised.options if program.quantised else None
+    return _shapes(program.family, program.model_config, program.run, None, quantize)[0]
+
+
 def _state_shapes(optimizer: optax.GradientTransformation, trainable: Params, whole: NamedSharding) -> State:
     scalar = partial(jax.ShapeDtypeStruct, (), sharding=whole)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -12,13 +12,13 @@ import optax
 from flax import nnx
 
 from jaxtune import optim, registry, sharding
-from jaxtune.config import ConfigDict
+from jaxtune.config import ConfigDict, lookup
 from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import Head, Objective, Policy
 from jaxtune.train import routers
-from jaxtune.train.state import Params, Program, State, shardings
+from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
 
 Arrays = dict[str, jax.Array]
@@ -26,12 +26,14 @@ _MEAN_DECAY = 0.9  # of the running mean of the loss
 _MEAN_STEPS = 10  # updates before an explosion can be told from a start
 
 
-def policy(program: Program, params: Params, chunk_tokens: int, reports: list[Arrays] | None = None) -> Policy:
+def policy(
+    program: Program, params: Params, chunk_tokens: int, reports: list[Arrays] | None = None, graphdef: Any = None
+) -> Policy:
     """The model as objectives see it: hidden states of a batch, and the head over them.
 
-    Each pass adds what the model's routers report of it to `reports`.
+    Each pass adds what the model's routers report of it to `reports`. `graphdef` replaces the program's.
     """
-    model = layers.bind(program.graphdef, params)
+    model = layers.bind(graphdef or program.graphdef, params)
 
     def hidden(batch: Arrays, key: jax.Array | None) -> jax.Array:
         found, _, report = model.run_all(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)
@@ -42,6 +44,15 @@ def policy(program: Program, params: Params, chunk_tokens: int, reports: list[Ar
     graphdef, head_params = nnx.split(model.head)
     head = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
     return Policy(hidden, head, program.pool)
+
+
+def reference(program: Program, params: Params, chunk_tokens: int) -> Policy:
+    """The model that training started from: the same weights with the adapter off, and no gradient."""
+    base = {path: jax.lax.stop_gradient(value) for path, value in params.items() if ".adapter." not in path}
+    return policy(program, base, chunk_tokens, graphdef=without_adapter(program))
+
+
+_FROZEN: dict[str, Callable[[Program, Params, int], Policy]] = {"reference": reference}
 
 
 def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
@@ -61,7 +72,13 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
         raise UserError(
             f"train.objective={config.train.objective!r} compares rows of a batch; expected train.batch_size of 2 or more"
         )
-    return found._replace(loss=partial(found.loss, **{name: config.train[name] for name in found.options}))
+    return found._replace(
+        loss=partial(found.loss, **{name.rpartition(".")[2]: _option(config, name) for name in found.options})
+    )
+
+
+def _option(config: ConfigDict, name: str) -> Any:
+    return lookup(config, name if "." in name else f"train.{name}")
 
 
 def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
@@ -107,11 +124,12 @@ def _loss(
     What is differentiated is the loss sum and, in a mixture of experts, the weighted losses of its routers. These are means
     over the batch at hand, so they count as often as its loss weight, by which the step divides.
     """
-    loss_fn, chunk_tokens = objective(config, program.hf_config).loss, _chunk_tokens(config, program, num_rows)
+    wanted, chunk_tokens = objective(config, program.hf_config), _chunk_tokens(config, program, num_rows)
 
     def total(params: Params, batch: Arrays, key: jax.Array | None) -> tuple[jax.Array, Any]:
         reports: list[Arrays] = []
-        value, weight, extra = loss_fn(policy(program, params, chunk_tokens, reports), {}, batch, key)
+        frozen = {name: _FROZEN[name](program, params, chunk_tokens) for name in wanted.frozen}
+        value, weight, extra = wanted.loss(policy(program, params, chunk_tokens, reports), frozen, batch, key)
         found, times = routers.means(reports), jax.lax.stop_gradient(weight)
         told = {name: (mean * times, times) for name, mean in found.items()}
         return value + routers.loss(config.train, found) * times, (value, weight, {**extra, **told})
