@@ -44,10 +44,14 @@ def _tune() -> ConfigDict:
     c.use_dora = False  # learn each output's magnitude apart from its direction (arXiv:2402.09353)
     c.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+, arXiv:2402.12354)
     c.dtype = "float32"  # storage of trainable weights
-    c.adapter = ""  # PEFT folder to start from, by URI; its rank, alpha and targets win, or its number of virtual tokens
+    c.adapter = (
+        ""  # PEFT folder to start from, by URI; its rank, alpha and targets win, or its number of virtual tokens
+    )
     c.virtual_tokens = 20  # prompt: virtual tokens in front of each text; data.max_length counts them
     c.virtual_init = "vocabulary"  # prompt: where their vectors start: vocabulary (tokens drawn from it) | text | random (its spread)
-    c.virtual_text = ""  # prompt: the text whose tokens virtual_init="text" takes, again and again until there are enough
+    c.virtual_text = (
+        ""  # prompt: the text whose tokens virtual_init="text" takes, again and again until there are enough
+    )
     return c
 
 
@@ -238,6 +242,24 @@ def _tracking() -> ConfigDict:
     return c
 
 
+def _meta() -> ConfigDict:
+    c = ConfigDict()
+    c.task_column = ""  # the column that names a row's task; "" = the file that it stands in
+    c.held_out = ()  # tasks never trained on: eval.split="test" measures them alone
+    c.demonstrations = 0  # sft: so many answered rows of its task before each question, which alone trains (MetaICL, arXiv:2110.15943); 0 = none
+    c.contexts = 0  # such questions to train on, each drawn anew, all tasks equally often; 0 = as many as rows
+    c.algorithm = ""  # reptile (arXiv:1803.02999) | fomaml (first-order MAML, arXiv:1703.03400); "" = none: all tasks' rows together
+    c.tasks = 4  # tasks of a step; train.batch_size is shared out among their batches, of which each has inner_steps, and fomaml one more
+    c.inner_steps = 4  # steps that each task takes from the parameters to its own, one batch each
+    c.inner_rate = 1e-3  # learning rate of these steps
+    c.inner_optimizer = "adam"  # of these steps, anew for each task: adam (without momentum, as Reptile's) | sgd
+    c.shots = ()  # `evaluate`: answered rows of a held-out task that are shown, or adapted to, before its test rows, e.g. (0, 1, 2, 4, 8)
+    c.draws = 3  # `evaluate`: times that these rows are drawn, for each task
+    c.adapt_steps = 8  # `evaluate`: steps of inner_optimizer on these rows, all at once
+    c.adapt_rate = 0.0  # `evaluate`: learning rate of these steps; 0 = inner_rate
+    return c
+
+
 def base() -> ConfigDict:
     """Returns the config with every field at its default, locked against new keys."""
     config = ConfigDict()
@@ -251,6 +273,7 @@ def base() -> ConfigDict:
     config.optim, config.train, config.checkpoint = _optim(), _train(), _checkpoint()
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
+    config.meta = _meta()
     config.lock()
     return config
 

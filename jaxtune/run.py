@@ -21,11 +21,12 @@ import numpy as np
 
 from jaxtune import checkpoint, fetch, optim, tracking, validation
 from jaxtune import config as config_lib
+from jaxtune.adapters import partition
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, readers, templates
+from jaxtune.data import readers, templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import account, measure, tasks
+from jaxtune.evals import account, fewshot, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.train import compiled, goodput, loop, start
@@ -139,7 +140,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show)
+    splits = rows_lib.load(config, tokenizer, show)
     held = measure.held_out(config, splits, tokenizer, start.reader(config, model, tokenizer))
     if held is None:
         raise UserError(
@@ -156,6 +157,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     )
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
     print(account.table(config, {what: result} | measure.beside(config, held)))
+    if config.meta.shots:
+        trained, frozen = partition.split(params, program.labels)
+        found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show)
+        _write(workdir / "fewshot.json", fewshot.to_json(config, found))
+        print(fewshot.table(config, found))
 
 
 def generate(config: ConfigDict, workdir: Path) -> None:

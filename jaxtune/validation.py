@@ -43,6 +43,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
     "tune.virtual_init": ("vocabulary", "text", "random"),
+    "meta.algorithm": ("", "reptile", "fomaml"),
+    "meta.inner_optimizer": ("adam", "sgd"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -57,6 +59,8 @@ _AT_LEAST: dict[str, float] = {
     "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
     "model.quantize_block": -1, "tune.virtual_tokens": 1,
+    "meta.demonstrations": 0, "meta.contexts": 0, "meta.tasks": 1, "meta.inner_steps": 1, "meta.draws": 1, "meta.adapt_steps": 1,
+    "meta.adapt_rate": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -78,7 +82,7 @@ _RANGES = (
 
 _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
-    "optim.eps": "a gradient of 0 is divided by 0",
+    "optim.eps": "a gradient of 0 is divided by 0", "meta.inner_rate": "no task takes a step of its own",
 }  # fmt: skip
 
 
@@ -108,6 +112,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
     _check_prompt(config)
+    _check_meta(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -220,4 +225,39 @@ def _check_prompt(config: ConfigDict) -> None:
     if tune.virtual_tokens >= config.data.max_length:
         raise UserError(
             f"tune.virtual_tokens={tune.virtual_tokens} leaves no room in data.max_length={config.data.max_length}: raise the latter"
+        )
+
+
+def _check_meta(config: ConfigDict) -> None:
+    """What learning from tasks needs."""
+    meta, train = config.meta, config.train
+    if meta.demonstrations and train.objective != "sft":
+        raise UserError(
+            f"meta.demonstrations={meta.demonstrations} goes with train.objective='sft', not {train.objective!r}"
+        )
+    if tuple(meta.shots) != tuple(sorted({int(k) for k in meta.shots if k >= 0})):
+        raise UserError(f"config.meta.shots is {tuple(meta.shots)!r}; expected whole numbers from 0 on, ascending")
+    if meta.shots and train.objective != "sft":
+        raise UserError(f"meta.shots={tuple(meta.shots)} goes with train.objective='sft', not {train.objective!r}")
+    if meta.shots and not meta.held_out:
+        raise UserError(
+            f"meta.shots={tuple(meta.shots)} measures tasks that are never trained on: name them in meta.held_out"
+        )
+    if not meta.algorithm:
+        return
+    if train.objective not in ("sft", "classify", "token_classify"):
+        raise UserError(
+            f"meta.algorithm={meta.algorithm!r} goes with train.objective='sft', 'classify' or 'token_classify', not {train.objective!r}"
+        )
+    if meta.tasks % train.accumulation:
+        raise UserError(
+            f"meta.tasks={meta.tasks} does not divide by train.accumulation={train.accumulation}, the groups of tasks taken one after "
+            "the other: choose a multiple"
+        )
+    batches = meta.inner_steps + (meta.algorithm == "fomaml")
+    parts = meta.tasks * batches
+    if train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size={train.batch_size} does not divide among meta.tasks={meta.tasks} x {batches} batches of each: use a "
+            f"multiple of {parts}, e.g. {-(-train.batch_size // parts) * parts}"
         )

@@ -34,35 +34,39 @@ class Example(NamedTuple):
     labels: tuple[str, ...] | None = None  # the tag of each word; or the labels of a text that may have several
     is_pair: bool = False
     negative: str = ""  # of a pair: a passage that does not answer; "" = none
+    task: str = ""  # what it asks, among the tasks of a run that tells them apart
     row: Row | None = None  # the row itself, of a prompt: a reward may read its other fields
 
 
-def read_examples(path: Path, data: ConfigDict, answers: bool = True) -> tuple[list[Example], Counter[str]]:
+def read_examples(
+    path: Path, data: ConfigDict, answers: bool = True, task_column: str | None = None
+) -> tuple[list[Example], Counter[str]]:
     """Returns the examples of one file, or of a folder's files by name, in their order; and the rows dropped by reason.
 
     Args:
       path: a file that `sources.read_rows` reads, or a folder of such files (`data.files` says which).
       data: the `data` section of the config.
       answers: False also admits rows that have no answer yet (prompts to generate for).
+      task_column: names a row's task; "" = the name of its file; None = tasks are not told apart.
 
     Raises:
       UserError: a bad row ("file:row: …"), or a file without rows.
     """
     path, columns = Path(path), tuple(data.columns)
     if not path.is_dir():
-        return to_examples(read_rows(path, columns), path.name, data, answers)
+        return to_examples(read_rows(path, columns), path.name, data, answers, task_column)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for file in folder_files(path, data.files):
         name = file.relative_to(path).as_posix()
-        more, lost = to_examples(read_rows(file, columns, lone_object=True), name, data, answers)
+        more, lost = to_examples(read_rows(file, columns, lone_object=True), name, data, answers, task_column)
         examples += more
         dropped += lost
     return examples, dropped
 
 
 def to_examples(
-    rows: Iterable[tuple[int, Row]], name: str, data: ConfigDict, answers: bool = True
+    rows: Iterable[tuple[int, Row]], name: str, data: ConfigDict, answers: bool = True, task_column: str | None = None
 ) -> tuple[list[Example], Counter[str]]:
     """Returns the examples of numbered rows of the file called `name`, and the counts of rows dropped by reason."""
     examples: list[Example] = []
@@ -82,9 +86,9 @@ def to_examples(
                 dropped[example] += 1
             else:
                 key = _split_text(row, data) if answers else ""  # prompts are not split, so need not have its column
-                examples.append(
-                    example._replace(row_id=f"{name}:{number}", split_key=key, row=None if answers else row)
-                )
+                task = "" if task_column is None else _task(row, task_column) if task_column else name
+                named = example._replace(row_id=f"{name}:{number}", split_key=key, task=task)
+                examples.append(named._replace(row=None if answers else row))
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not examples and not dropped:
@@ -316,6 +320,13 @@ def _split_text(row: Row, data: ConfigDict) -> str:
         near = nearest(data.split_key, list(row))
         raise UserError(f"data.split_key names column {data.split_key!r}{near}; the row has {_names(row)}")
     return str(row[data.split_key])
+
+
+def _task(row: Row, column: str) -> str:
+    if column not in row:
+        near = nearest(column, list(row))
+        raise UserError(f"meta.task_column names column {column!r}{near}; the row has {_names(row)}")
+    return str(row[column])
 
 
 _TAGS = "tags|ner_tags|labels"

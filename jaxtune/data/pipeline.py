@@ -14,14 +14,25 @@ import numpy as np
 
 from jaxtune.config import ConfigDict
 from jaxtune.data import readers, templates
-from jaxtune.data.batches import BatchSource, Rows, eval_batches, iterate, padding_share
+from jaxtune.data.batches import BatchSource, Rows, eval_batches, iterate, make_bins, padding_share
 from jaxtune.data.formats import Example, read_examples
 from jaxtune.data.messages import ROLES
 from jaxtune.data.readers import Reader
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.types import UserError, nearest
 
-__all__ = ["BatchSource", "Rows", "Splits", "eval_batches", "iterate", "load", "padding_share", "silent", "tokenize"]
+__all__ = [
+    "BatchSource",
+    "Rows",
+    "Splits",
+    "eval_batches",
+    "iterate",
+    "load",
+    "make_bins",
+    "padding_share",
+    "silent",
+    "tokenize",
+]
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, total, label) -> the same items
 
@@ -33,6 +44,7 @@ class Splits(NamedTuple):
     validation: list[Example]
     test: list[Example]
     counts: dict[str, int]
+    support: list[Example] = []  # of tasks that are never trained on: rows to be shown, or adapted to
 
 
 def silent(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
@@ -40,11 +52,14 @@ def silent(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
     return items
 
 
-def load(data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progress: Progress = silent) -> Splits:
+def load(
+    data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progress: Progress = silent, task_column: str | None = None
+) -> Splits:  # fmt: skip
     """Returns the examples of `paths` ("train", and optionally "eval" and "test") in three splits.
 
     A split without a file of its own is a share of the training rows, by a hash of each row's split key: it depends
     neither on the order of rows nor on any seed. Then `data.limit` keeps the training rows of the smallest hashes.
+    `task_column` is `read_examples`'s.
 
     Raises:
       UserError: a bad row, a file without rows, or a split that leaves nothing to train on.
@@ -58,7 +73,7 @@ def load(data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progres
     read: dict[str, list[Example]] = {}
     for name in ("train", "eval", "test"):
         if name in paths:
-            read[name], lost = read_examples(paths[name], data)
+            read[name], lost = read_examples(paths[name], data, task_column=task_column)
             dropped.update(lost)
     test_share = 0.0 if "test" in read else data.test_fraction
     validation_share = 0.0 if "eval" in read else data.validation_fraction

@@ -45,7 +45,9 @@ class Tokenizer:
         self.mask_id: int | None = wrapped.mask_token_id
         self.pad_id: int = self._find_pad()
         probe = wrapped.backend_tokenizer.encode("a", add_special_tokens=True).ids
-        self.virtual_ids: tuple[int, ...] = ()  # in front of every text, for vectors that are no token's (a soft prompt)
+        self.virtual_ids: tuple[
+            int, ...
+        ] = ()  # in front of every text, for vectors that are no token's (a soft prompt)
         self.adds_bos: bool = self.bos_id is not None and probe[:1] == [self.bos_id]
 
     @classmethod

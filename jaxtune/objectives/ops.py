@@ -81,6 +81,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (sum of w * -log p(target), sum of w * [argmax = target]), both float32 scalars.
 
+    A target beyond the vocabulary (a virtual token) has weight 0.
+
     The full logits (B, T, V) never exist. Tokens that train come first in each row, the projection runs chunk by chunk,
     and a chunk in which nothing trains is skipped: masked tokens pay nothing for the vocabulary. The gradient of each
     chunk, w * (softmax - onehot) pulled back through the head, is taken while its logits are at hand, so the backward
@@ -130,7 +132,7 @@ def _scan_chunks(
     def value_and_pulls(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
         logits_V, pull = jax.vjp(apply, params, hidden) if want_hidden or want_params else (apply(params, hidden), None)
         log_total = jax.nn.logsumexp(logits_V, axis=-1)
-        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
         nll = jnp.sum((log_total - target_logits) * weights)
         correct = jnp.sum((target_logits >= jnp.max(logits_V, axis=-1)) * weights)
         if pull is None:
@@ -206,7 +208,7 @@ def token_nll(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.A
     def one(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, targets = xs
         logits_V = head.apply(head.params, hidden)
-        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
         return jax.nn.logsumexp(logits_V, axis=-1) - target_logits
 
     out = jnp.moveaxis(jax.lax.map(jax.checkpoint(one), (chunks(hidden_BTD), chunks(targets_BT))), 0, 1)

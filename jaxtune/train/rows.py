@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, pairs, pipeline, readers
+from jaxtune.data import masking, pairs, pipeline, readers, tasks
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.train import loop
+from jaxtune.train import loop, meta
 from jaxtune.train.state import Program
 from jaxtune.types import UserError
 
@@ -38,6 +38,17 @@ def paths(config: ConfigDict) -> dict[str, Path]:
     return {name: fetch.local(config.data[name]) for name in ("train", "eval", "test") if config.data[name]}
 
 
+def load(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> pipeline.Splits:
+    """The examples of each split, held-out tasks apart.
+
+    Raises:
+      UserError: as `paths`, `pipeline.load` and `tasks.arrange`.
+    """
+    column = config.meta.task_column if tasks.wanted(config.meta) else None
+    splits = pipeline.load(config.data, paths(config), tokenizer, show, column)
+    return tasks.arrange(splits, config.meta, config.train.seed)
+
+
 def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT) -> Rows:
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
@@ -46,8 +57,8 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
     """
-    data, training = config.data, config.train
-    splits = pipeline.load(data, paths(config), tokenizer, show)
+    training = config.train
+    splits = load(config, tokenizer, show)
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
@@ -63,13 +74,25 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     if reader.masking:
         rows.counts["trained_tokens"] = masking.num_masked(rows, reader.masking)
         validation = masking.fixed(validation, reader.masking) if validation else None
-    batches = pipeline.BatchSource(
-        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id,
-        masking=reader.masking,
-    )  # fmt: skip
+    batches = _batches(config, splits, rows, tokenizer, reader)
     # Rounded up, so that every row is trained on; less a little, for 3 x 0.1 is more than 0.3.
     training.steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch - 1e-6))
     return Rows(splits, rows, validation, batches)
+
+
+def _batches(
+    config: ConfigDict, splits: pipeline.Splits, rows: pipeline.Rows, tokenizer: Tokenizer, reader: readers.Reader
+) -> pipeline.BatchSource:
+    data, training = config.data, config.train
+    if config.meta.algorithm:
+        of_row = {example.row_id: example.task for example in splits.train}
+        named, layout = [of_row[row_id] for row_id in rows.row_ids], meta.layout(config.meta)
+        sizes = (data.max_length, data.packing, training.seed, training.batch_size, tokenizer.pad_id)
+        return tasks.TaskSource(rows, named, *sizes, *layout)
+    return pipeline.BatchSource(
+        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id,
+        masking=reader.masking,
+    )  # fmt: skip
 
 
 def _tokenized(

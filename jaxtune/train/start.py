@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtune import registry, sharding
-from jaxtune.adapters import lora, prompt
+from jaxtune.adapters import kinds, lora, prompt
 from jaxtune.config import ConfigDict
 from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
@@ -50,7 +50,9 @@ def check_head(config: ConfigDict, model: Model) -> None:
     """
     step.objective(config, model.hf_config)
     name, kind = config.train.objective, reading.task(model.hf_config)
-    if config.tune.method == "prompt" and (name in (*HEADS, "contrastive") or kind not in ("", "ForCausalLM")):
+    if config.tune.method == "prompt" and (
+        name in (*HEADS, "contrastive") or reading.auto_class(model.hf_config) != "AutoModelForCausalLM"
+    ):
         raise UserError(
             f"tune.method='prompt' puts virtual tokens before what a language model goes on with, and train.objective={name!r} "
             f"on a model with architectures={model.hf_config.get('architectures')} is none: use 'lora'"
@@ -98,7 +100,7 @@ def _masking(config: ConfigDict, tokenizer: Tokenizer) -> Masking:
     return Masking(tokenizer.mask_id, tokenizer.vocab_size, *shares, config.train.seed)
 
 
-def adapter(config: ConfigDict, model: Model) -> tuple[state_lib.Adapter | None, Adapter | None]:
+def adapter(config: ConfigDict, model: Model) -> tuple[kinds.Options | None, Adapter | None]:
     """The options and values of the adapter that `tune.adapter` names; None where there is none.
 
     A prompt that starts from a text has options of its own too: the text's tokens.

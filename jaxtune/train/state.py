@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import optim, registry, sharding
-from jaxtune.adapters import lora, partition, prompt
+from jaxtune.adapters import kinds, lora, partition, prompt
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec
 from jaxtune.models.layers import Runtime
@@ -33,7 +33,6 @@ from jaxtune.types import UserError
 # output head would often be its peak of memory; with more tokens (and so more devices) the head is the cheaper to move.
 _SPREAD_HEAD = 4
 _TABLE = "embed.table"
-Adapter = lora.Options | prompt.Options
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
 
 
@@ -107,7 +106,7 @@ def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def abstract(
-    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: Adapter | None = None,
+    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: kinds.Options | None = None,
     pooling: str = "",
 ) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
@@ -123,9 +122,8 @@ def abstract(
     run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
     _check_dims(mesh, model_config)
-    kinds: dict[str, Any] = {"lora": lora.Options, "prompt": prompt.Options}
-    kind = kinds.get(config.tune.method)
-    options = (adapter or kind.from_config(config.tune)) if kind else None
+    options = kinds.from_config(config.tune)
+    options = options and (adapter or options)
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
@@ -251,17 +249,14 @@ def _shapes(
     family: ModuleType,
     model_config: Any,
     run: Runtime,
-    options: Adapter | None,
+    options: kinds.Options | None,
     quantize: quantised.Options | None,
 ) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     def build() -> nnx.Module:
         model = family.Model(model_config, run, nnx.Rngs(0))
         if quantize is not None:
             quantised.attach(lora.linears(model), quantize)
-        if isinstance(options, lora.Options):
-            lora.attach(model, options)
-        elif options is not None:
-            prompt.attach(model, options)
+        kinds.attach(model, options)
         return model
 
     return layers.flatten(nnx.eval_shape(build))
@@ -379,7 +374,9 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
         def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
             if program.prompt is not None:
-                return prompt.initial(like.shape, kernels[_TABLE], program.model_config.embed_scale, program.prompt, own)
+                return prompt.initial(
+                    like.shape, kernels[_TABLE], program.model_config.embed_scale, program.prompt, own
+                )
             return lora.initial(path, like.shape, like.dtype, own, kernels.get(path))
 
         return {path: one(path, like) for path, like in program.adapter.items()}

@@ -1,0 +1,29 @@
+"""Which adapter a config asks for, and how it goes on a model: LoRA on linear layers, a soft prompt before the tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtune.adapters import lora, prompt
+from jaxtune.config import ConfigDict
+
+Options = lora.Options | prompt.Options
+
+
+def from_config(tune: ConfigDict) -> Options | None:
+    """The options of `tune.method`; None where it trains the model's own weights."""
+    if tune.method == "lora":
+        return lora.Options.from_config(tune)
+    return prompt.Options.from_config(tune) if tune.method == "prompt" else None
+
+
+def attach(model: Any, options: Options | None) -> None:
+    """Hangs the adapter on a model.
+
+    Raises:
+      UserError: as `lora.attach` or `prompt.attach`.
+    """
+    if isinstance(options, lora.Options):
+        lora.attach(model, options)
+    elif options is not None:
+        prompt.attach(model, options)
