@@ -254,6 +254,7 @@ def _meta() -> ConfigDict:
     c.inner_rate = 1e-3  # learning rate of these steps
     c.inner_optimizer = "adam"  # of these steps, anew for each task: adam (without momentum, as Reptile's) | sgd
     c.shots = ()  # `evaluate`: answered rows of a held-out task that are shown, or adapted to, before its test rows, e.g. (0, 1, 2, 4, 8)
+    c.ways = ("shown", "adapted")  # `evaluate`: what is done with these rows
     c.draws = 3  # `evaluate`: times that these rows are drawn, for each task
     c.adapt_steps = 8  # `evaluate`: steps of inner_optimizer on these rows, all at once
     c.adapt_rate = 0.0  # `evaluate`: learning rate of these steps; 0 = inner_rate

@@ -237,6 +237,11 @@ def _check_meta(config: ConfigDict) -> None:
         )
     if tuple(meta.shots) != tuple(sorted({int(k) for k in meta.shots if k >= 0})):
         raise UserError(f"config.meta.shots is {tuple(meta.shots)!r}; expected whole numbers from 0 on, ascending")
+    for way in meta.ways or ("",):
+        if way not in ("shown", "adapted"):
+            raise UserError(
+                f"config.meta.ways has {way!r}; expected 'shown', 'adapted' or both{nearest(way, ['shown', 'adapted'])}"
+            )
     if meta.shots and train.objective != "sft":
         raise UserError(f"meta.shots={tuple(meta.shots)} goes with train.objective='sft', not {train.objective!r}")
     if meta.shots and not meta.held_out:

@@ -26,8 +26,7 @@ from jaxtune.types import UserError
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 Correct = dict[str, dict[int, dict[str, np.ndarray]]]  # way -> shots -> task -> (draws, rows) of 0 and 1
-IN_CONTEXT, ADAPTED = "in context", "adapted"
-_BUCKET_TOKENS = 128  # prompts of many lengths are rounded up to this: each length is a program of its own
+_BUCKET_TOKENS = 64  # prompts of many lengths are rounded up to this: each length is a program of its own
 _MANY_LABELS = 50
 
 
@@ -57,7 +56,7 @@ def questions(config: ConfigDict, splits: pipeline.Splits) -> dict[str, tuple[li
 
 def measure(
     config: ConfigDict, program: Program, params: Params, frozen: Params, tokenizer: Tokenizer, splits: pipeline.Splits,
-    progress: Progress, ways: Sequence[str] = (IN_CONTEXT, ADAPTED),
+    progress: Progress,
 ) -> Correct:  # fmt: skip
     """Which questions a model answers rightly after each of `meta.shots`, by likelihood among the task's answers.
 
@@ -68,15 +67,16 @@ def measure(
     """
     run = _Run(config, program, params, frozen, tokenizer, progress)
     asked, support = questions(config, splits), tasks.by_name(splits.support)
+    ways = tuple(config.meta.ways)
     found: Correct = {way: {k: {} for k in config.meta.shots} for way in ways}
     for name, (rows, labels) in asked.items():
         for shots in config.meta.shots:
             drawn = [tasks.drawn(support[name], shots, config.train.seed, draw) for draw in range(config.meta.draws)]
             for way in ways:
                 if shots == 0:
-                    right = [run.in_context(rows, [], labels)] if way == ways[0] else found[ways[0]][0][name]
+                    right = [run.shown(rows, [], labels)] if way == ways[0] else found[ways[0]][0][name]
                 else:
-                    answer = run.in_context if way == IN_CONTEXT else run.adapted
+                    answer = run.shown if way == "shown" else run.adapted
                     right = [answer(rows, shown, labels) for shown in drawn]
                 found[way][shots][name] = np.asarray(right)
     return found
@@ -95,7 +95,7 @@ class _Run:
         )
         self.programs: dict[int, Any] = {}
 
-    def in_context(
+    def shown(
         self, rows: Sequence[Example], shown: Sequence[Example], labels: tuple[str, ...], params: Params | None = None
     ) -> np.ndarray:
         """(rows,) of 0 and 1."""
@@ -129,7 +129,7 @@ class _Run:
         fields = step.fields(self.config, program)
         arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, size)
         params = self.programs[size](self.params, self.frozen, arrays)
-        return self.in_context(rows, [], labels, {**self.frozen, **params})
+        return self.shown(rows, [], labels, {**self.frozen, **params})
 
 
 def accuracy(config: ConfigDict, correct: Mapping[str, np.ndarray]) -> Estimate:
