@@ -1,6 +1,6 @@
 """How well SmolLM2 takes up tasks that it was never trained on, after 0 to 8 rows: Reptile and MetaICL against multi-task SFT.
 
-    python benchmarks/few_shot.py [--arms sft,reptile,metaicl] [--steps 40] [--folder runs/few_shot] [--no-record]
+    python benchmarks/few_shot.py [--arms sft,reptile,metaicl] [--steps 120] [--folder runs/few_shot] [--no-record]
 
 Tasks and rows are those of configs/reptile_few_shot.py. Every arm takes the same number of steps of 1,024 tokens of the same
 training tasks, from the same weights, and then meets the same questions and the same draws of rows, which are shown before
@@ -119,7 +119,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", default="untuned,sft,reptile,metaicl")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each arm")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each arm")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of adapting")
     parser.add_argument("--draws", type=int, default=3, help="times that the rows of a task are drawn")
     parser.add_argument("--questions", type=int, default=75, help="over all held-out tasks")

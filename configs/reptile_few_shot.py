@@ -3,7 +3,7 @@
     python -m jaxtune.launch --config=configs/reptile_few_shot.py --workdir=runs/reptile
     python -m jaxtune.launch evaluate --config=runs/reptile/config.json --workdir=runs/reptile
 
-Fifteen tasks over rated sentences (reviews, tweets, film reviews, editorials; Hutto & Gilbert, ICWSM 2014): each answers with
+Eleven tasks over rated sentences (reviews, tweets, film reviews, editorials; Hutto & Gilbert, ICWSM 2014): each answers with
 two words of its own, one for praise and one for complaint, and nothing in the prompt says which is which (as in symbol
 tuning, arXiv:2305.08298). Three tasks are never trained on; `evaluate` measures them after 0 to 8 of their rows, which are
 shown before the question, or adapted to. `benchmarks/few_shot.py` puts multi-task SFT and MetaICL beside it.
@@ -17,10 +17,10 @@ SENTENCES = "pypi:vaderSentiment==3.3.2#additional_resources/hutto_ICWSM_2014.ta
 # (the word for praise, the word for complaint)
 TASKS = (
     ("red", "blue"), ("dog", "cat"), ("north", "south"), ("coffee", "tea"), ("moon", "sun"), ("gold", "iron"),
-    ("pear", "apple"), ("hill", "river"), ("left", "right"), ("glass", "paper"), ("horse", "goat"), ("brown", "green"),
+    ("pear", "apple"), ("left", "right"),
     ("sugar", "salt"), ("summer", "winter"), ("square", "circle"),
 )  # fmt: skip
-HELD_OUT = TASKS[12:]
+HELD_OUT = TASKS[8:]
 
 
 def task_of(row):
@@ -45,7 +45,7 @@ def get_config():
     config.data.prepare = __file__ + ":task_of"
     config.data.format = "labelled"
     config.data.chat = False
-    config.data.prompt = "{text}\n{first} or {second}?"
+    config.data.prompt = "{text}\nSentiment, {first} or {second}?"
     config.data.label_column = "answer"
     config.data.split_key = "text"
     config.data.validation_fraction = 0.01
@@ -70,7 +70,7 @@ def get_config():
     config.optim.warmup_steps = 0
     config.optim.clip_norm = 0.0
     config.train.batch_size = 16  # 2 tasks x 4 inner steps x 2 rows
-    config.train.steps = 40
+    config.train.steps = 120
     config.train.remat = "none"
     config.train.loss_chunk_tokens = 128
 
