@@ -49,8 +49,8 @@ def test_too_few_rows_are_refused() -> None:
         tasks.demonstrated([text], rows_of(2)[0])
 
 
-def test_only_the_last_answer_trains(tokenizer: Any) -> None:
-    data = config_lib.base().data
+def test_only_the_last_answer_trains(chatml: Any) -> None:
+    data, tokenizer = config_lib.base().data, chatml
 
     def chat(i: int, answer: str) -> Example:
         turns = [("system", "name it"), ("user", f"what is it {i}?"), ("assistant", answer)]
@@ -61,7 +61,7 @@ def test_only_the_last_answer_trains(tokenizer: Any) -> None:
     assert one.messages is not None
     assert [m["role"] for m in one.messages] == ["system"] + ["user", "assistant"] * 3
     encoded = templates.encode(one, tokenizer, data)
-    assert tokenizer.decode(encoded.tokens[encoded.weights != 0], skip_special=True).strip() == "good bird"
+    assert tokenizer.decode(encoded.tokens[encoded.weights != 0], skip_special=True) == "good bird"
     prompt, candidates = templates.continuations(one, ("good bird", "cat"), tokenizer)
     assert tokenizer.decode(prompt).count("what is it") == 3
     assert tokenizer.decode(prompt).endswith("blue dog\nuser\nwhat is it 3?\nassistant\n")
