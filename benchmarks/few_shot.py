@@ -39,8 +39,7 @@ def config_of(arm: str, options: argparse.Namespace, workdir: Path) -> Any:
     config.workdir, config.train.steps, config.train.seed = str(workdir), options.steps, options.seed
     config.meta.adapt_rate, config.meta.draws, config.eval.limit = options.rate, options.draws, options.questions
     config.tracking.report, config.tracking.progress = False, "lines"
-    if arm == "metaicl":
-        config.meta.ways = ("shown",)
+    config.meta.ways = ("shown",) if arm == "metaicl" else tuple(options.ways.split(","))
     return config
 
 
@@ -122,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each arm")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of adapting")
     parser.add_argument("--draws", type=int, default=3, help="times that the rows of a task are drawn")
+    parser.add_argument("--ways", default="shown,adapted", help="what is done with the rows; MetaICL is shown them")
     parser.add_argument("--questions", type=int, default=75, help="over all held-out tasks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "few_shot")

@@ -48,7 +48,7 @@ def check_head(config: ConfigDict, model: Model) -> None:
     Raises:
       UserError: with what goes together; also for an objective that is none.
     """
-    step.objective(config, model.hf_config)
+    objective = step.objective(config, model.hf_config)
     name, kind = config.train.objective, reading.task(model.hf_config)
     if config.tune.method == "prompt" and (
         name in (*HEADS, "contrastive") or reading.auto_class(model.hf_config) != "AutoModelForCausalLM"
@@ -56,6 +56,11 @@ def check_head(config: ConfigDict, model: Model) -> None:
         raise UserError(
             f"tune.method='prompt' puts virtual tokens before what a language model goes on with, and train.objective={name!r} "
             f"on a model with architectures={model.hf_config.get('architectures')} is none: use 'lora'"
+        )
+    if config.tune.method == "prompt" and "reference" in objective.frozen:
+        raise UserError(
+            f"train.objective={name!r} compares with the model without its adapter, and tune.method='prompt' puts tokens before each "
+            "text that this model does not know: use 'lora'"
         )
     if HEADS[name][0] != kind if name in HEADS else kind in [task for task, _ in HEADS.values()]:
         together = ", ".join(f"{objective!r} with {head}" for objective, (_, head) in HEADS.items())

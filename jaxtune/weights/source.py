@@ -139,5 +139,7 @@ def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:
         )
     if config.tune.method == "prompt":
         number = peft_prompt.read_config(model.adapter).num_tokens if model.adapter else config.tune.virtual_tokens
-        tokenizer.virtual_ids = tuple(range(size, size + number))
+        family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+        first = int(family.from_hf(model.hf_config).vocab_size)
+        tokenizer.virtual_ids = tuple(range(first, first + number))
     return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,22 @@ def test_batches_are_the_steps_and_tasks_stay_apart(config: ConfigDict) -> None:
     assert {e.task for e in rows.splits.test} == {e.task for e in rows.splits.support} == {"task 3"}
 
 
-def test_a_run_learns_and_writes_what_it_learnt(config: ConfigDict) -> None:
+def test_a_run_learns_and_resumes_to_the_bit(config: ConfigDict) -> None:
     config.meta.algorithm, config.train.batch_size, config.meta.inner_optimizer = "reptile", 32, "adam"
     config.meta.inner_rate, config.optim.learning_rate = 3e-3, 1.0
-    run.train(config, Path(config.workdir))
-    lines = [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    config.checkpoint.every_steps, workdir = 3, Path(config.workdir)
+
+    def trained() -> tuple[list[float], bytes]:
+        run.train(config, workdir)
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        by_step = {line["step"]: line["loss"] for line in lines if "loss" in line}
+        return list(by_step.values()), (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    losses, adapter = trained()
     assert losses[-1] < losses[0] - 0.1
-    assert (Path(config.workdir) / "adapter" / "adapter_model.safetensors").is_file()
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    config.checkpoint.resume = True
+    assert trained() == (losses, adapter)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
