@@ -141,7 +141,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = rows_lib.load(config, tokenizer, show)
-    held = measure.held_out(config, splits, tokenizer, start.reader(config, model, tokenizer))
+    reader = start.reader(config, model, tokenizer)
+    held = measure.held_out(config, splits, tokenizer, reader)
     if held is None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
@@ -159,7 +160,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     print(account.table(config, {what: result} | measure.beside(config, held)))
     if config.meta.shots:
         trained, frozen = partition.split(params, program.labels)
-        found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show)
+        found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show, reader)
         _write(workdir / "fewshot.json", fewshot.to_json(config, found))
         print(fewshot.table(config, found))
 

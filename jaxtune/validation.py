@@ -242,8 +242,11 @@ def _check_meta(config: ConfigDict) -> None:
             raise UserError(
                 f"config.meta.ways has {way!r}; expected 'shown', 'adapted' or both{nearest(way, ['shown', 'adapted'])}"
             )
-    if meta.shots and train.objective != "sft":
-        raise UserError(f"meta.shots={tuple(meta.shots)} goes with train.objective='sft', not {train.objective!r}")
+    if meta.shots and train.objective != "sft" and (train.objective != "classify" or "shown" in meta.ways):
+        raise UserError(
+            f"meta.shots={tuple(meta.shots)} with meta.ways={tuple(meta.ways)} goes with train.objective='sft', and 'adapted' alone "
+            f"with 'classify', not with {train.objective!r}"
+        )
     if meta.shots and not meta.held_out:
         raise UserError(
             f"meta.shots={tuple(meta.shots)} measures tasks that are never trained on: name them in meta.held_out"

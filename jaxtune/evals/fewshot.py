@@ -17,8 +17,9 @@ from jaxtune import sharding
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, tasks, templates
 from jaxtune.data.formats import Example
+from jaxtune.data.readers import NEXT, Reader
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import likelihood
+from jaxtune.evals import heads, likelihood
 from jaxtune.evals.statistics import Estimate
 from jaxtune.train import step
 from jaxtune.train.state import Params, Program
@@ -56,16 +57,16 @@ def questions(config: ConfigDict, splits: pipeline.Splits) -> dict[str, tuple[li
 
 def measure(
     config: ConfigDict, program: Program, params: Params, frozen: Params, tokenizer: Tokenizer, splits: pipeline.Splits,
-    progress: Progress,
+    progress: Progress, reader: Reader = NEXT,
 ) -> Correct:  # fmt: skip
-    """Which questions a model answers rightly after each of `meta.shots`, by likelihood among the task's answers.
+    """Which questions a model answers rightly after each of `meta.shots`: by likelihood among the task's answers, or by its head.
 
-    Without any rows both ways are one. `params` are those that train: what adapts starts from them, and they stay as they are.
+    Without any rows both ways are one. `reader` says how the objective reads a row. `params` are those that train: what adapts starts from them, and they stay as they are.
 
     Raises:
       UserError: as `questions`; a row longer than data.max_length, or a prompt longer than the model's window.
     """
-    run = _Run(config, program, params, frozen, tokenizer, progress)
+    run = _Run(config, program, params, frozen, tokenizer, progress, reader)
     asked, support = questions(config, splits), tasks.by_name(splits.support)
     ways = tuple(config.meta.ways)
     found: Correct = {way: {k: {} for k in config.meta.shots} for way in ways}
@@ -74,7 +75,7 @@ def measure(
             drawn = [tasks.drawn(support[name], shots, config.train.seed, draw) for draw in range(config.meta.draws)]
             for way in ways:
                 if shots == 0:
-                    right = [run.shown(rows, [], labels)] if way == ways[0] else found[ways[0]][0][name]
+                    right = [run.answered(rows, labels)] if way == ways[0] else found[ways[0]][0][name]
                 else:
                     answer = run.shown if way == "shown" else run.adapted
                     right = [answer(rows, shown, labels) for shown in drawn]
@@ -86,19 +87,32 @@ class _Run:
     """One model being measured: its programs are compiled once."""
 
     def __init__(
-        self, config: ConfigDict, program: Program, params: Params, frozen: Params, tokenizer: Tokenizer, progress: Progress
+        self, config: ConfigDict, program: Program, params: Params, frozen: Params, tokenizer: Tokenizer, progress: Progress,
+        reader: Reader,
     ):  # fmt: skip
         self.config, self.program, self.params, self.frozen, self.tokenizer = config, program, params, frozen, tokenizer
         whole, size = {**frozen, **params}, config.eval.batch_size
-        self.score = likelihood.label_scorer(
-            program.inference, whole, tokenizer.pad_id, size, progress, "scoring", _BUCKET_TOKENS
-        )
-        self.programs: dict[int, Any] = {}
+        self.reader, self.programs = reader, dict[int, Any]()
+        model = (program.inference, whole)
+        how = (tokenizer.pad_id, size, progress, "scoring")
+        if reader.kind == "next":
+            self.score = likelihood.label_scorer(*model, *how, _BUCKET_TOKENS)
+        else:
+            self.read = likelihood.head_scorer(*model, reader.pool == "mean", *how)
+
+    def answered(self, rows: Sequence[Example], labels: tuple[str, ...], params: Params | None = None) -> np.ndarray:
+        """(rows,) of 0 and 1, with no rows before them."""
+        if self.reader.kind == "next":
+            return self.shown(rows, [], labels, params)
+        asked = heads.rows(self.config, list(rows), self.reader, self.tokenizer)
+        scores = self.read([row["prompt_ids"] for row in asked], [row["at"] for row in asked], params)
+        best = [self.reader.labels[int(np.argmax(scores_KC[0]))] for scores_KC in scores]
+        return np.asarray([label == row["answer"] for label, row in zip(best, asked, strict=True)])
 
     def shown(
         self, rows: Sequence[Example], shown: Sequence[Example], labels: tuple[str, ...], params: Params | None = None
     ) -> np.ndarray:
-        """(rows,) of 0 and 1."""
+        """(rows,) of 0 and 1, with `shown` before each."""
         asked = [tasks.demonstrated(shown, row) for row in rows]
         pairs = [templates.continuations(one, labels, self.tokenizer) for one in asked]
         most = self.program.model_config.max_positions
@@ -115,7 +129,7 @@ class _Run:
     def adapted(self, rows: Sequence[Example], shown: Sequence[Example], labels: tuple[str, ...]) -> np.ndarray:
         """(rows,) of 0 and 1, after inner steps on `shown`."""
         data, program = self.config.data, self.program
-        tokens = pipeline.tokenize(list(shown), self.tokenizer, data)
+        tokens = pipeline.tokenize(list(shown), self.tokenizer, data, reader=self.reader)
         if len(tokens) < len(shown):
             raise UserError(
                 f"{len(shown) - len(tokens)} of {len(shown)} rows to adapt to do not fit data.max_length={data.max_length}: raise it"
@@ -129,7 +143,7 @@ class _Run:
         fields = step.fields(self.config, program)
         arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, size)
         params = self.programs[size](self.params, self.frozen, arrays)
-        return self.shown(rows, [], labels, {**self.frozen, **params})
+        return self.answered(rows, labels, {**self.frozen, **params})
 
 
 def accuracy(config: ConfigDict, correct: Mapping[str, np.ndarray]) -> Estimate:

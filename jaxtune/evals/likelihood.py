@@ -95,10 +95,10 @@ def _score(
 
 def head_scorer(
     graphdef: nnx.GraphDef, params: dict[str, jax.Array], mean: bool, pad_id: int, batch_size: int, progress: Progress, label: str
-) -> Callable[[list[list[int]], list[list[int]]], list[np.ndarray]]:  # fmt: skip
-    """Returns `score(texts, at) -> (K, C) each`: what a head scores at some tokens of whole texts, float32.
+) -> Callable[..., list[np.ndarray]]:  # fmt: skip
+    """Returns `score(texts, at, own=None) -> (K, C) each`: what a head scores at some tokens of whole texts, float32.
 
-    With `mean` every token of a text stands for the mean of all.
+    With `mean` every token of a text stands for the mean of all. A call's `own` parameters take the place of these.
     """
 
     @jax.jit
@@ -106,10 +106,10 @@ def head_scorer(
         model = layers.bind(graphdef, params)
         return model.head(_hidden_at(model, tokens_BT, lengths_B, at_BK, mean))
 
-    def score(texts: list[list[int]], at: list[list[int]]) -> list[np.ndarray]:
+    def score(texts: list[list[int]], at: list[list[int]], own: Any = None) -> list[np.ndarray]:
         scores: dict[int, np.ndarray] = {}
         for group, *arrays in _asked(texts, at, batch_size, pad_id, progress, label):
-            found_BKC = to_host(run(params, *arrays))
+            found_BKC = to_host(run(own or params, *arrays))
             scores |= {i: found_BKC[b, : len(at[i])] for b, i in enumerate(group)}
         return [scores[i] for i in range(len(texts))]
 
