@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import run
+from jaxtune import run, validation
 from jaxtune.data import tasks, templates
 from jaxtune.evals import fewshot
 from jaxtune.models import layers
@@ -113,8 +113,12 @@ def test_both_ways_by_hand(config: ConfigDict) -> None:
     assert max(np.abs(np.asarray(own[path]) - np.asarray(params[path])).max() for path in own) > 1e-3
 
 
-def test_evaluate_writes_the_curves(config: ConfigDict, capsys: pytest.CaptureFixture[str]) -> None:
-    config.meta.ways = ("adapted",)
+@pytest.mark.parametrize("objective", ["sft", "classify"])
+def test_evaluate_writes_the_curves(config: ConfigDict, objective: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config.meta.ways, config.train.objective = ("adapted",), objective
+    if objective == "classify":
+        config.model.head, config.model.labels = "sequence", ("good", "bad")
+    validation.validate(config)
     run.evaluate(config, Path(config.workdir))
     found = json.loads((Path(config.workdir) / "fewshot.json").read_text())
     assert list(found["accuracy"]) == ["adapted"]
