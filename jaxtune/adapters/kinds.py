@@ -10,11 +10,11 @@ from jaxtune.config import ConfigDict
 Options = lora.Options | prompt.Options
 
 
-def from_config(tune: ConfigDict) -> Options | None:
-    """The options of `tune.method`; None where it trains the model's own weights."""
+def from_config(tune: ConfigDict, given: Options | None = None) -> Options | None:
+    """The options of `tune.method`, or those `given` in their place; None where it trains the model's own weights."""
     if tune.method == "lora":
-        return lora.Options.from_config(tune)
-    return prompt.Options.from_config(tune) if tune.method == "prompt" else None
+        return given or lora.Options.from_config(tune)
+    return given or prompt.Options.from_config(tune) if tune.method == "prompt" else None
 
 
 def attach(model: Any, options: Options | None) -> None:

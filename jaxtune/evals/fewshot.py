@@ -61,7 +61,8 @@ def measure(
 ) -> Correct:  # fmt: skip
     """Which questions a model answers rightly after each of `meta.shots`: by likelihood among the task's answers, or by its head.
 
-    Without any rows both ways are one. `reader` says how the objective reads a row. `params` are those that train: what adapts starts from them, and they stay as they are.
+    Without any rows both ways are one. `reader` says how the objective reads a row. `params` are those that train: what adapts
+    starts from them, and they stay as they are.
 
     Raises:
       UserError: as `questions`; a row longer than data.max_length, or a prompt longer than the model's window.
