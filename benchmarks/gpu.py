@@ -1,6 +1,7 @@
 """LoRA and full fine-tuning on one GPU: jaxtune beside TRL + PEFT, in tokens/s, model FLOPs utilisation and memory.
 
     python benchmarks/gpu.py [--methods lora,full] [--rows 1,2,4] [--steps 10] [--trl-python PATH] [--no-record]
+    python benchmarks/gpu.py --attention xla  # jaxtune by one form of `model.attention`; without it by "auto"
     python benchmarks/gpu.py --dry          # the same code on the CPU, a tiny shape and two steps; measures nothing
 
 Llama-3-8B's shape, random weights, bfloat16, LoRA r16 on all linear layers, packed rows of 4,096 tokens in which every
@@ -72,6 +73,7 @@ class Asked(NamedTuple):
     remat: bool
     num_steps: int
     device: str
+    attention: str = "auto"
 
     @property
     def documents(self) -> list[int]:
@@ -112,6 +114,7 @@ def run_jaxtune(asked: Asked) -> Result:
     config.tune.dtype = "bfloat16" if asked.method == "full" else "float32"
     config.optim.learning_rate, config.optim.schedule, config.optim.warmup_steps = RATE, "constant", 0.0
     config.data.max_length, config.train.batch_size = asked.row_tokens, asked.num_rows
+    config.model.attention = asked.attention
     config.train.remat, config.train.steps = "block" if asked.remat else "none", 1000
     model = source.Model("random weights", None, asked.hf_config, None, None)
     program, values = start.program(config, model)
@@ -347,7 +350,9 @@ def main(argv: list[str] | None = None) -> int:
     if not options.dry and not any(Path("/dev").glob("nvidia[0-9]*")):
         print("gpu.py needs an NVIDIA GPU; `--dry` runs the same code on the CPU and measures nothing", file=sys.stderr)
         return 2
-    asked = Asked("", {}, 0, 0, False, 2 if options.dry else options.steps, "cpu" if options.dry else "gpu")
+    asked = Asked(
+        "", {}, 0, 0, False, 2 if options.dry else options.steps, "cpu" if options.dry else "gpu", options.attention
+    )
     rows = (2,) if options.dry else tuple(map(int, options.rows.split(",")))
     remats = (True,) if options.dry else (False, True)
     layouts = [Layout(number, remat) for number in rows for remat in remats]
@@ -372,6 +377,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sides", default="jaxtune,trl")
     parser.add_argument("--rows", default="1,2,4", help="packed rows of a step that a trial chooses from")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each side")
+    parser.add_argument(
+        "--attention", default="auto", choices=("auto", "xla", "flash"), help="jaxtune's `model.attention`"
+    )
     parser.add_argument("--ours-python", default=sys.executable, help="the interpreter with jax[cuda] and jaxtune")
     parser.add_argument("--trl-python", default=sys.executable, help="the interpreter with torch, TRL and PEFT")
     parser.add_argument("--no-record", action="store_true", help="leave docs/benchmarks.md as it is")

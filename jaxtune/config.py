@@ -26,7 +26,7 @@ def _model() -> ConfigDict:
     c.pooling = ""  # which state stands for a whole text in an embedding: first (CLS) | mean | last; "" = as the model's folder says, else mean (encoders), last (decoders)
     c.param_dtype = "float32"  # storage of frozen weights: float32 | bfloat16
     c.compute_dtype = "float32"  # activations and matmuls: float32 | bfloat16 (norms, softmax and loss stay float32)
-    c.attention = "auto"  # auto (by platform) | xla | splash
+    c.attention = "auto"  # auto (splash on TPU, flash on GPU, else xla) | xla | splash | flash; what a kernel cannot say runs as xla: slopes and two-way windows (both), soft caps, windows, sinks, `mesh.context`, odd or wide heads (flash); on GPUs before compute capability 8.0 all of it
     c.quantize = ""  # storage of the frozen weights of linear layers: "" (param_dtype) | int8 | int4 | nf4 (QLoRA, arXiv:2305.14314)
     c.quantize_block = 64  # inputs that share a scale (fewer where it does not divide them); 0 = all of an output's
     c.quantize_targets = r"layers\.(?!.*\brouter\b).*"  # regex, full match, over the paths of linear layers; none but those of blocks are quantised

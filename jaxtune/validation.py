@@ -15,7 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.pooling": ("", "first", "mean", "last"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "splash"),
+    "model.attention": ("auto", "xla", "splash", "flash"),
     "model.quantize": ("", "int8", "int4", "nf4"),
     "tune.method": ("lora", "full", "head", "prompt"),
     "tune.dtype": ("float32", "bfloat16"),

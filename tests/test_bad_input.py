@@ -276,6 +276,7 @@ _COMMAND = [
     row("patience without rows", "--config.train.eval_every_steps=1 --config.train.patience=2", r"train\.patience=2 needs validation rows"),
     row("rule that matches nothing", lambda r: r.get_config("c.mesh.rules = ((r'layers\\.attn\\.q_porj\\.kernel', ('', 'fsdp', '')),)"), r"mesh\.rules .* matches no parameter; did you mean .*layers\.attn\.q_proj\.kernel"),
     row("splash with rows of an odd length", "--config.model.attention=splash --config.data.max_length=100", r"data\.max_length=100 is no multiple of 128", "make it 128"),
+    row("flash with rows of an odd length", "--config.model.attention=flash --config.data.max_length=100", r"data\.max_length=100 is no multiple of 128", "make it 128"),
     row("label bins of another form", lambda r: r.get_config("c.data.label_bins = ((1, 2),)"), r"data\.label_bins", "expected"),
     row("learning rate without end", "--config.optim.learning_rate=inf", r"optim\.learning_rate is inf"),
     row("epochs without end", "--config.train.steps=0 --config.train.epochs=inf", r"train\.epochs is inf"),

@@ -1,7 +1,8 @@
 """Grouped-query attention over packed segments: one brick, its form chosen by platform.
 
-On TPU: splash attention, the Pallas kernel in JAX (scores never leave the chip's fast memory). Elsewhere: plain XLA,
-in blocks of queries once rows are long, so that memory grows with T and not with T^2.
+On TPU: splash attention, and on GPU: flash attention, the Pallas kernels in JAX (scores never leave the chip's fast memory).
+Elsewhere, and for what the kernels cannot say: plain XLA, in blocks of queries once rows are long, so that memory grows
+with T and not with T^2.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models import context, splash
+from jaxtune.models import context, flash, splash
 from jaxtune.models.layers import Runtime, named, recomputed
 from jaxtune.types import BRANCH_BITS
 
@@ -55,8 +56,10 @@ def attend(
     branch sees the prompt of its number, too. Softmax is float32. K and V are never repeated for
     grouped queries. `window_index` picks one of `rule.windows` (it may differ from layer to layer of one scan). `sinks_N`
     is a learnt score per head that takes its share of the softmax and gives nothing (arXiv:2309.17453). `self_attention`
-    says that keys are the queries' own tokens (S = T, offset 0): the form that the TPU kernel takes.
+    says that keys are the queries' own tokens (S = T, offset 0): the form that the kernels take.
     """
+    if self_attention and _use_flash(run) and flash.can(rule, run, q_BTNH, v_BSKH, sinks_N):
+        return named(flash.attend(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, rule, run), "attention")
     by_kernel = self_attention and _use_splash(run, rule, q_BTNH.shape[1])
     if by_kernel or (self_attention and context.num_shards(run) > 1):
         given = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, rule, run, window_index, sinks_N)
@@ -126,3 +129,9 @@ def _use_splash(run: Runtime, rule: Rule, num_tokens: int) -> bool:
     can = not rule.slopes and not run.branches and (rule.causal or not any(rule.windows))
     on_tpu = run.mesh is not None and run.platform == "tpu"
     return can and (run.attention == "splash" or (run.attention == "auto" and on_tpu and fits))
+
+
+def _use_flash(run: Runtime) -> bool:
+    if run.attention != "auto" or run.mesh is None:
+        return run.attention == "flash"
+    return flash.at_home(run.mesh.devices.flat[0])

@@ -34,8 +34,8 @@ class Runtime(NamedTuple):
 
     `constrain(x, axes)` pins an activation's sharding by logical axes; `mesh` and `spec(axes)` are for kernels that the
     compiler cannot partition by itself; `remat` is none | dots | block, with `save` and `offload` naming what it keeps
-    beside (`SAVED_NAMES`), on the device and in the host's memory; `attention` is auto | xla | splash. `router_loss`:
-    whether what routers report is part of a loss, and so has a gradient. `spread_head`: see `heads.gathered`.
+    beside (`SAVED_NAMES`), on the device and in the host's memory; `attention` is auto | xla | splash | flash.
+    `router_loss`: whether what routers report is part of a loss, and so has a gradient. `spread_head`: see `heads.gathered`.
     `mlp_blocks`: in how many blocks of tokens a feed-forward layer works, each rematerialised on its own. `branches`:
     segment ids hold branches, which see the prompt that they share (`types.BRANCH_BITS`).
     """

@@ -12,8 +12,8 @@ parameter and token forward and 2 for the gradient that flows through it, and no
 factor costs all 6.
 
 A kernel (`pallas_call`) counts per point of its grid; splash attention by the block mask that it is given: blocks that the
-causal mask or a window leaves empty are not computed and do not count, blocks on the edge are computed whole and do. Segments
-inside a packed row skip nothing.
+causal mask or a window leaves empty are not computed and do not count, blocks on the edge are computed whole and do; flash
+attention by the rounds of its loops, likewise. Segments inside a packed row skip nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from jaxtune.types import UserError
+
+# What the ends of a kernel's loops are made of.
+_COUNTING: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.floor_divide}
 
 
 class Dot(NamedTuple):
@@ -94,8 +97,8 @@ class _Walk:
     whole). A scan, a branch, a kernel and a `remat` that forbids it are bodies of their own.
     """
 
-    def __init__(self, backward: bool = False):
-        self.backward = backward
+    def __init__(self, backward: bool = False, rounds: Mapping[Any, float] | None = None):
+        self.backward, self.rounds = backward, rounds or {}
         self.values: dict[Any, Any] = {}
         self.made: dict[Any, tuple[Any, ...]] = {}
 
@@ -132,12 +135,16 @@ class _Walk:
         elif name == "scan":
             flags = self._scan(eqn, dots, known, reached)
         elif name == "while":
-            inner = [eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]]
-            if any(total(_Walk().jaxpr(each.jaxpr, {}, set())) for each in inner):
+            once: Dots = Counter()
+            for part in ("cond_jaxpr", "body_jaxpr"):
+                _add(once, _Walk().jaxpr(eqn.params[part].jaxpr, {}, set()))
+            rounds = self.rounds.get(eqn.outvars[0])
+            if once and rounds is None:
                 raise UserError(
                     "the step multiplies inside a while loop whose length the program does not say, so its FLOPs cannot be "
                     "counted; write it as a scan"
                 )
+            _add(dots, once, rounds or 0.0)
         elif name == "cond":
             flags = self._largest(eqn, dots, known, reached)
         elif name == "pallas_call":
@@ -222,7 +229,7 @@ class _Walk:
             raise UserError("the step has a kernel whose grid depends on data, so its FLOPs cannot be counted")
         times = math.prod(int(size) for size in grid_mapping.grid) * _computed_share(eqn, known)
         dots: Dots = Counter()
-        for dot, count in _Walk().jaxpr(eqn.params["jaxpr"], {}, set()).items():
+        for dot, count in _Walk(rounds=_rounds(eqn)).jaxpr(eqn.params["jaxpr"], {}, set()).items():
             dots[dot._replace(kind="kernel")] += count * times  # type: ignore[assignment]
         return dots
 
@@ -243,6 +250,25 @@ def _computed_share(eqn: Any, known: dict[Any, Any]) -> float:
     mask = eqn.invars[1]  # its index operands: which block comes next, and what is in each
     value = known.get(mask) if _is_var(mask) else mask.val
     return 1.0 if value is None else float(np.mean(np.asarray(value) != 0))
+
+
+def _rounds(kernel: Any) -> dict[Any, float]:
+    """How often a kernel's loops that count from one number to another go round, by their counter: in the mean over its grid."""
+    mapping, found = kernel.params["grid_mapping"], {}
+    places = np.ogrid[tuple(slice(int(n)) for dim, n in enumerate(mapping.grid) if dim not in mapping.vmapped_dims)]
+    known: dict[Any, Any] = {}
+    for eqn in kernel.params["jaxpr"].eqns:
+        name = eqn.primitive.name
+        given = [known.get(atom) if _is_var(atom) else atom.val for atom in eqn.invars]
+        if name == "program_id":
+            known[eqn.outvars[0]] = places[eqn.params["axis"]]
+        elif name in _COUNTING and all(value is not None for value in given):
+            known[eqn.outvars[0]] = _COUNTING[name](*given)
+        elif name == "while" and [each.primitive.name for each in eqn.params["cond_jaxpr"].eqns] == ["lt"]:
+            first, end = given[eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] :][:2]  # as `fori_loop` has them
+            if first is not None and end is not None:
+                found[eqn.outvars[0]] = float(np.mean(np.maximum(end - first, 0)))
+    return found
 
 
 def _multiplied(eqn: Any) -> Dot:

@@ -10,7 +10,7 @@ import numpy as np
 
 ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|c64|c128|f8\w+|f4\w+|s4|u4)\[([\d,<=]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_NAME = re.compile(r"%([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 
 
 class Instruction(NamedTuple):
@@ -43,7 +43,10 @@ def _bits(dtype: str) -> int:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Every computation's instructions, the root last, and the name of the entry."""
+    """Every computation's instructions, the root last, and the name of the entry.
+
+    An operand that newer XLA writes as `%tuple#1` becomes the get-tuple-element that older XLA writes out.
+    """
     computations: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     entry = ""
@@ -54,7 +57,38 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             entry = header.group(2) if header.group(1) else entry
         elif line.startswith("  ") and " = " in line:
             current.append(_instruction(line))
-    return computations, entry
+    return {name: _with_elements(body) if "#" in text else body for name, body in computations.items()}, entry
+
+
+def _with_elements(body: list[Instruction]) -> list[Instruction]:
+    """The instructions with a get-tuple-element before the first use of each element."""
+    types = {instruction.name: instruction.type for instruction in body}
+    found: list[Instruction] = []
+
+    def take(name: str) -> None:
+        whole, _, index = name.rpartition("#")
+        if not whole or name in types:
+            return
+        take(whole)
+        types[name] = _element(types.get(whole, "()"), int(index))
+        found.append(Instruction(name, types[name], "get-tuple-element", (whole,), f", index={index}"))
+
+    for instruction in body:
+        for operand in () if instruction.opcode in ("constant", "parameter") else instruction.operands:
+            take(operand)
+        found.append(instruction)
+    return found
+
+
+def _element(tuple_type: str, index: int) -> str:
+    """The type of one element of a tuple's."""
+    depth, starts, inside = 0, [0], tuple_type[1:-1]
+    for at, letter in enumerate(inside):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            starts.append(at + 1)
+    ends = [*(start - 1 for start in starts[1:]), len(inside)]
+    return inside[starts[index] : ends[index]].strip() if index < len(starts) else ""
 
 
 def _instruction(line: str) -> Instruction:

@@ -16,7 +16,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.models import FAMILIES, quantised, reading, splash
+from jaxtune.models import FAMILIES, flash, quantised, reading, splash
 from jaxtune.train import layout, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
@@ -140,11 +140,12 @@ def check_length(config: ConfigDict, program: Program) -> None:
     passages = {"max_passage_length": config.data.max_passage_length}
     rows = {"max_length": config.data.max_length}
     sharding.check_tokens(program.mesh, **rows | (passages if config.train.objective == "contrastive" else {}))
-    tile = splash.TILE_TOKENS * program.mesh.shape["context"]
-    if config.model.attention == "splash" and max_length % tile:
-        shards = f" times mesh.context={program.mesh.shape['context']}" if tile > splash.TILE_TOKENS else ""
+    kind, num_shards = config.model.attention, program.mesh.shape["context"]
+    tile = {"splash": splash.TILE_TOKENS * num_shards, "flash": flash.TILE_TOKENS}.get(kind, 1)
+    if max_length % tile:
+        shards = f" times mesh.context={num_shards}" if kind == "splash" and num_shards > 1 else ""
         raise UserError(
-            f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention='splash'{shards}: make it "
+            f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention={kind!r}{shards}: make it "
             f"{-(-max_length // tile) * tile}, or set model.attention='auto'"
         )
 

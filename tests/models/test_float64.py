@@ -31,6 +31,7 @@ PATHS = {
     "plain": ("xla", 40, 16),
     "blocks of queries": ("xla", 1024, 16),
     "the TPU's kernel, interpreted": ("splash", 256, 128),
+    "the GPU's kernel, interpreted": ("flash", 256, 16),
 }
 
 
@@ -73,7 +74,9 @@ def reference(
 
 
 def has(path: str, rule: Rule) -> bool:
-    """The kernel has neither slopes nor windows to both sides: `attend` takes the plain form."""
+    """Splash has neither slopes nor windows to both sides, flash the plain rule alone: `attend` takes the plain form."""
+    if PATHS[path][0] == "flash":
+        return rule in (RULES["causal"][0], RULES["both ways"][0])
     return path in ("plain", "blocks of queries") or not (rule.slopes or (not rule.causal and any(rule.windows)))
 
 

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
 from jaxtune import sharding
+from jaxtune.models.attention import Rule, attend
+from jaxtune.models.layers import Runtime
 from jaxtune.plan import compile as plan_compile
 from jaxtune.plan import flops, hlo
 from jaxtune.types import UserError
@@ -140,6 +142,28 @@ def test_a_loop_of_unknown_length_is_refused() -> None:
 
     with pytest.raises(UserError, match="while loop"):
         flops.hardware(jax.jit(loop).trace(jnp.ones((4, 4))))
+
+
+@pytest.mark.parametrize(("causal", "share"), [(True, 1 / 2), (False, 1)])
+def test_flash_attention_counts_the_rounds_of_its_loops(causal: bool, share: float) -> None:
+    """Up to the diagonal, whose blocks count whole: forward 128 x 64, backward 32 x 32."""
+    tokens, heads, dim = 512, 4, 16
+    mesh = sharding.make_mesh(config_lib.base(), jax.devices()[:1])
+    run = Runtime(attention="flash", mesh=mesh, spec=sharding.spec)
+    segments = jnp.ones((1, tokens), jnp.int32)
+
+    def loss(q: jax.Array, kv: jax.Array) -> jax.Array:
+        return jnp.sum(attend(q, kv, kv, segments, segments, Rule(0.1, causal=causal), run))
+
+    given = jnp.ones((1, tokens, heads, dim)), jnp.ones((1, tokens, 2, dim))
+    product = 2 * tokens * tokens * heads * dim
+
+    def of(block: int) -> float:  # the share of the scores in blocks that are computed
+        return share + (block / tokens / 2 if causal else 0)
+
+    assert flops.total(flops.model(jax.jit(loss).trace(*given), 1)) == 3 * 2 * product * of(128)
+    backward = (4 + 3) * product * of(32)  # keys and values, then queries: each makes the scores again
+    assert flops.total(flops.hardware(jax.jit(jax.grad(loss)).trace(*given))) == 2 * product * of(128) + backward
 
 
 def test_splash_attention_counts_the_blocks_of_its_mask(config: ConfigDict) -> None:

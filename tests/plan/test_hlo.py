@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,25 @@ def test_an_unrolled_loop_and_a_chain_of_pieces() -> None:
     crossing = hlo.traffic(TPU, [0, 0, 1, 1] * 2).collectives["all-gather"]
     assert crossing.dcn_bytes == 4 * 4 * 16 * 2 / 2 / 2  # half of it from the other slice, shared by two of this one
     assert crossing.bytes + crossing.dcn_bytes == found["all-gather"].bytes
+
+
+def test_elements_of_tuples_in_their_short_form() -> None:
+    """JAX 0.12 writes %b#1 where 0.10 has an instruction; nested ones, too."""
+    short = TPU
+    for name, whole, index in re.findall(r"  %(\S+) = \S+ get-tuple-element\(%(\S+)\), index=(\d+)\n", TPU):
+        line = next(line for line in short.splitlines() if line.startswith(f"  %{name} = "))
+        short = short.replace(f"{line}\n", "")
+        short = re.sub(rf"%{re.escape(name)}(?![\w.])", f"%{whole}#{index}", short)
+    assert short.count("get-tuple-element") == 1  # the root's
+    assert hlo.traffic(short, [0] * 8) == hlo.traffic(TPU, [0] * 8)
+    nested = "%f (p: (f32[2], (s32[3], /*index=1*/bf16[4]))) -> bf16[4] {\n  ROOT %r = bf16[4] copy(%p#1#1)\n}\n"
+    nested = nested.replace("ROOT", "%p = (f32[2]{0}, (s32[3]{0}, /*index=1*/bf16[4]{0})) parameter(0)\n  ROOT")
+    found = parse(nested)[0]["f"]
+    assert [(one.name, one.opcode) for one in found[1:3]] == [
+        ("p#1", "get-tuple-element"),
+        ("p#1#1", "get-tuple-element"),
+    ]
+    assert array_bytes(found[2].type) == 8
 
 
 def test_sizes_and_memories() -> None:

@@ -97,12 +97,13 @@ RULES: dict[str, tuple[Rule, str, dict[str, int], dict[str, Any]]] = {
         Rule(0.1, 3.0, windows=(0, 100)), "splash", {"context": 2, "tensor": 2}, {"tokens": 512, "window_index": jnp.int32(1)},
     ),
     "kernel: both ways, sinks": (Rule(0.1, causal=False), "splash", {"context": 2}, {"tokens": 256, "sinks": True}),
+    "GPU kernel: rows and heads apart": (Rule(0.3), "flash", {"fsdp": 2, "tensor": 2}, {"tokens": 128}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", RULES)
 def test_attention_of_a_row_in_shards_is_that_of_the_whole(case: str) -> None:
-    """Values and gradients, by every rule; the TPU kernel interpreted."""
+    """Values and gradients, by every rule; the kernels interpreted."""
     rule, kind, sizes, options = RULES[case]
     tokens, sinks, which = options.get("tokens", T), options.get("sinks"), options.get("window_index", 0)
     rng, head_dim = np.random.default_rng(0), 128 if kind == "splash" else 16
