@@ -1,6 +1,6 @@
 """How well MiniLM takes up tasks that it was never trained on, from 0 to 16 rows: Reptile against multi-task training.
 
-    python benchmarks/few_shot.py [--arms untuned,multi,reptile,fomaml] [--steps 60] [--folder runs/few_shot] [--no-record]
+    python benchmarks/few_shot.py [--arms untuned,multi,reptile,fomaml] [--steps 40] [--folder runs/few_shot] [--no-record]
 
 Tasks and rows are those of configs/reptile_few_shot.py. Every arm takes the same number of steps of as many tokens of the same
 training tasks, from the same weights and by the same optimizer, and then meets the same questions and the same draws of rows,
@@ -105,11 +105,11 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", default="untuned,multi,reptile,fomaml")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each arm")
+    parser.add_argument("--arms", default="untuned,multi,reptile", help="of these and fomaml")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each arm")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of adapting")
-    parser.add_argument("--draws", type=int, default=3, help="times that the rows of a task are drawn")
-    parser.add_argument("--questions", type=int, default=240, help="over all held-out tasks")
+    parser.add_argument("--draws", type=int, default=2, help="times that the rows of a task are drawn")
+    parser.add_argument("--questions", type=int, default=160, help="over all held-out tasks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "few_shot")
     parser.add_argument("--no-record", action="store_true", help="leave docs/ as it is")

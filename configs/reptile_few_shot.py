@@ -58,13 +58,14 @@ def get_config():
     config.meta.inner_rate = 1e-3
     config.meta.shots = (0, 2, 4, 8, 16)
     config.meta.ways = ("adapted",)
+    config.meta.draws = 2
 
     config.optim.learning_rate = 2e-3  # of Adam, which takes where the tasks led for a gradient
     config.train.objective = "classify"
     config.train.batch_size = 16  # 4 tasks x 4 inner steps x 1 row, of about four sentences
-    config.train.steps = 60
+    config.train.steps = 40
     config.train.remat = "none"
 
-    config.eval.limit = 240
+    config.eval.limit = 160
     config.eval.before_after = False
     return config

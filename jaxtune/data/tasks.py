@@ -56,7 +56,7 @@ def arrange(splits: Splits, meta: ConfigDict, seed: int) -> Splits:
     test = of(splits.test, True) if held else splits.test
     support = of(splits.train, True) if held else splits.train
     counts = splits.counts | {"train": len(train), "validation": len(validation), "test": len(test)}
-    counts |= {"support_of_held_out_tasks": len(support)} if held else {}
+    counts |= {"rows_of_held_out_tasks": len(support)} if held else {}
     if meta.demonstrations:
         number = meta.contexts or len(train)
         train = contexts(train, meta.demonstrations, number, seed)

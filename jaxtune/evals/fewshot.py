@@ -94,12 +94,11 @@ class _Run:
         self.config, self.program, self.params, self.frozen, self.tokenizer = config, program, params, frozen, tokenizer
         whole, size = {**frozen, **params}, config.eval.batch_size
         self.reader, self.programs = reader, dict[int, Any]()
-        model = (program.inference, whole)
-        how = (tokenizer.pad_id, size, progress, "scoring")
+        how: tuple[int, int, Progress, str] = (tokenizer.pad_id, size, progress, "scoring")
         if reader.kind == "next":
-            self.score = likelihood.label_scorer(*model, *how, _BUCKET_TOKENS)
+            self.score = likelihood.label_scorer(program.inference, whole, *how, _BUCKET_TOKENS)
         else:
-            self.read = likelihood.head_scorer(*model, reader.pool == "mean", *how)
+            self.read = likelihood.head_scorer(program.inference, whole, reader.pool == "mean", *how)
 
     def answered(self, rows: Sequence[Example], labels: tuple[str, ...], params: Params | None = None) -> np.ndarray:
         """(rows,) of 0 and 1, with no rows before them."""
