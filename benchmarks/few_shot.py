@@ -97,7 +97,6 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
         axes.plot(shots, [c["value"] for c in curve.values()], marker="o", color=f"C{number}", label=ARMS[arm][0])
         axes.fill_between(shots, low, high, color=f"C{number}", alpha=0.12)
         axes.set_xticks(shots, list(curve))
-    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="rows of a task never trained on, adapted to", ylabel="accuracy")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)

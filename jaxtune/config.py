@@ -95,16 +95,32 @@ def _data() -> ConfigDict:
 
 def _optim() -> ConfigDict:
     c = ConfigDict()
-    c.name = "adamw"  # adamw | sgd
+    c.name = "adamw"  # adamw | adam8bit (moments of a byte each) | adafactor | lion | muon (matrices of layers; AdamW for the rest) | sgd
     c.learning_rate = 2e-4  # peak
-    c.schedule = "cosine"  # cosine | linear | constant
+    c.schedule = "cosine"  # cosine | linear | constant | wsd (stays at the peak, then decays; arXiv:2404.06395)
     c.warmup_steps = 0.03  # steps of linear warm-up; below 1 = a share of all steps
-    c.final_ratio = 0.0  # learning rate at the end, over the peak (cosine, linear)
+    c.final_ratio = 0.0  # learning rate at the end, over the peak (cosine, linear, wsd)
     c.b1 = 0.9
-    c.b2 = 0.999
+    c.b2 = 0.999  # lion's authors take 0.99
     c.eps = 1e-8
     c.weight_decay = 0.0  # decoupled; matrices only, never norms, biases or magnitudes
     c.clip_norm = 1.0  # global gradient norm is clipped to this; 0 = never
+    c.stable_share = 0.9  # wsd: share of the steps after the warm-up that stay at the peak
+    c.decay_shape = (
+        "linear"  # wsd: how the rest falls: linear | cosine | exponential | sqrt (1 - sqrt, arXiv:2405.18392)
+    )
+    c.layer_decay = 1.0  # each layer's learning rate over that of the layer above; embeddings' is the lowest (arXiv:2003.10555); 1 = all alike
+    c.moment_block = 256  # adam8bit: numbers that share a scale, at most (arXiv:2110.02861)
+    c.min_factored_dim = 128  # adafactor: matrices with both dims of so many or more keep factored moments
+    c.scale_by_weights = False  # adafactor: the learning rate is relative to the RMS of each matrix
+    c.muon_momentum = 0.95  # muon: of the gradients that are made orthogonal
+    c.muon_rms = (
+        0.2  # muon: RMS of an update over the learning rate; about AdamW's, so that its rates serve (arXiv:2502.16982)
+    )
+    c.ema_decay = 0.0  # of a moving average of the weights, e.g. 0.999; 0 = none
+    c.use_ema = (
+        True  # where there is an average, it is what is validated, measured and exported; False = the last weights
+    )
     return c
 
 
@@ -136,6 +152,16 @@ def _train() -> ConfigDict:
     c.explode_factor = 0.0  # also call a loss exploding above this multiple of its running mean; 0 = non-finite only
     c.mlp_block_tokens = 0  # a feed-forward layer takes so many tokens of a device at a time, each block rematerialised on its own; 0 = all
     c.log_every_steps = 1  # console line every so many steps where there is no terminal
+    c.neftune_noise_alpha = 0.0  # noise on the embeddings in training, e.g. 5 (NEFTune, arXiv:2310.05914); 0 = none
+    c.label_smoothing = (
+        0.0  # share of each target that is spread over all classes or words; as torch's CrossEntropyLoss
+    )
+    c.z_loss_weight = 0.0  # of the squared log-partition of the logits, e.g. 1e-4 (arXiv:2204.02311)
+    c.focal_gamma = (
+        0.0  # targets that are sure already weigh less: (1 - p)^gamma, e.g. 2 (arXiv:1708.02002); 0 = cross-entropy
+    )
+    c.class_weights = ()  # classify, token_classify: loss weight of each label, in the order of the model's labels; () = all alike
+    c.beside = ()  # objectives beside `objective`, added to it: ((name, weight), …), or (name, weight, URI) with training rows of its own
     return c
 
 
@@ -261,6 +287,27 @@ def _meta() -> ConfigDict:
     return c
 
 
+def _lr_find() -> ConfigDict:
+    c = ConfigDict()
+    c.low = 1e-7  # learning rate of the first step
+    c.high = 1.0  # of the last; in between it grows by the same factor each step (arXiv:1506.01186)
+    c.steps = 100
+    c.smoothing = 0.9  # decay of the running mean of the loss
+    c.stop_factor = 4.0  # stops when the running mean exceeds its lowest by so much
+    return c
+
+
+def _sweep() -> ConfigDict:
+    c = ConfigDict()
+    c.axes = ()  # ((key, (value, …)), …), e.g. (("optim.learning_rate", (1e-4, 3e-4)),); random also ("linear" | "log", low, high)
+    c.method = "grid"  # grid (every combination) | random (of each axis, independently)
+    c.num_runs = 0  # random: how many; grid: the first so many, 0 = all
+    c.seed = 0  # of the random choice
+    c.metric = "eval/loss"  # runs are compared by this: a name of metrics.jsonl, or of what is measured after training
+    c.goal = "min"  # min | max
+    return c
+
+
 def base() -> ConfigDict:
     """Returns the config with every field at its default, locked against new keys."""
     config = ConfigDict()
@@ -275,6 +322,7 @@ def base() -> ConfigDict:
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
     config.meta = _meta()
+    config.lr_find, config.sweep = _lr_find(), _sweep()
     config.lock()
     return config
 

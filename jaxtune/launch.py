@@ -1,4 +1,4 @@
-"""Entry: `python -m jaxtune.launch [train|evaluate|generate|chat|export|plan] --config=FILE [--config.a.b=v] [--workdir=DIR]`.
+"""Entry: `python -m jaxtune.launch [train|evaluate|generate|chat|export|plan|lr_find|sweep] --config=FILE [--config.a.b=v] [--workdir=DIR]`.
 
 Reads the verb and the config, starts the distributed runtime where there is one, and hands over to `run.py`. A user's
 mistake ends in one line on stderr and exit code 2; code 75 says "saved, run me again to resume".
@@ -6,6 +6,7 @@ mistake ends in one line on stderr and exit code 2; code 75 says "saved, run me 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import os
@@ -33,7 +34,10 @@ VERBS = {
     "chat": "talk to the model in the terminal",
     "export": "write a run's result as a PEFT adapter or a Hugging Face model folder",
     "plan": "compile the training step for a TPU that is not here, and say what it needs, takes and costs",
+    "lr_find": "train a copy at ever higher learning rates, and say which one falls fastest",
+    "sweep": "train once for each combination of config.sweep.axes, and compare",
 }
+_FILES = {"lr_find": "jaxtune.lr_find", "sweep": "jaxtune.sweep"}  # verbs that run.py does not hold
 USAGE = (
     "usage: python -m jaxtune.launch [VERB] --config=configs/X.py [--config.a.b=value] [--workdir=DIR] [--dry_run]\n"
     + "\n".join(f"  {verb:<9} {what}" for verb, what in VERBS.items())
@@ -116,7 +120,8 @@ def _dispatch(arguments: list[str]) -> int:
     verb, options, values = _parse(arguments)
     _without_accelerator()
     validation.validate(options)
-    hosts.join(values.coordinator, values.num_processes, values.process_id, options.mesh.heartbeat_seconds)
+    if verb != "sweep":  # which only starts runs, each a process of its own
+        hosts.join(values.coordinator, values.num_processes, values.process_id, options.mesh.heartbeat_seconds)
     from jaxtune import run
     from jaxtune.train import compiled, goodput
 
@@ -126,11 +131,13 @@ def _dispatch(arguments: list[str]) -> int:
     _check_outputs(options, verb)
     if values.dry_run and verb != "train":
         raise UserError(f"--dry_run goes with train, not with {verb}")
-    action = run.dry_run if values.dry_run else getattr(run, verb)
+    room = importlib.import_module(_FILES[verb]) if verb in _FILES else run
+    action = run.dry_run if values.dry_run else getattr(room, verb)
     if action is run.train:
         action = partial(run.train, began=goodput.process_began())
-    keeping = nullcontext() if verb == "plan" else compiled.kept(options)  # plans are for devices that are not here
-    resuming = verb == "train" and options.checkpoint.resume
+    elsewhere = verb in ("plan", "sweep")  # compiled for devices that are not here, or in other processes
+    keeping = nullcontext() if elsewhere else compiled.kept(options)
+    resuming = verb == "sweep" or (verb == "train" and options.checkpoint.resume)
     with keeping, workdir.Folder(options.workdir, resume=resuming) as folder:
         action(options, folder.path)
     return 0

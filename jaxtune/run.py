@@ -51,11 +51,11 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         tokenizer = source.find_tokenizer(config, model)
     with wall("tokenise"):
         reader = start.reader(config, model, tokenizer)
-        rows = rows_lib.read(config, tokenizer, show, reader)
+        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer))
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         validation.check_profile(config)
     if config.checkpoint.resume:
-        with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
+        with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
             checkpoints.check()
     with wall("program"):
         program, values = start.program(config, model)
@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
-    with checkpoint.Checkpoints(config.workdir, config, rows.train.digest) as checkpoints:
+    with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = _resumed(config, workdir, checkpoints, program, state)
         if is_main:
@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             arrays = (state, frozen, rows_lib.for_loop(config, rows, tokenizer, program))
             known = (compiling, wall, counted)
             outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
-            params = _best(checkpoints, program, outcome)
+            params = _best(config, checkpoints, program, outcome)
             tracker.close_console()
             after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)
             with wall("export"):
@@ -339,12 +339,11 @@ def _before(
     return result
 
 
-def _best(checkpoints: checkpoint.Checkpoints, program: Program, outcome: loop.Outcome) -> Params:
+def _best(config: ConfigDict, checkpoints: checkpoint.Checkpoints, program: Program, outcome: loop.Outcome) -> Params:
     """The trained parameters with the lowest validation loss; the last where none was measured."""
     best_step = outcome.progress.best_step
     best = checkpoints.restore(program.state, best_step) if best_step not in (0, outcome.steps) else None
-    params: Params = best.state.params if best else outcome.state.params
-    return params
+    return optim.in_use(config.optim, best.state if best else outcome.state)
 
 
 def _after(
@@ -385,7 +384,7 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
     with checkpoint.Checkpoints(config.workdir, config, resuming=False) as checkpoints:
         step = checkpoints.best_step() if wanted == "best" else int(wanted) if wanted.isdigit() else None
         restored = checkpoints.restore(program.state, step)
-    return (restored.step, restored.state.params) if restored else None
+    return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
 
 
 def _ready(config: ConfigDict, model: source.Model) -> tuple[Program, Params, str]:

@@ -33,8 +33,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.tag_subwords": ("first", "all"),
     "data.end_of_turn": ("all", "turn", "last", "none"),
     "data.too_long": ("truncate", "drop", "error"),
-    "optim.name": ("adamw", "sgd"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.name": ("adamw", "adam8bit", "adafactor", "lion", "muon", "sgd"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "train.remat": ("none", "dots", "block"),
     "train.on_nonfinite": ("stop", "skip"),
     "eval.metric": ("auto", "labels", "exact_match", "perplexity", "retrieval"),
@@ -45,6 +45,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tune.virtual_init": ("vocabulary", "text", "random"),
     "meta.algorithm": ("", "reptile", "fomaml"),
     "meta.inner_optimizer": ("adam", "sgd"),
+    "optim.decay_shape": ("linear", "cosine", "exponential", "sqrt"),
+    "sweep.method": ("grid", "random"),
+    "sweep.goal": ("min", "max"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -61,6 +64,8 @@ _AT_LEAST: dict[str, float] = {
     "model.quantize_block": -1, "tune.virtual_tokens": 1,
     "meta.demonstrations": 0, "meta.contexts": 0, "meta.tasks": 1, "meta.inner_steps": 1, "meta.draws": 1, "meta.adapt_steps": 1,
     "meta.adapt_rate": 0,
+    "optim.moment_block": 16, "optim.min_factored_dim": 1, "lr_find.steps": 10, "lr_find.stop_factor": 1.01, "sweep.num_runs": 0,
+    "train.neftune_noise_alpha": 0, "train.z_loss_weight": 0, "train.focal_gamma": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -73,6 +78,9 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "data.mask_fraction": (0.001, 1), "data.mask_token_share": (0, 1), "data.mask_random_share": (0, 1),
     "plan.efficiency": (0.01, 1),
     "mesh.max_unsharded": (0, 1),
+    "optim.stable_share": (0, 1), "optim.layer_decay": (0.001, 1), "optim.ema_decay": (0, 0.999999), "optim.muon_momentum": (0, 0.999999),
+    "optim.muon_rms": (1e-6, 1e3), "train.label_smoothing": (0, 0.99), "lr_find.smoothing": (0, 0.999), "lr_find.high": (0, 1e6),
+    "sweep.seed": (0, 2**32 - 1),
 }  # fmt: skip
 
 _RANGES = (
@@ -83,6 +91,7 @@ _RANGES = (
 _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
     "optim.eps": "a gradient of 0 is divided by 0", "meta.inner_rate": "no task takes a step of its own",
+    "lr_find.low": "no factor takes it anywhere",
 }  # fmt: skip
 
 
@@ -113,6 +122,8 @@ def validate(config: ConfigDict) -> None:
     _check_forms(config)
     _check_prompt(config)
     _check_meta(config)
+    _check_losses(config)
+    _check_sweep(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -202,6 +213,74 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
 
 
+def _check_losses(config: ConfigDict) -> None:
+    """What shapes a loss, and how its rate falls."""
+    train, optim = config.train, config.optim
+    if train.focal_gamma and train.label_smoothing:
+        raise UserError(
+            f"train.focal_gamma={train.focal_gamma} and train.label_smoothing={train.label_smoothing} undo each other: set one to 0"
+        )
+    if any(
+        isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < 1e9 for one in train.class_weights
+    ):
+        raise UserError(
+            f"config.train.class_weights is {train.class_weights!r}; expected a number of 0 or more for each label"
+        )
+    for one in train.beside:
+        if not (
+            isinstance(one, tuple | list) and 2 <= len(one) <= 3 and isinstance(one[0], str) and isinstance(one[-1], str | int | float)
+            and isinstance(one[1], int | float) and 0 < one[1] < 1e9 and (len(one) == 2 or isinstance(one[2], str))
+        ):  # fmt: skip
+            raise UserError(
+                f"config.train.beside has {one!r}; expected (objective, weight above 0) or (objective, weight, URI of its training rows)"
+            )
+    if optim.schedule == "wsd" and optim.decay_shape == "exponential" and not optim.final_ratio:
+        raise UserError(
+            "optim.decay_shape='exponential' never reaches optim.final_ratio=0.0: set optim.final_ratio above 0 (e.g. 0.1), or "
+            "another optim.decay_shape"
+        )
+    if config.lr_find.high <= config.lr_find.low:
+        raise UserError(f"lr_find.high={config.lr_find.high} is not above lr_find.low={config.lr_find.low}")
+
+
+def _check_sweep(config: ConfigDict) -> None:
+    known, sweep = keys(base()), config.sweep
+    for axis in sweep.axes:
+        if not (
+            isinstance(axis, tuple | list)
+            and len(axis) == 2
+            and isinstance(axis[0], str)
+            and isinstance(axis[1], tuple | list)
+        ):
+            raise UserError(f"config.sweep.axes has {axis!r}; expected (config key, (value, …))")
+        key, values = axis
+        if key not in known or key.startswith("sweep.") or key in ("name", "workdir", "checkpoint.resume"):
+            raise UserError(
+                f"config.sweep.axes: config key {key!r} does not exist, or is the sweep's own{nearest(key, known)}"
+            )
+        if not values:
+            raise UserError(f"config.sweep.axes: {key!r} has no values; expected at least one")
+        if values[0] in ("linear", "log"):
+            low_high = values[1:]
+            if sweep.method != "random":
+                raise UserError(
+                    f"config.sweep.axes: {key!r} is a range, which sweep.method='grid' cannot list: name its values"
+                )
+            if (
+                len(low_high) != 2
+                or not all(isinstance(x, int | float) for x in low_high)
+                or not low_high[0] < low_high[1]
+            ):
+                raise UserError(f"config.sweep.axes: {key!r} is {values!r}; expected ({values[0]!r}, low, high)")
+            if values[0] == "log" and low_high[0] <= 0:
+                raise UserError(f"config.sweep.axes: {key!r} is {values!r}; expected a low above 0")
+    names = [key for key, _ in sweep.axes]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.sweep.axes names a key twice; expected each once: {', '.join(names)}")
+    if sweep.method == "random" and sweep.axes and not sweep.num_runs:
+        raise UserError("sweep.method='random' draws sweep.num_runs combinations, and that is 0: set sweep.num_runs")
+
+
 def _check_range(key: str, values: tuple[Any, ...]) -> None:
     """One number or two, as numbers or (from a command line) as words."""
     try:
@@ -262,6 +341,8 @@ def _check_meta(config: ConfigDict) -> None:
             f"meta.tasks={meta.tasks} does not divide by train.accumulation={train.accumulation}, the groups of tasks taken one after "
             "the other: choose a multiple"
         )
+    if train.beside:
+        raise UserError(f"meta.algorithm={meta.algorithm!r} does not go with train.beside: leave one of them out")
     batches = meta.inner_steps + (meta.algorithm == "fomaml")
     parts = meta.tasks * batches
     if train.batch_size % parts:

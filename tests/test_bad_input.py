@@ -516,6 +516,16 @@ _LABELS = [  # (rows, what else is set) of heads for labels
     row("text that is empty", lambda r: _texts(r, "regression", "stars", 1, ""), r"rows\.jsonl:2: the text is empty"),
     row("metric of language models for a head", lambda r: (_texts(r, "regression", "stars", 1), r.set("eval.metric=perplexity", "eval.split=train")), r"eval\.metric='perplexity' measures language models", "'auto'"),
     row("words from a classifier", lambda r: (_texts(r, "regression", "stars", 1), _generate(r, "the cat"), r.set("data.split_key=", "data.format=auto")), "writes no text", "language model"),
+    row("a weight too many for the labels", lambda r: (_tags(r, {"tokens": ["the"], "tags": ["O"]}), r.set("train.class_weights=(1.0,2.0)")), r"train\.class_weights has 2 numbers; expected one for each label: O, B-PER, I-PER"),
+    row("weights of labels in a chat", "--config.train.class_weights=(1.0,2.0)", r"train\.class_weights=\(1\.0, 2\.0\) is nothing that train\.objective='sft' takes"),
+    row("a focal loss that is smoothed", "--config.train.focal_gamma=2.0 --config.train.label_smoothing=0.1", r"train\.focal_gamma=2\.0 and train\.label_smoothing=0\.1", "set one to 0"),
+    row("an objective beside that is none", "--config.train.beside=(('stf',0.1),)", "unsupported objective 'stf'; did you mean 'sft'"),
+    row("an objective beside without a weight", "--config.train.beside=('sft',)", r"config\.train\.beside has 'sft'; expected \(objective, weight above 0\)"),
+    row("a span outside its answer", lambda r: r.chat(_user("who"), _assistant("cat", spans=[[1, 9, 2]])), r"rows\.jsonl:3: message 2: span .* not inside the content, of 3 characters"),
+    row("a decay that never ends", "--config.optim.schedule=wsd --config.optim.decay_shape=exponential", r"optim\.decay_shape='exponential' never reaches optim\.final_ratio=0\.0"),
+    row("an optimizer by half its name", "--config.optim.name=adam", r"config\.optim\.name is 'adam'; expected one of .*'adam8bit'"),
+    row("a sweep of nothing", _verb("sweep"), r"sweep needs config\.sweep\.axes"),
+    row("a ramp that goes down", _verb("lr_find", "lr_find.high=1e-9"), r"lr_find\.high=1e-09 is not above lr_find\.low=1e-07"),
 ]  # fmt: skip
 
 TABLE = _COMMAND + _CONFIG_FILES + _MODELS + _DATA + _PAIRS + _VERBS + _LABELS

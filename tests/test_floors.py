@@ -23,12 +23,12 @@ FLOORS = [
         "validation",
         "workdir",
     },
-    {"sharding", "models", "data"},
+    {"sharding", "models", "data", "moments"},
     {"adapters", "objectives", "optim"},
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve"},
-    {"run"},
+    {"run", "lr_find", "sweep"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from jaxtune.adapters import lora, prompt
 from jaxtune.config import ConfigDict
 
@@ -27,3 +29,14 @@ def attach(model: Any, options: Options | None) -> None:
         lora.attach(model, options)
     elif options is not None:
         prompt.attach(model, options)
+
+
+def initial(
+    soft: prompt.Options | None, path: str, like: jax.ShapeDtypeStruct, key: jax.Array, start: Any, scale: float
+) -> jax.Array:
+    """The first value of an adapter's parameter, with `soft` of a prompt; `start` is what it starts from: a DoRA magnitude's
+    kernel, or the embedding table, which times `scale` is what the first layer reads.
+    """
+    if soft is not None:
+        return prompt.initial(like.shape, start, scale, soft, key)
+    return lora.initial(path, like.shape, like.dtype, key, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from jaxtune.types import UserError, nearest
@@ -48,11 +49,28 @@ def _message(where: str, message: Any) -> Message:
             raise UserError(f"{where}: weight on a {role} message; only assistant messages may carry one")
         elif isinstance(weight, bool) or weight not in (0, 1):
             raise UserError(f"{where}: weight is {weight!r}; expected 0 or 1")
+    if checked.pop("spans", None):
+        checked["spans"] = _spans(where, role, checked["content"], message["spans"])
     if message.get("tool_calls"):
         checked["tool_calls"] = _tool_calls(where, role, message["tool_calls"])
     else:
         checked.pop("tool_calls", None)  # a null or an empty list means none, but templates test for the key
     return checked
+
+
+def _spans(where: str, role: str, content: str, spans: Any) -> list[tuple[int, int, float]]:
+    """Loss weights of parts of a content: [start, end, weight] in characters, a later one over an earlier."""
+    if role != "assistant" or not isinstance(spans, list):
+        raise UserError(f"{where}: spans must be a list, on an assistant message")
+    for span in spans:
+        numbers = isinstance(span, list | tuple) and len(span) == 3 and not any(isinstance(n, bool) for n in span)
+        if not numbers or not all(isinstance(n, int) for n in span[:2]) or not isinstance(span[2], int | float):
+            raise UserError(f"{where}: span {span!r:.60}; expected [start, end, weight], the first two in characters")
+        if not 0 <= span[0] < span[1] <= len(content):
+            raise UserError(f"{where}: span {span!r:.60} is not inside the content, of {len(content)} characters")
+        if not 0 <= span[2] < math.inf:
+            raise UserError(f"{where}: span {span!r:.60} has weight {span[2]!r}; expected 0 or more")
+    return [(start, end, float(weight)) for start, end, weight in spans]
 
 
 def _content(where: str, message: Message) -> str:

@@ -8,6 +8,7 @@ content, also where a template strips it, adds a default system prompt or treats
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,9 @@ class Encoded(NamedTuple):
         return self._replace(tokens=self.tokens[kept], weights=self.weights[kept], targets=targets)
 
 
+Span = tuple[int, int] | tuple[int, int, float]  # characters from one to another; the weight of their tokens, else 1
+
+
 class Turn(NamedTuple):
     """Where one message lies in the rendered chat, in characters: its content, then its end-of-turn text."""
 
@@ -62,9 +66,9 @@ def encode(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> Encod
         if example.is_pair:
             raise UserError("the row is a query and a passage: these go with train.objective='contrastive'")
         if example.messages is not None:
-            text, spans = _chat_spans(example, tokenizer, options)
+            text, weighed = _chat_spans(example, tokenizer, options)
             ids, offsets = tokenizer.encode_with_offsets(text)
-            return _after_virtual(ids, _weigh(offsets, spans), tokenizer)
+            return _after_virtual(ids, _weigh(offsets, weighed), tokenizer)
         text, spans = _plain_spans(example)
         ids, offsets = _with_bos(*tokenizer.encode_with_offsets(text), tokenizer)
         weights = _weigh(offsets, spans)
@@ -171,36 +175,55 @@ def _plain_spans(example: Example) -> tuple[str, list[tuple[int, int]]]:
     return text, [(len(example.prompt), len(text))]
 
 
-def _weigh(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """Returns 1 for each token that shares a character with a trained span, else 0."""
+def _weigh(offsets: list[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
+    """Returns for each token the weight of the last trained span that it shares a character with, else 0."""
     weights = np.zeros(len(offsets), np.float32)
     if offsets and spans:
         starts, ends = np.array(offsets).T
-        for start, end in spans:
-            weights[(starts < end) & (ends > start)] = 1
+        for start, end, *given in spans:
+            weights[(starts < end) & (ends > start)] = given[0] if given else 1
     return weights
 
 
-def _chat_spans(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the rendered chat and its trained character spans."""
+def _chat_spans(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> tuple[str, list[Span]]:
+    """Returns the rendered chat and its trained character spans; those that a message weighs itself after its content."""
     messages = example.messages or ()
     text = tokenizer.render(messages, example.tools)
     trained = [m["role"] in options.roles and m.get("weight", 1) != 0 for m in messages]
     last = max((index for index, train in enumerate(trained) if train), default=-1)
-    spans = []
+    spans: list[Span] = []
     for index, train in enumerate(trained):
-        if not train and options.end_of_turn != "all":
+        own = messages[index].get("spans", ()) if messages[index]["role"] in options.roles else ()
+        if not train and not own and options.end_of_turn != "all":
             continue
         try:
             turn = _turn(text, list(messages), index, example, tokenizer)
         except UserError:
-            if train:
+            if train or own:
                 raise
             continue  # an untrained turn whose content the template hides has no end-of-turn token to train
         ends = {"all": True, "turn": train, "last": index == last, "none": False}[options.end_of_turn]
         spans += [(turn.start, turn.end)] if train else []
+        spans += _own_spans(text, turn, messages[index]["content"], own, index)
         spans += [(turn.end, turn.stop)] if ends else []
     return text, spans
+
+
+def _own_spans(
+    text: str, turn: Turn, content: str, spans: Sequence[tuple[int, int, float]], index: int
+) -> list[tuple[int, int, float]]:
+    """A message's own spans, counted from the start of its content, as they lie in the rendered chat."""
+    if not spans:
+        return []
+    stripped = content.strip()  # as most templates print it
+    at = text.find(stripped, turn.start, turn.end)
+    if at < 0 or not stripped:
+        raise UserError(
+            f"message {index + 1}: the chat template changes its content {content!r:.60}: its spans cannot be found; "
+            "mend the template (model.chat_template), or leave them out"
+        )
+    at -= len(content) - len(content.lstrip())
+    return [(max(at + start, turn.start), min(at + end, turn.end), weight) for start, end, weight in spans]
 
 
 def _turn(text: str, messages: list[Message], index: int, example: Example, tokenizer: Tokenizer) -> Turn:

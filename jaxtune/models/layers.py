@@ -37,7 +37,8 @@ class Runtime(NamedTuple):
     beside (`SAVED_NAMES`), on the device and in the host's memory; `attention` is auto | xla | splash | flash.
     `router_loss`: whether what routers report is part of a loss, and so has a gradient. `spread_head`: see `heads.gathered`.
     `mlp_blocks`: in how many blocks of tokens a feed-forward layer works, each rematerialised on its own. `branches`:
-    segment ids hold branches, which see the prompt that they share (`types.BRANCH_BITS`).
+    segment ids hold branches, which see the prompt that they share (`types.BRANCH_BITS`). `neftune_alpha`: noise on
+    embeddings where a pass has a key, as training's has (`embed_noise.noisy`).
     """
 
     param_dtype: Any = jnp.float32
@@ -51,6 +52,7 @@ class Runtime(NamedTuple):
     spread_head: bool = False
     mlp_blocks: int = 1
     branches: bool = False
+    neftune_alpha: float = 0.0
     mesh: jax.sharding.Mesh | None = None
     spec: Callable[[Axes], jax.sharding.PartitionSpec] | None = None
     constrain: Callable[[jax.Array, Axes], jax.Array] = unconstrained

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.models import context, rope, spec
+from jaxtune.models.embed_noise import noisy
 from jaxtune.models.experts import Experts
 from jaxtune.models.grouped import At, Attention, Cache, Where, distinct
 from jaxtune.models.heads import LMHead, ScoreHead, TaskHead, TiedHead
@@ -223,7 +224,7 @@ class Model(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:  # fmt: skip
         """As `__call__`, and what routers report, summed over layers (empty for a dense model)."""
         where, cache = self._where(positions_BT, segment_ids_BT, cache)
-        x_BTD = self._embedded(tokens_BT, positions_BT, token_types_BT)
+        x_BTD = self._embedded(tokens_BT, positions_BT, token_types_BT, segment_ids_BT, key)
         inputs_LBTP = None if self.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD, key)
         stacks = None if cache is None else cache.stacks
         x_BTD, caches, report = self._stacks(x_BTD, where, stacks, inputs_LBTP, key)
@@ -235,9 +236,14 @@ class Model(nnx.Module):
             x_BTD = self.project_out(x_BTD, key)
         return self.run.constrain(x_BTD, ("batch", "length", None)), cache, report
 
-    def _embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None) -> jax.Array:
+    def _embedded(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, segment_ids_BT: jax.Array,
+        key: jax.Array | None,
+    ) -> jax.Array:  # fmt: skip
         c = self.c
         x_BTD = context.embedded(self.embed, self.virtual_tokens.known(tokens_BT), self.run)
+        if self.run.neftune_alpha and key is not None:
+            x_BTD = noisy(x_BTD, segment_ids_BT, self.run.neftune_alpha, key)
         if c.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
         x_BTD = self.virtual_tokens(x_BTD, tokens_BT)
@@ -324,6 +330,18 @@ class Model(nnx.Module):
 
         stacks = tuple(zeros(block, len(numbers)) for block, numbers in self.c.blocks)
         return KVCache(stacks, jnp.zeros((rows, slots), jnp.int32), jnp.int32(0))
+
+
+def depths(c: spec.Config, path: str) -> np.ndarray:
+    """How deep a parameter lies: 0 = embeddings, 1 to n = the layers, n + 1 = after them; (L,) for one of stacked layers, else ()."""
+    first, *rest = path.split(".")
+    if first == "layers":
+        _, numbers = c.blocks[0 if len(c.blocks) == 1 else int(rest[0])]
+        return np.asarray(numbers) + 1
+    return np.asarray(0 if first in _BEFORE else c.num_layers + 1)
+
+
+_BEFORE = ("embed", "position_embed", "type_embed", "task_embed", "embed_norm", "project_in", "layer_inputs")
 
 
 def mixer(a: spec.Attention | spec.Latent | spec.Delta) -> Any:

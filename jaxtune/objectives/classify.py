@@ -7,23 +7,22 @@ packed texts apart. With mean pooling every token of a text holds its mean.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune.objectives.ops import TOKEN_FIELDS, Metrics, Objective, Policy, cross_entropy, segment_mean
+from jaxtune.objectives.ops import CLASSING, TOKEN_FIELDS, Metrics, Objective, Policy, classed, segment_mean
 
 Batch = dict[str, jax.Array]
 
 
 def loss(
-    policy: Policy, frozen: dict[str, Policy], batch: Batch, key: jax.Array | None
+    policy: Policy, frozen: dict[str, Policy], batch: Batch, key: jax.Array | None, **shaping: Any
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """Sum of w * -log p(class) over the tokens that carry a class (`targets_BT`, not shifted), and the sum of w."""
-    nll, correct = cross_entropy(policy.head, _read(policy, batch, key), batch["targets_BT"], batch["weights_BT"])
-    weight = jnp.sum(batch["weights_BT"])
-    return nll, weight, {"accuracy": (correct, weight)}
+    return classed(policy.head, _read(policy, batch, key), batch, **shaping)
 
 
 def labels_loss(
@@ -68,6 +67,7 @@ _SCORE_FIELDS = tuple("scores_BTC" if name == "targets_BT" else name for name in
 OBJECTIVE = Objective(
     fields=TOKEN_FIELDS,
     loss=loss,
+    options=CLASSING,
     problems={
         "multi_label_classification": Objective(fields=_SCORE_FIELDS, loss=labels_loss),
         "regression": Objective(fields=_SCORE_FIELDS, loss=number_loss),

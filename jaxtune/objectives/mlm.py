@@ -3,6 +3,6 @@
 `data/masking.py` masks them and gives them, and nothing else, a weight: only they pay for the vocabulary projection.
 """
 
-from jaxtune.objectives.ops import TOKEN_FIELDS, Objective, token_loss
+from jaxtune.objectives.ops import SHAPING, TOKEN_FIELDS, Objective, token_loss
 
-OBJECTIVE = Objective(fields=TOKEN_FIELDS, loss=token_loss)
+OBJECTIVE = Objective(fields=TOKEN_FIELDS, loss=token_loss, options=SHAPING)

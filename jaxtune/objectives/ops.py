@@ -67,13 +67,67 @@ class Objective(NamedTuple):
 TOKEN_FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions_BT")
 
 
+class Shape(NamedTuple):
+    """What a token's loss is beside -log p(target), n for short; with softmax p over C classes and Z = sum exp(logits).
+
+    label_smoothing e: (1 - e) n + e mean over classes of -log p (arXiv:1512.00567, torch's). focal_gamma g: (1 - p(target))^g n
+    (arXiv:1708.02002), not together with e. z_weight adds z (log Z)^2 (arXiv:2204.02311, section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_weight: float = 0.0
+    focal_gamma: float = 0.0
+
+    def value(self, nll: jax.Array, log_total: jax.Array, mean_logit: jax.Array) -> jax.Array:
+        """Of tokens whose logits have this logsumexp and this mean."""
+        e, g = self.label_smoothing, self.focal_gamma
+        shaped = (1 - e) * nll + e * (log_total - mean_logit) if e else nll
+        if g:
+            shaped = (-jnp.expm1(-nll)) ** g * nll
+        return shaped + self.z_weight * log_total**2 if self.z_weight else shaped
+
+    def slope(self, nll: jax.Array) -> jax.Array:
+        """The derivative of the focal loss by n; 1 where there is none."""
+        if not self.focal_gamma:
+            return jnp.ones_like(nll)
+        miss = -jnp.expm1(-nll)  # 1 - p(target); n / miss tends to 1 with it
+        over = jnp.where(miss > 0, nll / jnp.where(miss > 0, miss, 1), 1)
+        return miss**self.focal_gamma * (1 + self.focal_gamma * (1 - miss) * over)
+
+
+PLAIN = Shape()
+SHAPING = ("label_smoothing", "z_loss_weight", "focal_gamma")  # options of `token_loss`
+CLASSING = (*SHAPING, "class_weights")  # where targets are classes, and not words
+
+
 def token_loss(
-    policy: Policy, frozen: dict[str, Policy], batch: dict[str, jax.Array], key: jax.Array | None
+    policy: Policy, frozen: dict[str, Policy], batch: dict[str, jax.Array], key: jax.Array | None, **shaping: Any
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """Sum over tokens of w_t * -log p(target_t), and the sum of w_t: the data say what a token's target is."""
-    nll, correct = cross_entropy(policy.head, policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"])
-    weight = jnp.sum(batch["weights_BT"])
-    return nll, weight, {"accuracy": (correct, weight)}
+    """Sum over tokens of w_t * -log p(target_t), and the sum of w_t: the data say what a token's target is.
+
+    `shaping` are the options `CLASSING`; none of them set leaves this formula as it is.
+    """
+    return classed(policy.head, policy.hidden(batch, key), batch, **shaping)
+
+
+def classed(
+    head: Head, hidden_BTD: jax.Array, batch: dict[str, jax.Array], *, label_smoothing: float = 0.0, z_loss_weight: float = 0.0,
+    focal_gamma: float = 0.0, class_weights: tuple[float, ...] = (),
+) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
+    """Returns (sum of w * loss, sum of w, metrics) of the batch's targets; the loss is cross-entropy, or as `Shape` has it.
+
+    With `class_weights` w is the data's times that of the target's class, as in torch's `CrossEntropyLoss(weight=…)`. The
+    metric `nll` is what cross-entropy would have been, where the loss is another.
+    """
+    targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]
+    if class_weights:
+        weights_BT = weights_BT * jnp.asarray(class_weights, jnp.float32)[targets_BT]
+    weight, shape = jnp.sum(weights_BT), Shape(label_smoothing, z_loss_weight, focal_gamma)
+    if shape == PLAIN:
+        nll, correct = cross_entropy(head, hidden_BTD, targets_BT, weights_BT)
+        return nll, weight, {"accuracy": (correct, weight)}
+    loss, correct, nll = shaped_cross_entropy(head, hidden_BTD, targets_BT, weights_BT, shape)
+    return loss, weight, {"accuracy": (correct, weight), "nll": (nll, weight)}
 
 
 def cross_entropy(
@@ -88,91 +142,118 @@ def cross_entropy(
     chunk, w * (softmax - onehot) pulled back through the head, is taken while its logits are at hand, so the backward
     pass recomputes nothing; it exists for the head's parameters only where they train.
     """
+    nll, correct = _by_chunks(head, hidden_BTD, targets_BT, weights_BT, PLAIN)
+    return nll, correct
+
+
+def shaped_cross_entropy(
+    head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, shape: Shape
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `cross_entropy`, (sum of w * loss as `shape` has it, sum of w * [argmax = target], sum of w * -log p(target)).
+
+    The first alone has a gradient.
+    """
+    loss, correct, nll = _by_chunks(head, hidden_BTD, targets_BT, weights_BT, shape)
+    return loss, correct, nll
+
+
+def _by_chunks(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, shape: Shape) -> Any:
     hidden_BTD, targets_BT, weights_BT = (shards_as_rows(head, x) for x in (hidden_BTD, targets_BT, weights_BT))
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
     targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
     weights_BT = jnp.take_along_axis(weights_BT, order_BT, axis=1)
-    return _chunked(
-        head.apply, min(head.chunk_tokens, targets_BT.shape[1]), head.params, hidden_BTD, targets_BT, weights_BT
-    )
+    form = _Form(head.apply, min(head.chunk_tokens, targets_BT.shape[1]), shape)
+    return _chunked(form, head.params, hidden_BTD, targets_BT, weights_BT)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(
-    apply: Callable[[Any, jax.Array], jax.Array],
-    chunk: int,
-    params: Any,
-    hidden_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    sums, _, _ = _scan_chunks(apply, chunk, params, hidden_BTD, targets_BT, weights_BT, False, False)
+class _Form(NamedTuple):
+    """What is static of a chunked cross-entropy."""
+
+    apply: Callable[[Any, jax.Array], jax.Array]
+    chunk: int  # tokens of a row
+    shape: Shape
+
+    def sums(
+        self, logits_V: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """(loss, correct, and where the loss is another the plain nll), and the logits' logsumexp."""
+        log_total = jax.nn.logsumexp(logits_V, axis=-1)
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
+        nll = jnp.sum((log_total - target_logits) * weights)
+        correct = jnp.sum((target_logits >= jnp.max(logits_V, axis=-1)) * weights)
+        if self.shape == PLAIN:
+            return (nll, correct), log_total
+        value = self.shape.value(log_total - target_logits, log_total, jnp.mean(logits_V, axis=-1))
+        return (jnp.sum(value * weights), correct, nll), log_total
+
+    def d_logits(self, logits_V: jax.Array, log_total: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """The gradient of the loss's sum with respect to the logits."""
+        is_target = jax.lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1) == targets[..., None]
+        shape, p_V = self.shape, jnp.exp(logits_V - log_total[..., None])
+        if shape == PLAIN:
+            return (p_V - is_target) * weights[..., None]
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")
+        slope, e = shape.slope(log_total[..., None] - target_logits), shape.label_smoothing
+        wanted_V = (1 - e) * is_target + e / logits_V.shape[-1]
+        return (slope * (p_V - wanted_V) + 2 * shape.z_weight * log_total[..., None] * p_V) * weights[..., None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(form: _Form, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:
+    sums, _, _ = _scan_chunks(form, params, hidden_BTD, targets_BT, weights_BT, False, False)
     return sums
 
 
 def _scan_chunks(
-    apply: Any,
-    chunk: int,
-    params: Any,
-    hidden_BTD: Any,
-    targets_BT: Any,
-    weights_BT: Any,
-    want_hidden: bool,
-    want_params: bool,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None, Any]:
+    form: _Form, params: Any, hidden_BTD: Any, targets_BT: Any, weights_BT: Any, want_hidden: bool, want_params: bool
+) -> tuple[tuple[jax.Array, ...], jax.Array | None, Any]:
     """Sums over chunks, and the gradients asked for: with respect to hidden (B, T, D) and to the head's parameters."""
     B, T, D = hidden_BTD.shape
-    pad = -T % chunk
+    chunk, pad = form.chunk, -T % form.chunk
 
     def chunks(x: jax.Array) -> jax.Array:  # (B, T, …) -> (chunks, B, chunk, …)
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, (T + pad) // chunk, chunk, *x.shape[2:]), 1, 0)
 
     def value_and_pulls(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+        apply = form.apply
         logits_V, pull = jax.vjp(apply, params, hidden) if want_hidden or want_params else (apply(params, hidden), None)
-        log_total = jax.nn.logsumexp(logits_V, axis=-1)
-        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
-        nll = jnp.sum((log_total - target_logits) * weights)
-        correct = jnp.sum((target_logits >= jnp.max(logits_V, axis=-1)) * weights)
+        sums, log_total = form.sums(logits_V, targets, weights)
         if pull is None:
-            return nll, correct, None, None
-        is_target = jax.lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1) == targets[..., None]
-        d_logits = (jnp.exp(logits_V - log_total[..., None]) - is_target) * weights[..., None]
-        d_params, d_hidden = pull(d_logits)
-        return nll, correct, d_hidden if want_hidden else None, d_params if want_params else None
+            return sums, None, None
+        d_params, d_hidden = pull(form.d_logits(logits_V, log_total, targets, weights))
+        return sums, d_hidden if want_hidden else None, d_params if want_params else None
 
     def one(carry: Any, xs: Any) -> Any:
-        nll, correct, d_params = carry
+        sums, d_params = carry
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_pulls, *xs))
         more = jax.lax.cond(jnp.any(xs[2] != 0), value_and_pulls, lambda *_: zeros, *xs)
         d_params = (
-            jax.tree.map(lambda total, new: total + new.astype(total.dtype), d_params, more[3]) if want_params else None
+            jax.tree.map(lambda total, new: total + new.astype(total.dtype), d_params, more[2]) if want_params else None
         )
-        return (nll + more[0], correct + more[1], d_params), more[2]
+        return (tuple(total + new for total, new in zip(sums, more[0], strict=True)), d_params), more[1]
 
     d_params = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params) if want_params else None
-    start = (jnp.float32(0), jnp.float32(0), d_params)
-    (nll, correct, d_params), d_hidden = jax.lax.scan(
-        one, start, (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT))
-    )
+    start = ((jnp.float32(0),) * (2 if form.shape == PLAIN else 3), d_params)
+    (sums, d_params), d_hidden = jax.lax.scan(one, start, (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT)))
     if want_hidden:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, T + pad, D)[:, :T]
-    return (nll, correct), d_hidden, d_params
+    return sums, d_hidden, d_params
 
 
-def _chunked_fwd(apply: Any, chunk: int, params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+def _chunked_fwd(form: _Form, params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
     is_primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
     values = jax.tree.map(lambda leaf: leaf.value, params, is_leaf=is_primal)
     trains = any(leaf.perturbed for leaf in jax.tree.leaves(params, is_leaf=is_primal))
     sums, d_hidden, d_params = _scan_chunks(
-        apply, chunk, values, hidden.value, targets.value, weights.value, hidden.perturbed, trains
+        form, values, hidden.value, targets.value, weights.value, hidden.perturbed, trains
     )
     dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), values)
     return sums, (d_hidden, d_params, dtypes)
 
 
-def _chunked_bwd(apply: Any, chunk: int, saved: Any, cotangents: Any) -> Any:
+def _chunked_bwd(form: _Form, saved: Any, cotangents: Any) -> Any:
     d_hidden, d_params, dtypes = saved
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):

@@ -259,13 +259,15 @@ def _parts(memory: Any, arguments: dict[str, int], moved: hlo.Traffic, around: i
 
 
 def _peak(memory: Any) -> int:
+    """The sum of the parts, or XLA's own figure where that is more: it counts what lies in the host's memory, which is not here."""
     summed = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    return int(max(summed + memory.generated_code_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0)))
+    own = getattr(memory, "peak_memory_in_bytes", 0) - getattr(memory, "host_temp_size_in_bytes", 0)
+    return int(max(summed + memory.generated_code_size_in_bytes, own))
 
 
 def _first_size(message: str) -> str:

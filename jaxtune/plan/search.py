@@ -218,7 +218,7 @@ def accumulations(config: ConfigDict, program: Any) -> list[int]:
 
     whole = config.copy_and_resolve_references()
     whole.train.accumulation = 1
-    if step.objective(whole, program.hf_config).whole_batch:
+    if any(part.objective.whole_batch for part in step.parts(whole, program.hf_config)):
         return [1]
     return _divisors(config.train.batch_size // sharding.num_batch_shards(program.mesh))
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtune import sharding
+from jaxtune import optim, sharding
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import ConfigDict
 from jaxtune.train import goodput, profiling
@@ -304,9 +304,12 @@ def _evaluator(
         for batch in batches():
             arrays = sharding.to_global({name: batch[name] for name in fields}, program.mesh, config.train.batch_size)
             sums.append(run(params, frozen, arrays))
-        totals = jax.tree.map(lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *sums)
+        totals = jax.tree.map(lambda *xs: np.sum([np.asarray(x) for x in xs], axis=0, dtype=np.float64), *sums)
         loss, weight, extra = totals
-        return {"loss": loss / max(weight, 1.0), **{name: value / max(w, 1.0) for name, (value, w) in extra.items()}}
+        return {
+            "loss": step_lib.mean(config, loss, weight),
+            **{name: float(value / max(w, 1.0)) for name, (value, w) in extra.items()},
+        }
 
     return evaluate
 
@@ -321,7 +324,7 @@ def _validate(
     done: int,
 ) -> float:
     """Measures validation loss after `done` steps; keeps the best, counts towards early stopping, and says when it overfits."""
-    values = evaluate(state.params, frozen)
+    values = evaluate(optim.in_use(config.optim, state), frozen)
     tracker.log(done - 1, {f"eval/{name}": value for name, value in values.items()})
     loss, train_loss = values["loss"], progress.last_train_loss
     if not np.isfinite(loss):

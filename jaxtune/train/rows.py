@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
 from jaxtune.data import masking, pairs, pipeline, readers, tasks
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.train import loop, meta
+from jaxtune.train import loop, meta, step
 from jaxtune.train.state import Program
-from jaxtune.types import UserError
+from jaxtune.types import Batch, UserError
 
 
 class Rows(NamedTuple):
-    """The data of a run: examples of each split; training rows as batches; validation rows as tokens."""
+    """The data of a run: examples of each split; training rows as batches; validation rows as tokens.
+
+    `beside`: likewise of each objective beside the main one.
+    """
 
     splits: pipeline.Splits
     train: pipeline.Rows
     validation: pipeline.Rows | None
     batches: pipeline.BatchSource
+    beside: tuple[Rows, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that is trained on."""
+        return "+".join([self.train.digest, *(each.digest for each in self.beside)])
 
 
 def paths(config: ConfigDict) -> dict[str, Path]:
@@ -49,10 +61,13 @@ def load(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> pipeline.Splits
     return tasks.arrange(splits, config.meta, config.train.seed)
 
 
-def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT) -> Rows:
+def read(
+    config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT,
+    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (),
+) -> Rows:  # fmt: skip
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
-    `reader` says what of an example is learnt. Validation rows of masked words are masked once and for all.
+    `reader` says what of an example is learnt; `beside` holds config and reader of each objective beside. Validation rows of masked words are masked once and for all.
 
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
@@ -77,7 +92,9 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Re
     batches = _batches(config, splits, rows, tokenizer, reader)
     # Rounded up, so that every row is trained on; less a little, for 3 x 0.1 is more than 0.3.
     training.steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch - 1e-6))
-    return Rows(splits, rows, validation, batches)
+    for other, _ in beside:
+        other.train.steps = training.steps
+    return Rows(splits, rows, validation, batches, tuple(read(other, tokenizer, show, how) for other, how in beside))
 
 
 def _batches(
@@ -114,24 +131,40 @@ def summary(config: ConfigDict, rows: Rows) -> str:
     note = "".join(f"; {n} {name.replace('_', ' ')}" for name, n in lost.items())
     what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
     what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
+    others = "".join(f"; beside: {each.train.counts['rows']:,} rows" for each in rows.beside)
     return (
-        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}; "
+        f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}{others}; "
         f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
     )
 
 
 def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Program) -> loop.Data:
     """Batches as the loop asks for them: this host's rows only."""
-    mine, validation = sharding.host_rows(program.mesh, config.train.batch_size), rows.validation
-    data = config.data
+    mine, data = sharding.host_rows(program.mesh, config.train.batch_size), config.data
+    every = (rows, *rows.beside)
 
     def batches(first_step: int, num_steps: int) -> Iterator[Any]:
-        return pipeline.iterate(rows.batches, first_step, num_steps, mine, data.prefetch_batches)
+        streams = [pipeline.iterate(each.batches, first_step, num_steps, mine, data.prefetch_batches) for each in every]
+        return (_joined(found) for found in zip(*streams, strict=True))
 
-    def held_back() -> Iterator[Any]:
-        assert validation is not None
+    def measured(each: Rows) -> Iterator[Any]:
+        if each.validation is None:
+            return
         options = (data.max_length, data.packing, config.train.batch_size, tokenizer.pad_id, config.train.eval_batches)
-        for batch in pipeline.eval_batches(validation, *options):
+        for batch in pipeline.eval_batches(each.validation, *options):
             yield {name: array[mine] for name, array in batch.items()}
 
-    return loop.Data(batches, held_back if validation else None, lambda row: rows.train.row_ids[row])
+    def held_back() -> Iterator[Any]:
+        if not rows.beside:
+            yield from measured(rows)
+            return
+        blank = [{name: np.zeros_like(x) for name, x in each.batches.local(0, mine).items()} for each in every]
+        for found in itertools.zip_longest(*map(measured, every)):  # of weight 0 where one has no more
+            yield _joined([batch or empty for batch, empty in zip(found, blank, strict=True)])
+
+    return loop.Data(batches, held_back if rows.validation else None, lambda row: rows.train.row_ids[row])
+
+
+def _joined(found: Sequence[Batch]) -> Batch:
+    """One batch of those of each objective."""
+    return {step.prefix(at) + name: array for at, batch in enumerate(found) for name, array in batch.items()}

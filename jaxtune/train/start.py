@@ -68,6 +68,11 @@ def check_head(config: ConfigDict, model: Model) -> None:
             f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}; what goes together: "
             f"{together}"
         )
+    weights, labels = config.train.class_weights, source.labels(model) if config.train.class_weights else ()
+    if len(weights) != len(labels):
+        raise UserError(
+            f"train.class_weights has {len(weights)} numbers; expected one for each label: {', '.join(labels)}"
+        )
 
 
 def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Reader:
@@ -93,6 +98,15 @@ def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Re
         pool = family.from_hf(model.hf_config).head.pool
         return readers.Reader(kinds[reading.problem(model.hf_config)], source.labels(model), pool)
     return readers.NEXT
+
+
+def beside(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> list[tuple[ConfigDict, readers.Reader]]:
+    """Of each objective of `train.beside`, the config that says what its rows are, and how it reads them.
+
+    Raises:
+      UserError: as `reader`.
+    """
+    return [(one, reader(one, model, tokenizer)) for one in step.beside(config)]
 
 
 def _masking(config: ConfigDict, tokenizer: Tokenizer) -> Masking:
@@ -148,6 +162,8 @@ def check_length(config: ConfigDict, program: Program) -> None:
             f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention={kind!r}{shards}: make it "
             f"{-(-max_length // tile) * tile}, or set model.attention='auto'"
         )
+    for one in step.beside(config):
+        check_length(one, program)
 
 
 def check_export(config: ConfigDict, program: Program) -> None:

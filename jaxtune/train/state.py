@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtune import optim, registry, sharding
 from jaxtune.adapters import kinds, lora, partition, prompt
 from jaxtune.config import ConfigDict
-from jaxtune.models import FAMILIES, layers, quantised, spec
+from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.train import routers
@@ -32,7 +32,6 @@ from jaxtune.types import UserError
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
 # output head would often be its peak of memory; with more tokens (and so more devices) the head is the cheaper to move.
 _SPREAD_HEAD = 4
-_TABLE = "embed.table"
 Params = dict[str, Any]  # dotted path -> array, or its shape with dtype and sharding
 
 
@@ -83,6 +82,7 @@ def runtime(config: ConfigDict, mesh: Mesh, model_config: Any) -> Runtime:
         router_loss=routers.wanted(config.train),
         spread_head=mesh.shape["fsdp"] > 1 and gathered_tokens <= _SPREAD_HEAD * model_config.vocab_size,
         mlp_blocks=_mlp_blocks(config, mesh),
+        neftune_alpha=config.train.neftune_noise_alpha,
         mesh=mesh,
         spec=sharding.spec,
         constrain=sharding.constrain_on(mesh),
@@ -144,7 +144,7 @@ def abstract(
     params = {path: shape(path, variable) for path, variable in variables.items()}
     layout = _check_sharding(config, mesh, variables, params)
     trainable, frozen = partition.split(params, labels)
-    optimizer = optim.make(config, labels, num_steps)
+    optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     return Program(
         family=family,
@@ -229,7 +229,8 @@ def _quantised(options: quantised.Options | None, params: Params, run: Runtime, 
 
 def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any]) -> dict[str, str]:
     """What trains; no head where the objective reads none."""
-    reads_head = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.reads_head
+    objectives = [config.train.objective, *(one[0] for one in config.train.beside)]
+    reads_head = any(registry.load("objective", name, OBJECTIVES).OBJECTIVE.reads_head for name in objectives)
     head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
     has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
     return partition.label(variables, config.tune.method, has_task, headless=not reads_head)
@@ -264,7 +265,8 @@ def _shapes(
 def without_adapter(program: Program) -> nnx.GraphDef:
     """The structure of the model as trained, with no adapter on it."""
     quantize = program.quantised.options if program.quantised else None
-    return _shapes(program.family, program.model_config, program.run, None, quantize)[0]
+    run = program.run._replace(neftune_alpha=0.0)
+    return _shapes(program.family, program.model_config, run, None, quantize)[0]
 
 
 def _state_shapes(optimizer: optax.GradientTransformation, trainable: Params, whole: NamedSharding) -> State:
@@ -284,8 +286,9 @@ def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Params, w
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey) and entry.key in params]
-        like = params[names[-1]] if names else None
-        where = like.sharding if like is not None and like.shape == leaf.shape else whole
+        # Blocks' scales have their parameter's dims, one of them shorter.
+        likes = [params[name].sharding for name in names if len(params[name].shape) == len(leaf.shape)]
+        where = sharding.fitting(likes[-1], leaf.shape) if likes else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
@@ -372,11 +375,7 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
     def make(key: jax.Array, kernels: Params) -> Params:
         def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            if program.prompt is not None:
-                return prompt.initial(
-                    like.shape, kernels[_TABLE], program.model_config.embed_scale, program.prompt, own
-                )
-            return lora.initial(path, like.shape, like.dtype, own, kernels.get(path))
+            return kinds.initial(program.prompt, path, like, own, kernels.get(path), program.model_config.embed_scale)
 
         return {path: one(path, like) for path, like in program.adapter.items()}
 
@@ -385,8 +384,7 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
         return base[path] if path in base or not program.quantised else program.quantised.packed(base, path)
 
     needed = {path: kernel(path.split(".adapter.")[0]) for path in program.adapter if path.endswith(".magnitude")}
-    if program.prompt is not None:
-        needed[_TABLE] = base[_TABLE]
+    needed |= {prompt.PATH: base["embed.table"]} if program.prompt else {}
     return jax.jit(make, out_shardings=shardings(program.adapter))(jax.random.key(seed), needed)
 
 

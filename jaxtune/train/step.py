@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from jaxtune import optim, registry, sharding
-from jaxtune.config import ConfigDict, lookup
+from jaxtune.config import ConfigDict, base, lookup
 from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.ops import Head, Objective, Policy
+from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy
 from jaxtune.train import meta, routers
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
@@ -59,7 +60,8 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
     """What `train.objective` names, for what this model's scores mean; its loss with the options it takes.
 
     Raises:
-      UserError: an unknown name, or accumulation for an objective that compares the rows of a whole batch.
+      UserError: an unknown name, an option that it does not take, or accumulation for an objective that compares the rows of
+        a whole batch.
     """
     found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
     found = found.problems.get(reading.problem(hf_config), found)
@@ -72,6 +74,11 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
         raise UserError(
             f"train.objective={config.train.objective!r} compares rows of a batch; expected train.batch_size of 2 or more"
         )
+    for name in CLASSING:
+        if config.train[name] and name not in found.options:
+            raise UserError(
+                f"train.{name}={config.train[name]!r} is nothing that train.objective={config.train.objective!r} takes: leave it out"
+            )
     return found._replace(
         loss=partial(found.loss, **{name.rpartition(".")[2]: _option(config, name) for name in found.options})
     )
@@ -81,22 +88,80 @@ def _option(config: ConfigDict, name: str) -> Any:
     return lookup(config, name if "." in name else f"train.{name}")
 
 
+class Part(NamedTuple):
+    """One of the objectives that a step sums: the sum of its loss over its own weight counts `share` times."""
+
+    name: str  # in metrics
+    objective: Objective
+    share: float
+    prefix: str  # of its fields in the batch
+    config: ConfigDict  # its own: rows and objective
+
+
+def parts(config: ConfigDict, hf_config: dict[str, Any]) -> list[Part]:
+    """`train.objective`, then those of `train.beside`."""
+    alone = beside(config)
+    names = [config.train.objective] + [one.train.objective for one in alone]
+    shares = [1.0] + [one[1] for one in config.train.beside]
+    return [
+        Part(name if names.count(name) == 1 else f"{name}_{at}", objective(own, hf_config), share, prefix(at), own)
+        for at, (name, own, share) in enumerate(zip(names, [config, *alone], shares, strict=True))
+    ]
+
+
+def prefix(number: int) -> str:
+    """What the names of the batch fields of objective `number` begin with; 0 is the main one."""
+    return f"{number}/" if number else ""
+
+
+def beside(config: ConfigDict) -> list[ConfigDict]:
+    """A config for each objective of `train.beside`, by which its rows are read.
+
+    What shapes the main objective's loss is not theirs. Rows of their own are told by their fields, as `base()` has it.
+    """
+    plain, made = base(), []
+    for name, _, *rows in config.train.beside:
+        one = config.copy_and_resolve_references()
+        for key in ("beside", "patience", "eval_every_steps", *CLASSING):
+            one.train[key] = plain.train[key]
+        one.train.objective = name
+        if rows:
+            for key in _OF_ROWS:
+                one.data[key] = plain.data[key]
+            one.data.train = rows[0]
+        made.append(one)
+    return made
+
+
+_OF_ROWS = (
+    "eval", "test", "split_key", "split_regex", "format", "files", "prepare", "columns", "prompt", "passage", "negative",
+    "mined_negatives", "system", "label_column", "label_separator", "label_bins", "limit",
+)  # fmt: skip
+
+
+def mean(config: ConfigDict, values: Any, weights: Any) -> float:
+    """The loss of summed-up NumPy (values, weights), () or (objectives,): each over its own weight, times its share."""
+    shares = np.asarray([1.0] + [one[1] for one in config.train.beside])
+    return float(np.sum(shares * values / np.maximum(weights, 1.0)))
+
+
 def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
     """The batch fields that go to the devices; the others stay on the host."""
-    return objective(config, program.hf_config).fields
+    return tuple(part.prefix + name for part in parts(config, program.hf_config) for name in part.objective.fields)
 
 
 def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch as shapes, of each field the objective reads: a field's name ends in its dims."""
-    head, data = program.model_config.head, config.data
-    sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
-    sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
-
-    def shape(name: str) -> tuple[int, ...]:
-        return tuple(sizes[dim] for dim in name.rsplit("_", 1)[1])
-
-    where = batch_shardings(config, program)
-    return {name: jax.ShapeDtypeStruct(shape(name), BATCH_FIELDS[name], sharding=where[name]) for name in where}
+    """The batch as shapes, of each field the objectives read: a field's name ends in its dims."""
+    head, where = program.model_config.head, batch_shardings(config, program)
+    shapes = {}
+    for part in parts(config, program.hf_config):
+        data = part.config.data
+        sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
+        sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
+        for name in part.objective.fields:
+            shape, field = tuple(sizes[dim] for dim in name.rsplit("_", 1)[1]), part.prefix + name
+            shapes[field] = jax.ShapeDtypeStruct(shape, BATCH_FIELDS[name], sharding=where[field])
+    return shapes
 
 
 def batch_shardings(config: ConfigDict, program: Program) -> dict[str, Any]:
@@ -116,23 +181,41 @@ def _chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
     return max(1, config.train.loss_chunk_tokens // rows_per_device)
 
 
-def _loss(
-    config: ConfigDict, program: Program, num_rows: int
-) -> Callable[[Params, Arrays, Any], tuple[jax.Array, Any]]:
-    """Returns `total(params, batch, key) -> (what to differentiate, (loss sum, weight, metric sums))`.
+def _loss(config: ConfigDict, program: Program, num_rows: int) -> Callable[..., tuple[jax.Array, Any]]:
+    """Returns `total(params, batch, key, scales) -> (what to differentiate, (loss sum, weight, metric sums))`.
 
     What is differentiated is the loss sum and, in a mixture of experts, the weighted losses of its routers. These are means
-    over the batch at hand, so they count as often as its loss weight, by which the step divides.
+    over the batch at hand, so they count as often as its loss weight, by which the step divides. With objectives beside the
+    main one, sums and weights are (objectives,), and `scales` is what each sum is multiplied by: its share over its weight
+    in the whole batch.
     """
-    wanted, chunk_tokens = objective(config, program.hf_config), _chunk_tokens(config, program, num_rows)
+    wanted, chunk_tokens = parts(config, program.hf_config), _chunk_tokens(config, program, num_rows)
 
-    def total(params: Params, batch: Arrays, key: jax.Array | None) -> tuple[jax.Array, Any]:
+    def total(
+        params: Params, batch: Arrays, key: jax.Array | None, scales: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         reports: list[Arrays] = []
-        frozen = {name: _FROZEN[name](program, params, chunk_tokens) for name in wanted.frozen}
-        value, weight, extra = wanted.loss(policy(program, params, chunk_tokens, reports), frozen, batch, key)
-        found, times = routers.means(reports), jax.lax.stop_gradient(weight)
-        told = {name: (mean * times, times) for name, mean in found.items()}
-        return value + routers.loss(config.train, found) * times, (value, weight, {**extra, **told})
+        seen = policy(program, params, chunk_tokens, reports)
+        values: list[jax.Array] = []
+        weights: list[jax.Array] = []
+        extra: Metrics = {}
+        for at, part in enumerate(wanted):
+            frozen = {name: _FROZEN[name](program, params, chunk_tokens) for name in part.objective.frozen}
+            own = {name: batch[part.prefix + name] for name in part.objective.fields}
+            own_key = jax.random.fold_in(key, at) if at and key is not None else key
+            value, weight, told = part.objective.loss(seen, frozen, own, own_key)
+            values, weights = [*values, value], [*weights, weight]
+            extra |= {f"{part.name}/{name}" if at else name: sums for name, sums in told.items()}
+            if len(wanted) > 1:
+                extra[f"loss/{part.name}"] = (value, weight)
+        found, times = routers.means(reports), jax.lax.stop_gradient(weights[0])
+        extra |= {name: (mean * times, times) for name, mean in found.items()}
+        of_routers = routers.loss(config.train, found) * times
+        if len(wanted) == 1:
+            return values[0] + of_routers, (values[0], weights[0], extra)
+        sums = jnp.stack(values), jnp.stack(weights)
+        scales = jnp.ones(len(wanted)) if scales is None else scales
+        return jnp.sum(scales * sums[0]) + scales[0] * of_routers, (*sums, extra)
 
     return total
 
@@ -143,24 +226,29 @@ def make(config: ConfigDict, program: Program) -> Any:
     Gradients are summed over micro-batches and shards and divided once, by the whole batch's loss weight. A step whose
     loss or gradient is not finite, or whose loss exploded, changes nothing but its counter: `metrics["ok"]` is 0.
     """
-    accumulation, parts = config.train.accumulation, meta.num_parts(config)
-    total = _loss(config, program, config.train.batch_size // parts)
+    num_parts, summed = meta.num_parts(config), _summed_gradients
+    if config.meta.algorithm:
+        summed = partial(_gradients_of_tasks, config)
+    total = _loss(config, program, config.train.batch_size // num_parts)
     rate = optim.schedule(config.optim, max(1, config.train.steps))
 
     def step(state: State, frozen: Params, batch: Arrays) -> tuple[State, Arrays]:
         key = jax.random.fold_in(state.key, state.step)
         # Steps that changed the weights, as the optimizer counts them: skipped ones move neither its rate nor the mean.
         updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
-        micro = _micro_batches(batch, parts, program)
-        if config.meta.algorithm:
-            gradient = _gradient(total, frozen)
-            sums = meta.summed_gradients(config.meta, gradient, state.params, micro, key, accumulation)
+        micro = _micro_batches(batch, num_parts, program)
+        if config.train.beside:
+            # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
+            weights = total({**frozen, **state.params}, batch, None)[1][1]
+            scales = jnp.asarray([part.share for part in parts(config, program.hf_config)]) / jnp.maximum(weights, 1.0)
+            given = partial(total, scales=scales)
+            grads, (value, weight, extra) = _summed_gradients(given, state.params, frozen, micro, key)
+            loss, norm = jnp.sum(value * scales), optax.tree.norm(grads)
         else:
-            sums = _summed_gradients(total, state.params, frozen, micro, key)
-        grads, (value, weight, extra) = sums
-        scale = 1.0 / jnp.maximum(weight, 1.0)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        loss, norm = value * scale, optax.tree.norm(grads)
+            grads, (value, weight, extra) = summed(total, state.params, frozen, micro, key)
+            scale = 1.0 / jnp.maximum(weight, 1.0)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            loss, norm = value * scale, optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         if config.train.explode_factor:
             ok &= (loss <= config.train.explode_factor * state.loss_mean) | (updated < _MEAN_STEPS)
@@ -177,7 +265,9 @@ def make(config: ConfigDict, program: Program) -> Any:
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate(updated), jnp.float32),
-            "trained_tokens": jnp.sum(batch["weights_BT"] != 0),
+            "trained_tokens": sum(
+                jnp.sum(x != 0) for name, x in batch.items() if name.rpartition("/")[2] == "weights_BT"
+            ),
             "tokens": sum(jnp.sum(ids != 0) for name, ids in batch.items() if "segment_ids_" in name),
             "ok": ok,
             **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
@@ -211,6 +301,13 @@ def _gradient(total: Callable[..., Any], frozen: Params) -> meta.Gradient:
 
     found: meta.Gradient = jax.grad(of_trained, has_aux=True)
     return found
+
+
+def _gradients_of_tasks(
+    config: ConfigDict, total: Callable[..., Any], params: Params, frozen: Params, batch: Arrays, key: jax.Array
+) -> tuple[Params, Any]:
+    """As `_summed_gradients`, of tasks that each take steps of their own."""
+    return meta.summed_gradients(config.meta, _gradient(total, frozen), params, batch, key, config.train.accumulation)
 
 
 def _summed_gradients(

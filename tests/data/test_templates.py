@@ -198,3 +198,36 @@ def test_prompt_ids_open_the_assistant_s_turn(chatml: Tokenizer, tokenizers: Any
 def test_comparing_labels_needs_a_prompt(tokenizers: Any) -> None:
     with pytest.raises(UserError, match="f:1: comparing labels needs a row with a prompt"):
         templates.continuations(Example("f:1", text="a"), ["a"], tokenizers["plain"])
+
+
+@pytest.mark.parametrize("name", ["chatml", "stripping", "headers"])
+def test_spans_weigh_parts_of_an_answer(name: str, tokenizers: dict[str, Tokenizer], data: ConfigDict) -> None:
+    """The words of a span have its weight, the rest that of the message; white space that a template strips shifts nothing."""
+    content, tokenizer = "  a good film, a bad film ", tokenizers[name]
+
+    def weights(**more: Any) -> dict[str, float]:
+        row = {"messages": [user("the cat"), assistant(content, **more)]}
+        (example,), _ = to_examples([(1, row)], "f", data)
+        encoded = templates.encode(example, tokenizer, data)
+        words = [tokenizer.decode_token(int(token)).strip("Ġ ▁'") for token in encoded.tokens]
+        return dict(zip(words, encoded.weights.tolist(), strict=True))
+
+    good, bad = content.index("good"), content.index("bad")
+    found = weights(spans=[[good, good + 4, 0.25], [bad, bad + 3, 3]])
+    assert (found["good"], found["bad"], found["film"], found["cat"]) == (0.25, 3.0, 1.0, 0.0)
+    found = weights(spans=[[good, good + 4, 2]], weight=0)
+    assert {word: weight for word, weight in found.items() if weight} == {"good": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"spans": [[0, 9, 1]]}, "not inside the content, of 3 characters"),
+        ({"spans": [[0, 2]]}, "expected \\[start, end, weight\\]"),
+        ({"spans": [[0, 2, -1]]}, "expected 0 or more"),
+        ({"spans": "all"}, "must be a list"),
+    ],
+)
+def test_bad_spans_are_refused(more: dict[str, Any], says: str, data: ConfigDict) -> None:
+    with pytest.raises(UserError, match=says):
+        to_examples([(1, {"messages": [user("the cat"), assistant("sat", **more)]})], "f", data)

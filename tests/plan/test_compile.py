@@ -127,3 +127,16 @@ def test_plan_writes_its_file(tmp_path: Path, capsys) -> None:
     assert sum(found["dcn_bytes"] for found in written["collectives"].values()) > 0
     assert written["seconds_by_resource"]["dcn"] > 0
     assert "peak HBM" in capsys.readouterr().out
+
+
+def test_what_lies_on_the_host_is_no_hbm(config: ConfigDict) -> None:
+    """Many deep rows, whose block inputs outweigh all else: offloaded, they count as the host's alone."""
+    config.plan.topology, config.mesh.auto = "v5e:1x1", False
+    config.data.max_length, config.train.batch_size, config.train.offload = 2048, 4, ("block_input",)
+    plan = plan_compile.compile_step(config, shallow(num_hidden_layers=48))
+    inputs = 48 * 4 * 2048 * 512 * 2
+    assert plan.host_bytes >= inputs
+    parts = plan.hbm_parts_bytes
+    assert plan.peak_hbm_bytes == sum(parts.values())
+    assert "unattributed" not in parts
+    assert plan.peak_hbm_bytes - plan.argument_bytes - plan.temporary_bytes - plan.program_bytes < 1 << 20
