@@ -62,7 +62,7 @@ def get_config():
 
     config.optim.learning_rate = 2e-3  # of Adam, which takes where the tasks led for a gradient
     config.train.objective = "classify"
-    config.train.batch_size = 16  # 4 tasks x 4 inner steps x 1 row, of about four sentences
+    config.train.batch_size = 16  # 4 tasks x 4 inner steps x 1 row, of about six sentences
     config.train.steps = 40
     config.train.remat = "none"
 
