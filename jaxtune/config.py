@@ -36,7 +36,7 @@ def _model() -> ConfigDict:
 
 def _tune() -> ConfigDict:
     c = ConfigDict()
-    c.method = "lora"  # lora | full | head (the output projection alone)
+    c.method = "lora"  # lora | full | head (the output projection alone) | prompt (virtual tokens in front of each text, arXiv:2104.08691)
     c.rank = 16  # LoRA rank r
     c.alpha = 32.0  # LoRA alpha: the update is scaled by alpha / r
     c.dropout = 0.05  # dropout probability on the adapter's input; experts' adapters have none, as in PEFT
@@ -45,7 +45,14 @@ def _tune() -> ConfigDict:
     c.use_dora = False  # learn each output's magnitude apart from its direction (arXiv:2402.09353)
     c.lora_plus_ratio = 1.0  # learning rate of B over that of A (LoRA+, arXiv:2402.12354)
     c.dtype = "float32"  # storage of trainable weights
-    c.adapter = ""  # PEFT folder to start from, by URI; its rank, alpha and targets win
+    c.adapter = (
+        ""  # PEFT folder to start from, by URI; its rank, alpha and targets win, or its number of virtual tokens
+    )
+    c.virtual_tokens = 20  # prompt: virtual tokens in front of each text; data.max_length counts them
+    c.virtual_init = "vocabulary"  # prompt: where their vectors start: vocabulary (tokens drawn from it) | text | random (its spread)
+    c.virtual_text = (
+        ""  # prompt: the text whose tokens virtual_init="text" takes, again and again until there are enough
+    )
     c.init = "auto"  # which LoRA factor starts at 0: b_zero (A uniform, as PEFT) | a_zero (B Gaussian: Adam's first step is then no matter of rounding) | auto (a_zero where the objective has a reference)
     return c
 

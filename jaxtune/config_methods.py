@@ -124,6 +124,25 @@ def rl() -> ConfigDict:
     return c
 
 
+def meta() -> ConfigDict:
+    c = ConfigDict()
+    c.task_column = ""  # the column that names a row's task; "" = the file that it stands in
+    c.held_out = ()  # tasks never trained on: eval.split="test" measures them alone
+    c.demonstrations = 0  # sft: so many answered rows of its task before each question, which alone trains (MetaICL, arXiv:2110.15943); 0 = none
+    c.contexts = 0  # such questions to train on, each drawn anew, all tasks equally often; 0 = as many as rows
+    c.algorithm = ""  # reptile (arXiv:1803.02999) | fomaml (first-order MAML, arXiv:1703.03400); "" = none: all tasks' rows together
+    c.tasks = 4  # tasks of a step; train.batch_size is shared out among their batches, of which each has inner_steps, and fomaml one more
+    c.inner_steps = 4  # steps that each task takes from the parameters to its own, one batch each
+    c.inner_rate = 1e-3  # learning rate of these steps
+    c.inner_optimizer = "adam"  # of these steps, anew for each task: adam (without momentum, as Reptile's) | sgd
+    c.shots = ()  # `evaluate`: answered rows of a held-out task that are shown, or adapted to, before its test rows, e.g. (0, 1, 2, 4, 8)
+    c.ways = ("shown", "adapted")  # `evaluate`: what is done with these rows
+    c.draws = 3  # `evaluate`: times that these rows are drawn, for each task
+    c.adapt_steps = 8  # `evaluate`: steps of inner_optimizer on these rows, all at once
+    c.adapt_rate = 0.0  # `evaluate`: learning rate of these steps; 0 = inner_rate
+    return c
+
+
 SECTIONS = {
     "lr_find": lr_find,
     "sweep": sweep,
@@ -131,4 +150,5 @@ SECTIONS = {
     "self_training": self_training,
     "preference": preference,
     "rl": rl,
+    "meta": meta,
 }

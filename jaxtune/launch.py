@@ -176,7 +176,7 @@ def _check_result(options: config_lib.ConfigDict, verb: str) -> None:
     folder = None if "://" in options.workdir else Path(options.workdir)
     if verb != "export" and folder and any(folder.resolve() == path.resolve() for path in sources):
         raise UserError(f"workdir={options.workdir!r} is what the run starts from; choose another --workdir")
-    kind = "adapter" if options.tune.method == "lora" and not options.export.merge else "model"
+    kind = "adapter" if options.tune.method in ("lora", "prompt") and not options.export.merge else "model"
     place = Path(options.export.output) if options.export.output else folder and folder / kind
     if place:
         workdir.check_result(place, folder, sources)

@@ -20,6 +20,7 @@ from jaxtune.train import rows as rows_lib
 from jaxtune.train import start, step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import Batch, UserError
+from jaxtune.validation_methods import ON_POLICY
 from jaxtune.weights import source
 from jaxtune.workdir import shown
 
@@ -43,6 +44,11 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
     """Ramps the learning rate on the run's own rows and model; writes lr_find.json and lr_find.png, and says what it found."""
     config = config.copy_and_resolve_references()
     config.train.steps, config.optim.ema_decay = config.lr_find.num_steps, 0.0
+    if config.train.objective in ON_POLICY:
+        raise UserError(
+            f"lr_find ramps over rows, and the model writes those of train.objective={config.train.objective!r} itself: compare rates "
+            "with sweep"
+        )
     show = partial(tracking.progress, mode=config.tracking.progress if jax.process_index() == 0 else "off")
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
@@ -51,7 +57,7 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
     program, values = start.program(config, model)
     start.check_length(config, program)
     state, frozen = start.load(config, model, program, values, show)
-    batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps, dict)
+    batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps, lambda: {})
     found = find(config, program, state, frozen, show(batches, config.lr_find.num_steps, "learning rates"))
     if jax.process_index() == 0:
         _write(config, workdir, found)

@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 
-from jaxtune import checkpoint, fetch, optim, tracking, validation
+from jaxtune import checkpoint, fetch, optim, tracking, validation, validation_methods
 from jaxtune import config as config_lib
+from jaxtune.adapters import partition
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import account, judge, measure, tasks
+from jaxtune.evals import account, fewshot, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
@@ -123,10 +124,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    needs_answers = config.train.objective not in validation.ON_POLICY
-    found = (config.data, rows_lib.paths(config), tokenizer, show)
-    splits = pipeline.load(*found, rows_lib.judged(config), needs_answers)
-    held = measure.held_out(config, splits, tokenizer, start.reader(config, model, tokenizer))
+    splits = rows_lib.load(config, tokenizer, show, answers=config.train.objective not in validation_methods.ON_POLICY)
+    reader = start.reader(config, model, tokenizer)
+    held = measure.held_out(config, splits, tokenizer, reader)
     if held is None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
@@ -142,6 +142,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     )
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
     print(account.table(config, {what: result} | measure.beside(config, held)))
+    if config.meta.shots:
+        trained, frozen = partition.split(params, program.labels)
+        found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show, reader)
+        _write(workdir / "fewshot.json", fewshot.to_json(config, found))
+        print(fewshot.table(config, found))
 
 
 def generate(config: ConfigDict, workdir: Path) -> None:
@@ -192,9 +197,8 @@ def chat(config: ConfigDict, workdir: Path) -> None:
             asked = [*messages, {"role": "user", "content": text}]
             try:
                 pieces = []
-                for piece in sampler.stream_text(
-                    tokenizer.encode(tokenizer.render(asked, add_generation_prompt=True)), *settings
-                ):
+                ids = tokenizer.encode(tokenizer.render(asked, add_generation_prompt=True))
+                for piece in sampler.stream_text([*tokenizer.virtual_ids, *ids], *settings):
                     print(piece, end="", flush=True)
                     pieces.append(piece)
                 print()

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from jaxtune import validation_methods
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import SAVED_NAMES, UserError, nearest
 
@@ -17,7 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash", "flash"),
     "model.quantize": ("", "int8", "int4", "nf4"),
-    "tune.method": ("lora", "full", "head"),
+    "tune.method": ("lora", "full", "head", "prompt"),
     "tune.dtype": ("float32", "bfloat16"),
     "data.format": (
         "auto",
@@ -44,6 +45,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("train", "validation", "test"),
     "export.dtype": ("", "float32", "bfloat16", "float16"),
     "tracking.progress": ("auto", "bar", "lines", "off"),
+    "tune.virtual_init": ("vocabulary", "text", "random"),
+    "meta.algorithm": ("", "reptile", "fomaml"),
+    "meta.inner_optimizer": ("adam", "sgd"),
     "optim.decay_shape": ("linear", "cosine", "exponential", "sqrt"),
     "sweep.method": ("grid", "random"),
     "sweep.goal": ("min", "max"),
@@ -71,7 +75,9 @@ _AT_LEAST: dict[str, float] = {
     "plan.num_slices": 1, "plan.confirm": 0,
     "tracking.profile_start_step": 0, "tracking.peak_tflops": 0,
     "checkpoint.every_steps": 0, "checkpoint.every_seconds": 0, "eval.limit": 0, "generate.batch_size": 1, "mesh.heartbeat_seconds": 2,
-    "model.quantize_block": -1,
+    "model.quantize_block": -1, "tune.virtual_tokens": 1,
+    "meta.demonstrations": 0, "meta.contexts": 0, "meta.tasks": 1, "meta.inner_steps": 1, "meta.draws": 1, "meta.adapt_steps": 1,
+    "meta.adapt_rate": 0,
     "optim.moment_block": 16, "optim.min_factored_dim": 1, "lr_find.num_steps": 10, "lr_find.stop_factor": 1.01, "sweep.num_runs": 0,
     "train.neftune_noise_alpha": 0, "train.z_loss_weight": 0, "train.focal_gamma": 0,
     "reward.workers": 1, "self_training.rounds": 1, "self_training.samples": 1, "self_training.max_per_prompt": 0,
@@ -103,7 +109,6 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
 }  # fmt: skip
 
-ON_POLICY = ("grpo", "rloo", "reinforce_pp", "ppo")  # objectives whose batches the model writes itself
 
 _RANGES = (
     "plan.api_training_usd_per_1k_tokens", "plan.api_training_tokens", "plan.api_inference_usd_per_1k_tokens",
@@ -114,6 +119,7 @@ _ABOVE_ZERO = {
     "tune.alpha": "the adapter changes nothing", "tune.lora_plus_ratio": "B stays 0, and the adapter changes nothing",
     "optim.eps": "a gradient of 0 is divided by 0", "lr_find.low": "no factor takes it anywhere",
     "preference.beta": "no answer is preferred to another",
+    "meta.inner_rate": "no task takes a step of its own",
 }  # fmt: skip
 
 
@@ -142,11 +148,7 @@ def validate(config: ConfigDict) -> None:
         if not lookup(config, key) > 0:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
-    _check_losses(config)
-    _check_sweep(config)
-    _check_preference(config)
-    if config.train.objective in ON_POLICY:
-        _check_rl(config)
+    validation_methods.validate(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")
@@ -171,68 +173,6 @@ def validate(config: ConfigDict) -> None:
     if config.data.mask_token_share + config.data.mask_random_share > 1:
         raise UserError(
             "data.mask_token_share + data.mask_random_share are shares of one whole: their sum is at most 1"
-        )
-
-
-def _check_preference(config: ConfigDict) -> None:
-    options = config.preference
-    kind, smoothing = options.loss_type, options.label_smoothing
-    if kind == "robust" and smoothing >= 0.5:
-        raise UserError(
-            f"preference.label_smoothing={smoothing} says that pairs are as often wrong as right, and preference.loss_type='robust' "
-            "divides by 1 - 2 x it: expected below 0.5"
-        )
-    if kind in ("hinge", "ipo") and smoothing and config.train.objective in ("dpo", "cpo"):
-        raise UserError(
-            f"preference.label_smoothing={smoothing} does nothing with preference.loss_type={kind!r}: set it to 0, or loss_type to "
-            "'sigmoid' or 'robust'"
-        )
-
-
-def _check_rl(config: ConfigDict) -> None:
-    name, rl, train = f"train.objective={config.train.objective!r}", config.rl, config.train
-    if not config.reward.functions:
-        raise UserError(
-            f"{name} learns from rewards, and reward.functions is empty: name at least one, such as (('exact_answer', 1.0),)"
-        )
-    if train.beside:
-        raise UserError(
-            f"train.beside={train.beside}: {name} writes its own batches, and nothing can stand beside it; set it to ()"
-        )
-    if rl.beta and config.tune.method != "lora":
-        raise UserError(
-            f"rl.beta={rl.beta} asks for the KL divergence to the model with its adapter off, and tune.method={config.tune.method!r} has no "
-            "adapter: set tune.method='lora', or rl.beta=0"
-        )
-    if rl.group_size < 2 and (config.train.objective in ("grpo", "rloo") or rl.resample):
-        raise UserError(
-            f"rl.group_size={rl.group_size}: {name} compares the completions of a prompt{' (rl.resample too)' * bool(rl.resample)}; "
-            "expected 2 or more"
-        )
-    if rl.delta and rl.delta <= 1 + rl.clip_high:
-        raise UserError(f"rl.delta={rl.delta}; expected above 1 + rl.clip_high = {1 + rl.clip_high:g}, or 0 = no bound")
-    for key in ("eval_every_steps", "patience"):
-        if train[key]:
-            raise UserError(
-                f"train.{key}={train[key]}: {name} has no validation loss; set it to 0 (before and after are measured by eval.metric)"
-            )
-    number, parts = rl.prompts_per_round * rl.group_size, rl.minibatches
-    if number % parts:
-        raise UserError(
-            f"rl.minibatches={parts} does not divide a round's rl.prompts_per_round x rl.group_size = {number} completions"
-        )
-    if config.tune.method == "lora" and config.tune.dropout:
-        raise UserError(
-            f"tune.dropout={config.tune.dropout}: {name} compares a token's probability with the one that it was drawn with, and dropout "
-            "would make it another model's; set tune.dropout=0.0"
-        )
-    longest = rl.max_prompt_length + rl.max_new_tokens
-    fit = train.batch_size * (config.data.max_length // longest)
-    if fit < number // parts:
-        raise UserError(
-            f"a step has {number // parts} completions (rl.prompts_per_round x rl.group_size / rl.minibatches) of up to rl.max_prompt_length + "
-            f"rl.max_new_tokens = {longest} tokens, and train.batch_size={train.batch_size} rows of data.max_length="
-            f"{config.data.max_length} hold {fit} of that length: raise train.batch_size or rl.minibatches, or make them shorter"
         )
 
 
@@ -295,7 +235,7 @@ def _check_forms(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key} has {twice or ''!r}{' twice' * bool(twice)}; expected different words, none empty"
             )
-    _check_rewards(config.reward.functions)
+    validation_methods.check_rewards(config.reward.functions)
     for key, pattern in [
         *((f"reward.{name}", config.reward[name]) for name in ("answer_regex", "completion_regex", "regex")),
         ("data.split_regex", config.data.split_regex),
@@ -306,83 +246,6 @@ def _check_forms(config: ConfigDict) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.{key} has {pattern!r}, which is not a regular expression: {error}") from None
-
-
-def _check_losses(config: ConfigDict) -> None:
-    """What shapes a loss, and how its rate falls."""
-    train, optim = config.train, config.optim
-    if train.focal_gamma and train.label_smoothing:
-        raise UserError(
-            f"train.focal_gamma={train.focal_gamma} and train.label_smoothing={train.label_smoothing} undo each other: set one to 0"
-        )
-    if any(
-        isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < 1e9 for one in train.class_weights
-    ):
-        raise UserError(
-            f"config.train.class_weights is {train.class_weights!r}; expected a number of 0 or more for each label"
-        )
-    for one in train.beside:
-        if not (
-            isinstance(one, tuple | list) and 2 <= len(one) <= 3 and isinstance(one[0], str) and isinstance(one[-1], str | int | float)
-            and isinstance(one[1], int | float) and 0 < one[1] < 1e9 and (len(one) == 2 or isinstance(one[2], str))
-        ):  # fmt: skip
-            raise UserError(
-                f"config.train.beside has {one!r}; expected (objective, weight above 0) or (objective, weight, URI of its training rows)"
-            )
-    if optim.schedule == "wsd" and optim.decay_shape == "exponential" and not optim.final_ratio:
-        raise UserError(
-            "optim.decay_shape='exponential' never reaches optim.final_ratio=0.0: set optim.final_ratio above 0 (e.g. 0.1), or "
-            "another optim.decay_shape"
-        )
-    if config.lr_find.high <= config.lr_find.low:
-        raise UserError(f"lr_find.high={config.lr_find.high} is not above lr_find.low={config.lr_find.low}")
-
-
-def _check_sweep(config: ConfigDict) -> None:
-    known, sweep = keys(base()), config.sweep
-    for axis in sweep.axes:
-        if not (
-            isinstance(axis, tuple | list)
-            and len(axis) == 2
-            and isinstance(axis[0], str)
-            and isinstance(axis[1], tuple | list)
-        ):
-            raise UserError(f"config.sweep.axes has {axis!r}; expected (config key, (value, …))")
-        key, values = axis
-        if key not in known or key.startswith("sweep.") or key in ("name", "workdir", "checkpoint.resume"):
-            raise UserError(
-                f"config.sweep.axes: config key {key!r} does not exist, or is the sweep's own{nearest(key, known)}"
-            )
-        if not values:
-            raise UserError(f"config.sweep.axes: {key!r} has no values; expected at least one")
-        if values[0] in ("linear", "log"):
-            low_high = values[1:]
-            if sweep.method != "random":
-                raise UserError(
-                    f"config.sweep.axes: {key!r} is a range, which sweep.method='grid' cannot list: name its values"
-                )
-            if (
-                len(low_high) != 2
-                or not all(isinstance(x, int | float) for x in low_high)
-                or not low_high[0] < low_high[1]
-            ):
-                raise UserError(f"config.sweep.axes: {key!r} is {values!r}; expected ({values[0]!r}, low, high)")
-            if values[0] == "log" and low_high[0] <= 0:
-                raise UserError(f"config.sweep.axes: {key!r} is {values!r}; expected a low above 0")
-    names = [key for key, _ in sweep.axes]
-    if len(set(names)) < len(names):
-        raise UserError(f"config.sweep.axes names a key twice; expected each once: {', '.join(names)}")
-    if sweep.method == "random" and sweep.axes and not sweep.num_runs:
-        raise UserError("sweep.method='random' draws sweep.num_runs combinations, and that is 0: set sweep.num_runs")
-
-
-def _check_rewards(functions: tuple[Any, ...]) -> None:
-    for one in functions:
-        pair = tuple(one) if isinstance(one, tuple | list) else (one,)
-        if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], int | float):
-            raise UserError(
-                f"config.reward.functions has {one!r}; expected (reward, weight), such as ('exact_answer', 1.0)"
-            )
 
 
 def _check_range(key: str, values: tuple[Any, ...]) -> None:

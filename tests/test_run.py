@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import run
@@ -58,3 +59,23 @@ def test_labels_and_generations_are_measured(tiny_config: ConfigDict, tmp_path: 
     result = json.loads((Path(config.workdir) / "evaluation.json").read_text())
     assert result["metrics"]["exact_match"]["value"] > 0.9
     assert "exact_match" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric"), [("dpo", "pair_accuracy"), ("kto", "desirable_auc"), ("reward", "pair_nll")]
+)
+def test_preferences_go_the_whole_way(tiny_config: ConfigDict, tmp_path: Path, objective: str, metric: str) -> None:
+    rng, rows, config = np.random.default_rng(0), tmp_path / "rows.jsonl", tiny_config
+    prompts = [" ".join(rng.choice(["red", "cat", "sat", "mat"], 3)) for _ in range(40)]
+    lines = [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in prompts]
+    rows.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    config.data.train, config.train.objective, config.train.steps = str(rows), objective, 20
+    config.data.test_fraction, config.eval.bootstrap_samples, config.eval.before_after = 0.3, 50, True
+    config.optim.learning_rate, config.tune.dropout, config.tracking.report = 1e-2, 0.0, True
+    if objective == "reward":
+        config.model.head, config.model.labels = "sequence", ("reward",)
+    run.train(config, Path(config.workdir))
+    report = json.loads((Path(config.workdir) / "report.json").read_text())
+    before, after = (report[side][metric]["value"] for side in ("before", "after"))
+    assert after < 0.5 * before if metric == "pair_nll" else after > 0.9
+    assert "chosen" in (Path(config.workdir) / "report.html").read_text() or objective == "kto"

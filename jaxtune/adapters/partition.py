@@ -1,6 +1,7 @@
 """One labels tree says what trains: it drives the split, the optimizer's groups and the export.
 
-Parameters are a flat dictionary, dotted path -> array. Labels: "lora_a", "lora_b", "magnitude" (DoRA), "full", "frozen".
+Parameters are a flat dictionary, dotted path -> array. Labels: "lora_a", "lora_b", "magnitude" (DoRA), "prompt" (virtual
+tokens), "full", "frozen".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Leaf = TypeVar("Leaf")
 
 
 def label(params: Mapping[str, Any], method: str, has_task: bool = False, headless: bool = False) -> dict[str, str]:
-    """Labels every parameter for `method`: lora | full | head. `has_task`: the task head trains beside an adapter;
+    """Labels every parameter for `method`: lora | full | head | prompt. `has_task`: the task head trains beside an adapter;
     `headless`: the objective reads no head, so none trains.
 
     Raises:

@@ -36,6 +36,7 @@ class Example(NamedTuple):
     labels: tuple[str, ...] | None = None  # the tag of each word; or the labels of a text that may have several
     is_pair: bool = False
     negative: str = ""  # of a pair: a passage that does not answer; "" = none
+    task: str = ""  # what it asks, among the tasks of a run that tells them apart
     row: Row | None = None  # the row itself, of a prompt: a reward may read its other fields
     branches: tuple[Example, ...] = ()  # of a preference: with the chosen answer, with the rejected one
     margin: float = 0.0  # by how much the chosen answer is better
@@ -43,7 +44,7 @@ class Example(NamedTuple):
 
 
 def read_examples(
-    path: Path, data: ConfigDict, answers: bool = True, keep_rows: bool = False
+    path: Path, data: ConfigDict, answers: bool = True, keep_rows: bool = False, task_column: str | None = None
 ) -> tuple[list[Example], Counter[str]]:
     """Returns the examples of one file, or of a folder's files by name, in their order; and the rows dropped by reason.
 
@@ -52,25 +53,33 @@ def read_examples(
       data: the `data` section of the config.
       answers: False also admits rows that have no answer yet (prompts to generate for).
       keep_rows: keep each example's row, for rewards to read; and what decides its split, without answers too.
+      task_column: names a row's task; "" = the name of its file; None = tasks are not told apart.
 
     Raises:
       UserError: a bad row ("file:row: …"), or a file without rows.
     """
     path, columns = Path(path), tuple(data.columns)
     if not path.is_dir():
-        return to_examples(read_rows(path, columns), path.name, data, answers, keep_rows)
+        return to_examples(read_rows(path, columns), path.name, data, answers, keep_rows, task_column)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for file in folder_files(path, data.files):
         name = file.relative_to(path).as_posix()
-        more, lost = to_examples(read_rows(file, columns, lone_object=True), name, data, answers, keep_rows)
+        more, lost = to_examples(
+            read_rows(file, columns, lone_object=True), name, data, answers, keep_rows, task_column
+        )
         examples += more
         dropped += lost
     return examples, dropped
 
 
 def to_examples(
-    rows: Iterable[tuple[int, Row]], name: str, data: ConfigDict, answers: bool = True, keep_rows: bool = False
+    rows: Iterable[tuple[int, Row]],
+    name: str,
+    data: ConfigDict,
+    answers: bool = True,
+    keep_rows: bool = False,
+    task_column: str | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Returns the examples of numbered rows of the file called `name`, and the counts of rows dropped by reason."""
     examples: list[Example] = []
@@ -91,11 +100,9 @@ def to_examples(
             else:
                 # Prompts alone are not split, so need not have its column.
                 key = _split_text(row, data) if answers or keep_rows else ""
-                examples.append(
-                    example._replace(
-                        row_id=f"{name}:{number}", split_key=key, row=row if keep_rows or not answers else None
-                    )
-                )
+                task = "" if task_column is None else _task(row, task_column) if task_column else name
+                kept = row if keep_rows or not answers else None
+                examples.append(example._replace(row_id=f"{name}:{number}", split_key=key, task=task, row=kept))
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not examples and not dropped:
@@ -342,6 +349,13 @@ def _split_text(row: Row, data: ConfigDict) -> str:
         near = nearest(data.split_key, list(row))
         raise UserError(f"data.split_key names column {data.split_key!r}{near}; the row has {_names(row)}")
     return str(row[data.split_key])
+
+
+def _task(row: Row, column: str) -> str:
+    if column not in row:
+        near = nearest(column, list(row))
+        raise UserError(f"meta.task_column names column {column!r}{near}; the row has {_names(row)}")
+    return str(row[column])
 
 
 _TAGS = "tags|ner_tags|labels"

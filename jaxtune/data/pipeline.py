@@ -14,14 +14,25 @@ import numpy as np
 
 from jaxtune.config import ConfigDict
 from jaxtune.data import readers, templates
-from jaxtune.data.batches import BatchSource, Rows, eval_batches, iterate, padding_share
+from jaxtune.data.batches import BatchSource, Rows, eval_batches, iterate, make_bins, padding_share
 from jaxtune.data.formats import Example, read_examples
 from jaxtune.data.messages import ROLES
 from jaxtune.data.readers import Reader
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.types import UserError, nearest
 
-__all__ = ["BatchSource", "Rows", "Splits", "eval_batches", "iterate", "load", "padding_share", "silent", "tokenize"]
+__all__ = [
+    "BatchSource",
+    "Rows",
+    "Splits",
+    "eval_batches",
+    "iterate",
+    "load",
+    "make_bins",
+    "padding_share",
+    "silent",
+    "tokenize",
+]
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, total, label) -> the same items
 
@@ -33,6 +44,7 @@ class Splits(NamedTuple):
     validation: list[Example]
     test: list[Example]
     counts: dict[str, int]
+    support: list[Example] = []  # of tasks that are never trained on: rows to be shown, or adapted to
 
 
 def silent(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
@@ -41,17 +53,14 @@ def silent(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
 
 
 def load(
-    data: ConfigDict,
-    paths: dict[str, Path],
-    tokenizer: Tokenizer,
-    progress: Progress = silent,
-    keep_rows: bool = False,
-    answers: bool = True,
-) -> Splits:
+    data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progress: Progress = silent, keep_rows: bool = False,
+    answers: bool = True, task_column: str | None = None,
+) -> Splits:  # fmt: skip
     """Returns the examples of `paths` ("train", and optionally "eval" and "test") in three splits.
 
     A split without a file of its own is a share of the training rows, by a hash of each row's split key: it depends
     neither on the order of rows nor on any seed. Then `data.limit` keeps the training rows of the smallest hashes.
+    `task_column` is `read_examples`'s.
 
     Where rewards are to judge (`keep_rows`), examples keep their rows, and those of a test file need no answer; without
     `answers`, none needs one.
@@ -69,7 +78,7 @@ def load(
     for name in ("train", "eval", "test"):
         if name in paths:
             needs_answer = answers and not (keep_rows and name == "test")
-            read[name], lost = read_examples(paths[name], data, needs_answer, keep_rows)
+            read[name], lost = read_examples(paths[name], data, needs_answer, keep_rows, task_column)
             dropped.update(lost)
     test_share = 0.0 if "test" in read else data.test_fraction
     validation_share = 0.0 if "eval" in read else data.validation_fraction

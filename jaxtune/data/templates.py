@@ -56,7 +56,8 @@ class Turn(NamedTuple):
 def encode(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> Encoded:
     """Returns the tokens of one example and their loss weights, by `options.roles` and `options.end_of_turn`.
 
-    A chat holds BOS only where its template writes it; plain text gets the tokenizer's BOS, never twice, and EOS.
+    A chat holds BOS only where its template writes it; plain text gets the tokenizer's BOS, never twice, and EOS. Virtual
+    tokens stand before all.
 
     Raises:
       UserError: the template refuses the chat, or changes a trained content so that it cannot be found.
@@ -71,16 +72,21 @@ def encode(example: Example, tokenizer: Tokenizer, options: ConfigDict) -> Encod
         if example.messages is not None:
             text, weighed = _chat_spans(example, tokenizer, options)
             ids, offsets = tokenizer.encode_with_offsets(text)
-            return Encoded(np.array(ids, np.int32), _weigh(offsets, weighed))
+            return _after_virtual(ids, _weigh(offsets, weighed), tokenizer)
         text, spans = _plain_spans(example)
         ids, offsets = _with_bos(*tokenizer.encode_with_offsets(text), tokenizer)
         weights = _weigh(offsets, spans)
         if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
             ids = [*ids, tokenizer.eos_id]
             weights = np.append(weights, np.float32(options.end_of_turn != "none"))
-        return Encoded(np.array(ids, np.int32), weights)
+        return _after_virtual(ids, weights, tokenizer)
     except UserError as error:
         raise UserError(f"{example.row_id}: {error}") from None
+
+
+def _after_virtual(ids: list[int], weights: np.ndarray, tokenizer: Tokenizer) -> Encoded:
+    tokens = np.array([*tokenizer.virtual_ids, *ids], np.int32)
+    return Encoded(tokens, np.r_[np.zeros(len(tokenizer.virtual_ids), np.float32), weights])
 
 
 def hides_tools(example: Example, tokenizer: Tokenizer) -> bool:
@@ -107,10 +113,10 @@ def trains_stop(encoded: Encoded, tokenizer: Tokenizer) -> bool:
 def prompt_ids(example: Example, tokenizer: Tokenizer) -> list[int]:
     """Returns the tokens to generate from: all before the answer, with the template's generation prompt."""
     if example.messages is not None:
-        return tokenizer.encode(_prompt_text(example, tokenizer))
+        return [*tokenizer.virtual_ids, *tokenizer.encode(_prompt_text(example, tokenizer))]
     # A space at the end belongs to the answer's first token in most vocabularies, so the model is to write it.
     ids, offsets = tokenizer.encode_with_offsets((example.text or example.prompt).rstrip(" "))
-    return _with_bos(ids, offsets, tokenizer)[0]
+    return [*tokenizer.virtual_ids, *_with_bos(ids, offsets, tokenizer)[0]]
 
 
 def continuations(
@@ -145,7 +151,8 @@ def _answered(example: Example, label: str, tokenizer: Tokenizer) -> tuple[list[
         ids, offsets = tokenizer.encode_with_offsets(text[: turn.stop])
         prompt = _prompt_text(example, tokenizer)
         boundary = len(prompt) if text.startswith(prompt) else turn.start
-    return ids, sum(end <= boundary for _, end in offsets)
+    virtual = tokenizer.virtual_ids
+    return [*virtual, *ids], len(virtual) + sum(end <= boundary for _, end in offsets)
 
 
 def _before_answer(example: Example) -> list[Message]:

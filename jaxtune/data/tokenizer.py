@@ -45,6 +45,9 @@ class Tokenizer:
         self.mask_id: int | None = wrapped.mask_token_id
         self.pad_id: int = self._find_pad()
         probe = wrapped.backend_tokenizer.encode("a", add_special_tokens=True).ids
+        self.virtual_ids: tuple[
+            int, ...
+        ] = ()  # in front of every text, for vectors that are no token's (a soft prompt)
         self.adds_bos: bool = self.bos_id is not None and probe[:1] == [self.bos_id]
 
     @property
@@ -131,8 +134,9 @@ class Tokenizer:
         return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Any, skip_special: bool = True) -> str:
-        """Returns the text of token ids."""
-        return str(self._bare.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+        """Returns the text of token ids; virtual ones have none."""
+        known = [int(i) for i in ids if not self.virtual_ids or i < self.virtual_ids[0]]
+        return str(self._bare.decode(known, skip_special_tokens=skip_special))
 
     def decode_token(self, index: int) -> str:
         """Returns one token, readable on its own: its text, or its raw piece when it is part of a character."""

@@ -20,7 +20,7 @@ from jaxtune.train import goodput, loop
 from jaxtune.train import state as state_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.state import Program
-from jaxtune.validation import ON_POLICY
+from jaxtune.validation_methods import ON_POLICY
 from jaxtune.weights import source
 from jaxtune.workdir import shown
 
@@ -117,6 +117,7 @@ def compare_runs(config: ConfigDict, first: tuple[Path, str], second: tuple[Path
 def _about(config: ConfigDict, run: Run) -> dict[str, str]:
     lora, trained = run.program.lora, state_lib.num_params(run.program.state.params)
     how = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}" if lora else f"{config.tune.method} fine-tuning"
+    how = f"soft prompt, {run.program.prompt.num_tokens} virtual tokens" if run.program.prompt else how
     hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"Model": run.model.uri, "Method": f"{how}: {trained:,} trained parameters", "Hardware": hardware}
 
@@ -282,7 +283,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
     if "://" in folder:
         fetched = [("To this machine", f"gcloud storage cp -r {folder} .")]
         folder = folder.rsplit("/", 1)[-1]
-    if config.tune.method == "lora" and not config.export.merge:
+    if config.tune.method in ("lora", "prompt") and not config.export.merge:
         load = f"from peft import PeftModel\n{load}base = {auto}.from_pretrained({base}{labels})\n"
         load += f'model = PeftModel.from_pretrained(base, "{folder}")'
     else:

@@ -28,8 +28,8 @@ def _order(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _rounded(tokens: int) -> int:
-    return -(-tokens // _BUCKET_TOKENS) * _BUCKET_TOKENS
+def _rounded(tokens: int, bucket_tokens: int = _BUCKET_TOKENS) -> int:
+    return -(-tokens // bucket_tokens) * bucket_tokens
 
 
 def _head(model: Any) -> Head:
@@ -38,29 +38,31 @@ def _head(model: Any) -> Head:
 
 
 def label_scorer(
-    graphdef: nnx.GraphDef, params: dict[str, jax.Array], pad_id: int, batch_size: int, progress: Progress, label: str
-) -> Callable[[list[list[int]], list[list[list[int]]]], np.ndarray]:
-    """Returns `score(prompts, candidates) -> (M, C)`: summed log-likelihood (nats) of each candidate after its prompt.
+    graphdef: nnx.GraphDef, params: dict[str, jax.Array], pad_id: int, batch_size: int, progress: Progress, label: str,
+    bucket_tokens: int = _BUCKET_TOKENS,
+) -> Callable[..., np.ndarray]:  # fmt: skip
+    """Returns `score(prompts, candidates, own=None) -> (M, C)`: summed log-likelihood (nats) of each candidate after its prompt.
 
-    A prompt is run once; its cache serves all of its candidates.
+    A prompt is run once; its cache serves all of its candidates. Prompts are padded to a multiple of `bucket_tokens`. A
+    call's `own` parameters take the place of these.
     """
     run = jax.jit(partial(_score, graphdef))
 
-    def score(prompts: list[list[int]], candidates: list[list[list[int]]]) -> np.ndarray:
+    def score(prompts: list[list[int]], candidates: list[list[list[int]]], own: Any = None) -> np.ndarray:
         num_labels = len(candidates[0])
         longest = max(len(ids) for row in candidates for ids in row)
         scores_MC = np.zeros((len(prompts), num_labels), np.float64)
         groups = _order([len(p) for p in prompts], batch_size)
         for group in progress(groups, len(groups), label):
             filled = group + [group[0]] * (batch_size - len(group))  # one batch shape; the copies are dropped
-            width = _rounded(max(len(prompts[i]) for i in filled))
+            width = _rounded(max(len(prompts[i]) for i in filled), bucket_tokens)
             tokens_BT, lengths_B = left_padded([prompts[i] for i in filled], width, pad_id)
             options_BCT = np.full((batch_size, num_labels, longest), pad_id, np.int32)
             mask_BCT = np.zeros(options_BCT.shape, np.float32)
             for b, i in enumerate(filled):
                 for c, ids in enumerate(candidates[i]):
                     options_BCT[b, c, : len(ids)], mask_BCT[b, c, : len(ids)] = ids, 1
-            scores_MC[group] = to_host(run(params, tokens_BT, lengths_B, options_BCT, mask_BCT))[: len(group)]
+            scores_MC[group] = to_host(run(own or params, tokens_BT, lengths_B, options_BCT, mask_BCT))[: len(group)]
         return scores_MC
 
     return score
@@ -93,10 +95,10 @@ def _score(
 
 def head_scorer(
     graphdef: nnx.GraphDef, params: dict[str, jax.Array], mean: bool, pad_id: int, batch_size: int, progress: Progress, label: str
-) -> Callable[[list[list[int]], list[list[int]]], list[np.ndarray]]:  # fmt: skip
-    """Returns `score(texts, at) -> (K, C) each`: what a head scores at some tokens of whole texts, float32.
+) -> Callable[..., list[np.ndarray]]:  # fmt: skip
+    """Returns `score(texts, at, own=None) -> (K, C) each`: what a head scores at some tokens of whole texts, float32.
 
-    With `mean` every token of a text stands for the mean of all.
+    With `mean` every token of a text stands for the mean of all. A call's `own` parameters take the place of these.
     """
 
     @jax.jit
@@ -104,10 +106,10 @@ def head_scorer(
         model = layers.bind(graphdef, params)
         return model.head(_hidden_at(model, tokens_BT, lengths_B, at_BK, mean))
 
-    def score(texts: list[list[int]], at: list[list[int]]) -> list[np.ndarray]:
+    def score(texts: list[list[int]], at: list[list[int]], own: Any = None) -> list[np.ndarray]:
         scores: dict[int, np.ndarray] = {}
         for group, *arrays in _asked(texts, at, batch_size, pad_id, progress, label):
-            found_BKC = to_host(run(params, *arrays))
+            found_BKC = to_host(run(own or params, *arrays))
             scores |= {i: found_BKC[b, : len(at[i])] for b, i in enumerate(group)}
         return [scores[i] for i in range(len(texts))]
 

@@ -76,12 +76,14 @@ def measure(
     if not np.isfinite(logps).all():
         raise UserError("a log-probability is NaN or infinite: have the weights diverged?")
     if reader.kind == "judged":
-        found = [{**_about(row), "logp_per_token": float(mean)} for row, mean in zip(asked, means, strict=True)]
+        found = [
+            {**_about(row, float(mean)), "logp_per_token": float(mean)} for row, mean in zip(asked, means, strict=True)
+        ]
         return tasks.measured(("desirable_auc",), found, **options)
     pairs = zip(asked, logps.reshape(-1, 2), means.reshape(-1, 2), strict=True)
     found = [
         {
-            **_about(row),
+            **_about(row, _preferred(total[0] > total[1])),
             "correct": bool(total[0] > total[1]),
             "correct_per_token": bool(mean[0] > mean[1]),
             "logps": total.tolist(),
@@ -102,7 +104,7 @@ def scored(asked: Asked, scores_M2: np.ndarray, options: dict[str, Any]) -> task
         nll = float(np.logaddexp(0.0, -gap))
         found.append(
             {
-                **_about(row),
+                **_about(row, _preferred(correct)),
                 "correct": correct,
                 "scores": [float(chosen), float(rejected)],
                 "pair_nll": nll,
@@ -112,8 +114,12 @@ def scored(asked: Asked, scores_M2: np.ndarray, options: dict[str, Any]) -> task
     return tasks.measured(("pair_accuracy", "pair_nll", "calibration_error"), found, **options)
 
 
-def _about(row: dict[str, Any]) -> dict[str, Any]:
-    return {"row_id": row["row_id"], "answer": row["answer"]}
+def _about(row: dict[str, Any], prediction: Any) -> dict[str, Any]:
+    return {"row_id": row["row_id"], "answer": row["answer"], "prediction": prediction}
+
+
+def _preferred(chosen: Any) -> str:
+    return "chosen" if chosen else "rejected"
 
 
 def _rows(asked: Asked) -> Rows:

@@ -187,6 +187,24 @@ class Embed(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden_D.astype(dtype), table_VD, preferred_element_type=jnp.float32)
 
 
+class VirtualTokens(nnx.Module):
+    """Token ids beyond the vocabulary, which stand for vectors of their own: where a soft prompt hooks in, and nowhere else.
+
+    `adapter`, when set, is called as `adapter(embeddings, tokens)` and returns the embeddings with its own in their places.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.adapter: Any = nnx.data(None)
+
+    def known(self, tokens_BT: jax.Array) -> jax.Array:
+        """The tokens with some id of the vocabulary wherever there is none."""
+        return tokens_BT if self.adapter is None else jnp.minimum(tokens_BT, self.vocab_size - 1)
+
+    def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        return x_BTD if self.adapter is None else self.adapter(x_BTD, tokens_BT)
+
+
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale, in float32 (arXiv:1910.07467); `plus_one` stores scale - 1."""
 

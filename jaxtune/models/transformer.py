@@ -21,6 +21,7 @@ from jaxtune.models.layers import (
     Embed,
     Linear,
     Runtime,
+    VirtualTokens,
     activation,
     gathered_weights,
     in_blocks,
@@ -176,6 +177,7 @@ class Model(nnx.Module):
         none: Any = nnx.data(None)
         width = c.embed_dim or c.dim
         self.embed = Embed(c.vocab_size, width, run, rngs)
+        self.virtual_tokens = VirtualTokens(c.vocab_size)
         self.position_embed = Embed(c.learned_positions, c.dim, run, rngs) if c.learned_positions else none
         self.type_embed = Embed(c.token_types, c.dim, run, rngs) if c.token_types else none
         self.task_embed = Embed(c.task_types, c.dim, run, rngs) if c.task_types else none
@@ -241,11 +243,12 @@ class Model(nnx.Module):
         key: jax.Array | None,
     ) -> jax.Array:  # fmt: skip
         c = self.c
-        x_BTD = context.embedded(self.embed, tokens_BT, self.run)
+        x_BTD = context.embedded(self.embed, self.virtual_tokens.known(tokens_BT), self.run)
         if self.run.neftune_alpha and key is not None:
             x_BTD = noisy(x_BTD, segment_ids_BT, self.run.neftune_alpha, key)
         if c.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
+        x_BTD = self.virtual_tokens(x_BTD, tokens_BT)
         if self.project_in is not None:
             x_BTD = self.project_in(x_BTD)
         if self.position_embed is not None:

@@ -142,6 +142,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (sum of w * -log p(target), sum of w * [argmax = target]), both float32 scalars.
 
+    A target beyond the vocabulary (a virtual token) has weight 0.
+
     The full logits (B, T, V) never exist. Tokens that train come first in each row, the projection runs chunk by chunk,
     and a chunk in which nothing trains is skipped: masked tokens pay nothing for the vocabulary. The gradient of each
     chunk, w * (softmax - onehot) pulled back through the head, is taken while its logits are at hand, so the backward
@@ -184,7 +186,7 @@ class _Form(NamedTuple):
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """(loss, correct, and where the loss is another the plain nll), and the logits' logsumexp."""
         log_total = jax.nn.logsumexp(logits_V, axis=-1)
-        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
         nll = jnp.sum((log_total - target_logits) * weights)
         correct = jnp.sum((target_logits >= jnp.max(logits_V, axis=-1)) * weights)
         if self.shape == PLAIN:
@@ -198,7 +200,7 @@ class _Form(NamedTuple):
         shape, p_V = self.shape, jnp.exp(logits_V - log_total[..., None])
         if shape == PLAIN:
             return (p_V - is_target) * weights[..., None]
-        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")
         slope, e = shape.slope(log_total[..., None] - target_logits), shape.label_smoothing
         wanted_V = (1 - e) * is_target + e / logits_V.shape[-1]
         return (slope * (p_V - wanted_V) + 2 * shape.z_weight * log_total[..., None] * p_V) * weights[..., None]
@@ -294,7 +296,7 @@ def token_nll(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.A
     def one(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, targets = xs
         logits_V = head.apply(head.params, hidden)
-        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
+        target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
         return jax.nn.logsumexp(logits_V, axis=-1) - target_logits
 
     out = jnp.moveaxis(jax.lax.map(jax.checkpoint(one), (chunks(hidden_BTD), chunks(targets_BT))), 0, 1)

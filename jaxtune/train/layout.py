@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from jaxtune import chips, sharding
-from jaxtune.adapters import lora
+from jaxtune.adapters import kinds
 from jaxtune.config import ConfigDict, base
 from jaxtune.models import spec
-from jaxtune.train import state
+from jaxtune.train import meta, state
 from jaxtune.train.state import Program
 
 _GIB = 1 << 30
@@ -43,7 +43,7 @@ class Need(NamedTuple):
 
 def program(
     config: ConfigDict, hf_config: dict[str, Any], devices: Sequence[jax.Device] | None = None,
-    adapter: lora.Options | None = None, pooling: str = "",
+    adapter: kinds.Options | None = None, pooling: str = "",
 ) -> Program:  # fmt: skip
     """The training program on a mesh of `devices` (default: all): that of `config.mesh`, or the one chosen here.
 
@@ -61,7 +61,7 @@ def program(
         sizes, why = choose(need, len(devices) // slices, slices, memory_bytes(devices))
         config.mesh.update(dict.fromkeys(sharding.AXES, 1) | sizes)
     mesh = sharding.make_mesh(config, devices)
-    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulation)
+    meta.check(config, mesh)
     made = state.abstract(config, hf_config, mesh, *make)
     return made._replace(layout="; ".join(part for part in (why, made.layout) if part))
 
@@ -81,7 +81,7 @@ def measure(config: ConfigDict, program: Program) -> Need:
     heads = [number for block in blocks for number in (block.attention.num_heads, block.attention.num_kv_heads)]
     return Need(
         state_bytes=gradients + sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(arrays)),
-        rows=train.batch_size // train.accumulation,
+        rows=train.batch_size // meta.num_parts(config),
         row_tokens=config.data.max_length,
         num_experts=math.gcd(*(block.experts.num_experts for block in blocks if block.experts)),
         head_divisor=math.gcd(*heads, *(block.ffn.dim for block in blocks)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxtune import registry
-from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
 from jaxtune.models import flash, spec, splash
 from jaxtune.objectives import OBJECTIVES
@@ -38,11 +37,10 @@ def reference(config: ConfigDict) -> str:
     return str(wanted)
 
 
-def lora_options(config: ConfigDict) -> lora.Options:
-    """The options of a new adapter; it starts with A = 0 where policy and reference would else be equal but for rounding."""
+def starts_at_a_zero(config: ConfigDict) -> bool:
+    """Whether a new LoRA starts with A = 0, not B: where policy and reference would else be equal but for rounding."""
     has_reference = "reference" in registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE.frozen
-    a_zero = config.tune.init == "a_zero" or (config.tune.init == "auto" and has_reference)
-    return lora.Options.from_config(config.tune)._replace(zero="a" if a_zero else "b")
+    return config.tune.init == "a_zero" or (config.tune.init == "auto" and has_reference)
 
 
 def with_values(config: ConfigDict, model_config: Any) -> Any:

@@ -13,14 +13,14 @@ import numpy as np
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, pairs, pipeline, preferences, prompts, readers
+from jaxtune.data import masking, pairs, pipeline, preferences, prompts, readers, tasks
 from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
-from jaxtune.train import loop, step
+from jaxtune.train import loop, meta, step
 from jaxtune.train.state import Program
 from jaxtune.types import BRANCH_BITS, Batch, UserError
-from jaxtune.validation import ON_POLICY
+from jaxtune.validation_methods import ON_POLICY
 
 
 class Rows(NamedTuple):
@@ -59,6 +59,17 @@ def judged(config: ConfigDict) -> bool:
     return config.eval.metric == "reward" or (config.eval.metric == "auto" and config.train.objective in ON_POLICY)
 
 
+def load(config: ConfigDict, tokenizer: Tokenizer, show: Any, answers: bool = True) -> pipeline.Splits:
+    """The examples of each split, held-out tasks apart; without `answers`, rows need none.
+
+    Raises:
+      UserError: as `paths`, `pipeline.load` and `tasks.arrange`.
+    """
+    column = config.meta.task_column if tasks.wanted(config.meta) else None
+    splits = pipeline.load(config.data, paths(config), tokenizer, show, judged(config), answers, column)
+    return tasks.arrange(splits, config.meta, config.train.seed)
+
+
 def read(
     config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT,
     beside: Sequence[tuple[ConfigDict, readers.Reader]] = (),
@@ -70,10 +81,10 @@ def read(
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
     """
-    data, training = config.data, config.train
+    training = config.train
     if training.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
-    splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=judged(config))
+    splits = load(config, tokenizer, show)
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
@@ -89,10 +100,7 @@ def read(
     if reader.masking:
         rows.counts["trained_tokens"] = masking.num_masked(rows, reader.masking)
         validation = masking.fixed(validation, reader.masking) if validation else None
-    batches = pipeline.BatchSource(
-        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id,
-        masking=reader.masking,
-    )  # fmt: skip
+    batches = _batches(config, splits, rows, tokenizer, reader)
     # Rounded up, so that every row is trained on; less a little, for 3 x 0.1 is more than 0.3.
     training.steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch - 1e-6))
     for other, _ in beside:
@@ -118,6 +126,21 @@ def _prompts(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
     # Whole rounds: what was written is trained on.
     train.steps = train.steps or max(1, math.ceil(train.epochs * source.steps_per_epoch / steps - 1e-6)) * steps
     return Rows(splits, rows, None, source)
+
+
+def _batches(
+    config: ConfigDict, splits: pipeline.Splits, rows: pipeline.Rows, tokenizer: Tokenizer, reader: readers.Reader
+) -> pipeline.BatchSource:
+    data, training = config.data, config.train
+    if config.meta.algorithm:
+        of_row = {example.row_id: example.task for example in splits.train}
+        named, layout = [of_row[row_id] for row_id in rows.row_ids], meta.layout(config.meta)
+        sizes = (data.max_length, data.packing, training.seed, training.batch_size, tokenizer.pad_id)
+        return tasks.TaskSource(rows, named, *sizes, *layout)
+    return pipeline.BatchSource(
+        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id,
+        masking=reader.masking,
+    )  # fmt: skip
 
 
 def _tokenized(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtune import registry, sharding
-from jaxtune.adapters import lora
+from jaxtune.adapters import kinds, lora, prompt
 from jaxtune.config import ConfigDict
 from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
@@ -21,8 +21,8 @@ from jaxtune.train import layout, preferences, random_weights, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
-from jaxtune.validation import ON_POLICY
-from jaxtune.weights import embedder, hf, peft, peft_read, source
+from jaxtune.validation_methods import ON_POLICY
+from jaxtune.weights import embedder, hf, peft, peft_prompt, peft_read, source
 from jaxtune.weights.source import Model
 
 Adapter = Mapping[str, np.ndarray]
@@ -50,8 +50,20 @@ def check_head(config: ConfigDict, model: Model) -> None:
     Raises:
       UserError: with what goes together; also for an objective that is none.
     """
-    step.objective(config, model.hf_config)
+    objective = step.objective(config, model.hf_config)
     name, kind = config.train.objective, reading.task(model.hf_config)
+    if config.tune.method == "prompt" and (
+        name in (*HEADS, "contrastive") or reading.auto_class(model.hf_config) != "AutoModelForCausalLM"
+    ):
+        raise UserError(
+            f"tune.method='prompt' puts virtual tokens before what a language model goes on with, and train.objective={name!r} "
+            f"on a model with architectures={model.hf_config.get('architectures')} is none: use 'lora'"
+        )
+    if config.tune.method == "prompt" and "reference" in objective.frozen:
+        raise UserError(
+            f"train.objective={name!r} compares with the model without its adapter, and tune.method='prompt' puts tokens before each "
+            "text that this model does not know: use 'lora'"
+        )
     if HEADS[name][0] != kind if name in HEADS else kind in [task for task, _ in HEADS.values()]:
         together = ", ".join(f"{objective!r} with {head}" for objective, (_, head) in HEADS.items())
         raise UserError(
@@ -120,8 +132,16 @@ def _masking(config: ConfigDict, tokenizer: Tokenizer) -> Masking:
     return Masking(tokenizer.mask_id, tokenizer.vocab_size, *shares, config.train.seed)
 
 
-def adapter(config: ConfigDict, model: Model) -> tuple[lora.Options | None, Adapter | None]:
-    """The options and values of the adapter that `tune.adapter` names; None where there is none."""
+def adapter(config: ConfigDict, model: Model) -> tuple[kinds.Options | None, Adapter | None]:
+    """The options and values of the adapter that `tune.adapter` names; None where there is none.
+
+    A prompt that starts from a text has options of its own too: the text's tokens.
+    """
+    if config.tune.method == "prompt" and model.adapter is not None:
+        return peft_prompt.load(model.adapter, config.tune.dtype)
+    if config.tune.method == "prompt" and config.tune.virtual_init == "text":
+        ids = source.find_tokenizer(config, model).encode(config.tune.virtual_text)
+        return prompt.Options.from_config(config.tune, tuple(ids)), None
     if model.adapter is None:
         return None, None
     family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
@@ -163,8 +183,12 @@ def check_export(config: ConfigDict, program: Program) -> None:
     """Refuses, before anything is trained, an adapter that could not be written.
 
     Raises:
-      UserError: as `peft.check`.
+      UserError: as `peft.check`, or a soft prompt is to be merged.
     """
+    if program.prompt is not None and config.export.merge:
+        raise UserError(
+            "export.merge=True: virtual tokens stand in front of each text, and fold into no weight; set export.merge=False"
+        )
     if program.lora is not None and not config.export.merge:
         linears = sorted({path.split(".adapter.")[0] for path in program.adapter})
         peft.check(program.family, program.model_config, linears, program.lora)
@@ -202,11 +226,16 @@ def write_result(
     Both carry the tokenizer and its chat template, and appear whole or not at all. Every process must call it; the first
     writes.
     """
+    check_export(config, program)
     write, adapter = jax.process_index() == 0, None if config.export.merge else program.lora
-    place = Path(config.export.output or workdir / ("adapter" if adapter else "model"))
+    base = str(model.path or model.uri)
+    place = Path(config.export.output or workdir / ("adapter" if adapter or program.prompt else "model"))
     with hf.new_folder(place, write) as folder:
-        if adapter:
-            base = str(model.path or model.uri)
+        if program.prompt:
+            learnt_PD = sharding.to_host(params[prompt.PATH])
+            if write:
+                peft_prompt.save(folder, program.model_config, learnt_PD, base)
+        elif adapter:
             labels = (
                 source.labels(model) if program.model_config.head and program.model_config.head.scores_labels else ()
             )

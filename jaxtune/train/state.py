@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune import optim, registry, sharding
-from jaxtune.adapters import lora, partition
+from jaxtune.adapters import kinds, lora, partition, prompt
 from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
@@ -64,6 +64,7 @@ class Program(NamedTuple):
     pool: str  # which state stands for a whole text: first | last | mean
     optimizer: optax.GradientTransformation
     quantised: quantised.Base | None  # which kernels are kept in codes, where any are
+    prompt: prompt.Options | None = None  # of virtual tokens
     layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
@@ -106,13 +107,12 @@ def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def abstract(
-    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: lora.Options | None = None,
+    config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: kinds.Options | None = None,
     pooling: str = "",
 ) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
-    `adapter` replaces the config's LoRA options (a run that starts from a PEFT folder takes that folder's); `pooling` is
-    what the model's folder says of embeddings.
+    `adapter` replaces the config's options of one (a run that starts from a PEFT folder takes its); `pooling` is the folder's.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -122,7 +122,7 @@ def abstract(
     run = runtime(config, mesh, model_config)
     routers.check(config.train, model_config)
     _check_dims(mesh, model_config)
-    options = (adapter or preferences.lora_options(config)) if config.tune.method == "lora" else None
+    options = kinds.from_config(config.tune, adapter, preferences.starts_at_a_zero(config))
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
@@ -155,7 +155,8 @@ def abstract(
         inference=inference,
         run=run,
         mesh=mesh,
-        lora=options,
+        lora=options if isinstance(options, lora.Options) else None,
+        prompt=options if isinstance(options, prompt.Options) else None,
         labels=labels,
         base={path: value for path, value in params.items() if ".adapter." not in path},
         adapter={path: value for path, value in params.items() if ".adapter." in path},
@@ -252,15 +253,14 @@ def _shapes(
     family: ModuleType,
     model_config: Any,
     run: Runtime,
-    options: lora.Options | None,
+    options: kinds.Options | None,
     quantize: quantised.Options | None,
 ) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     def build() -> nnx.Module:
         model = family.Model(model_config, run, nnx.Rngs(0))
         if quantize is not None:
             quantised.attach(lora.linears(model), quantize)
-        if options is not None:
-            lora.attach(model, options)
+        kinds.attach(model, options)
         return model
 
     return layers.flatten(nnx.eval_shape(build))
@@ -343,7 +343,9 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
         def one(path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
             zero = program.lora.zero if program.lora else "b"
-            return lora.initial(path, like.shape, like.dtype, own, kernels.get(path), zero)
+            return kinds.initial(
+                program.prompt, path, like, own, kernels.get(path), program.model_config.embed_scale, zero
+            )
 
         return {path: one(path, like) for path, like in program.adapter.items()}
 
@@ -352,6 +354,7 @@ def _initial_adapter(program: Program, base: Params, seed: int) -> Params:
         return base[path] if path in base or not program.quantised else program.quantised.packed(base, path)
 
     needed = {path: kernel(path.split(".adapter.")[0]) for path in program.adapter if path.endswith(".magnitude")}
+    needed |= {prompt.PATH: base["embed.table"]} if program.prompt else {}
     return jax.jit(make, out_shardings=shardings(program.adapter))(jax.random.key(seed), needed)
 
 

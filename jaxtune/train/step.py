@@ -18,7 +18,7 @@ from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy
-from jaxtune.train import preferences, routers
+from jaxtune.train import meta, preferences, routers
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
 
@@ -251,8 +251,9 @@ def make(config: ConfigDict, program: Program) -> Any:
     loss or gradient is not finite, or whose loss exploded, changes nothing but its counter: `metrics["ok"]` is 0. Nor does
     a batch without any loss weight, which is no failure.
     """
-    accumulation = config.train.accumulation
-    total = _loss(config, program, config.train.batch_size // accumulation)
+    num_parts = meta.num_parts(config)
+    summed = partial(_gradients_of_tasks, config) if config.meta.algorithm else _summed_gradients
+    total = _loss(config, program, config.train.batch_size // num_parts)
     wanted = parts(config, program.hf_config)
     rate = optim.schedule(config.optim, max(1, config.train.steps))
 
@@ -261,7 +262,7 @@ def make(config: ConfigDict, program: Program) -> Any:
         # Steps that changed the weights, as the optimizer counts them: skipped ones move neither its rate nor the mean.
         updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
         batch = _counted(wanted, batch)
-        micro = _micro_batches(batch, accumulation, program)
+        micro = _micro_batches(batch, num_parts, program)
         if config.train.beside:
             # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
             weights = total({**frozen, **state.params}, batch, None)[1][1]
@@ -270,7 +271,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             grads, (value, weight, extra) = _summed_gradients(given, state.params, frozen, micro, key)
             loss, norm = jnp.sum(value * scales), optax.tree.norm(grads)
         else:
-            grads, (value, weight, extra) = _summed_gradients(total, state.params, frozen, micro, key)
+            grads, (value, weight, extra) = summed(total, state.params, frozen, micro, key)
             scale = 1.0 / jnp.maximum(weight, 1.0)
             grads = jax.tree.map(lambda g: g * scale, grads)
             loss, norm = value * scale, optax.tree.norm(grads)
@@ -316,16 +317,29 @@ def _micro_batches(batch: Arrays, accumulation: int, program: Program) -> Arrays
     return {name: one(name, x) for name, x in batch.items()} if accumulation > 1 else batch
 
 
+def _gradient(total: Callable[..., Any], frozen: Params) -> meta.Gradient:
+    """Returns `gradient(trainable params, batch, key) -> (gradient of the loss sum, (loss sum, weight, metric sums))`."""
+
+    def of_trained(params: Params, batch: Arrays, key: Any) -> tuple[jax.Array, Any]:
+        return total({**frozen, **params}, batch, key)
+
+    found: meta.Gradient = jax.grad(of_trained, has_aux=True)
+    return found
+
+
+def _gradients_of_tasks(
+    config: ConfigDict, total: Callable[..., Any], params: Params, frozen: Params, batch: Arrays, key: jax.Array
+) -> tuple[Params, Any]:
+    """As `_summed_gradients`, of tasks that each take steps of their own."""
+    return meta.summed_gradients(config.meta, _gradient(total, frozen), params, batch, key, config.train.accumulation)
+
+
 def _summed_gradients(
     total: Callable[..., Any], params: Params, frozen: Params, batch: Arrays, key: jax.Array
 ) -> tuple[Params, Any]:
     """Gradients of `total` for trainable leaves only, and (loss sum, weight, metric sums); float32."""
     accumulation = batch["tokens_BT"].shape[0] if batch["tokens_BT"].ndim == 3 else 1
-
-    def of_trained(params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, Any]:
-        return total({**frozen, **params}, batch, key)
-
-    gradient: Callable[..., Any] = jax.grad(of_trained, has_aux=True)
+    gradient = _gradient(total, frozen)
     if accumulation == 1:
         grads, sums = gradient(params, batch, key)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
@@ -339,6 +353,26 @@ def _summed_gradients(
     shapes = jax.eval_shape(gradient, params, first, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     return jax.lax.scan(add, zeros, (jnp.arange(accumulation), batch))[0]
+
+
+def make_adapt(config: ConfigDict, program: Program, num_rows: int) -> Any:
+    """Returns the jitted `adapt(params, frozen, batch) -> params`: `meta.adapt_steps` inner steps, all on this batch of `num_rows`.
+
+    No dropout. The parameters that came stay as they are.
+    """
+    options, total = config.meta.copy_and_resolve_references(), _loss(config, program, num_rows)
+    options.inner_rate = options.adapt_rate or options.inner_rate
+
+    def adapt(params: Params, frozen: Params, batch: Arrays) -> Params:
+        batches = {name: jnp.broadcast_to(x, (options.adapt_steps, *x.shape)) for name, x in batch.items()}
+        return meta.adapt(options, _gradient(total, frozen), params, batches, None)[0]
+
+    where = shardings(program.state.params)
+    return jax.jit(
+        adapt,
+        in_shardings=(where, shardings(program.frozen), batch_shardings(config, program)),
+        out_shardings=where,
+    )
 
 
 def make_eval(config: ConfigDict, program: Program) -> Any:

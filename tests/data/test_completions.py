@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxtune import config as config_lib
-from jaxtune import validation
+from jaxtune import validation, validation_methods
 from jaxtune.data.completions import lay_out
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.registry import load
@@ -41,5 +41,5 @@ def test_what_belongs_to_a_token_stands_where_it_is_predicted() -> None:
 
 def test_on_policy_objectives_are_those_that_collect() -> None:
     collecting = [name for name in OBJECTIVES if load("objective", name, OBJECTIVES).OBJECTIVE.collect is not None]
-    assert sorted(validation.ON_POLICY) == sorted(collecting)
+    assert sorted(validation_methods.ON_POLICY) == sorted(collecting)
     assert config_lib.base().rl.loss_type in validation.CHOICES["rl.loss_type"]

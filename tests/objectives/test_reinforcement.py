@@ -15,7 +15,7 @@ from jaxtune.objectives import surrogate
 from jaxtune.objectives.logps import token_logps_and_entropy
 from jaxtune.objectives.ops import Head
 from jaxtune.train import start, state, step
-from jaxtune.validation import ON_POLICY
+from jaxtune.validation_methods import ON_POLICY
 from jaxtune.weights import source
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
