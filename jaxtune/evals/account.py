@@ -182,6 +182,10 @@ def _round_notices(path: Path) -> list[str]:
     empty, steps = sum(line.get("nothing_to_learn", 0) for line in lines), sum("loss" in line for line in lines)
     dropped = sum(line.get("dropped_completions", 0) for line in lines)
     notices = [f"Reward {kind} {num:,} times." for kind, num in errors.items()]
+    if anew := sum(line.get("written_anew", 0) for line in lines):
+        notices.append(
+            f"{anew:,} rounds were written anew in their midst, for WORKDIR/rollouts lacked them: resuming was not exact."
+        )
     if dropped:
         notices.append(f"{dropped:,} completions had no reward and were not learned from.")
     if empty:

@@ -11,7 +11,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtune import tracking
+from jaxtune import checkpoint, tracking
+from jaxtune.config import ConfigDict
+
+_FREE = tuple(name for name in checkpoint.FREE if name != "reward.")  # what a round does not depend on
 
 
 class Round(NamedTuple):
@@ -42,13 +45,13 @@ class Round(NamedTuple):
 
 
 class RoundFiles:
-    """The rounds of one workdir. `asked` is a hash of all that they depend on: others' files are not read.
+    """The rounds of one workdir; those of another config, or of other prompts and rows (`rows`, a hash), are not read.
 
-    Each process has files of its own. With `keep`, only so many rounds stay.
+    Each process has files of its own. With `rl.keep_rounds`, only so many stay.
     """
 
-    def __init__(self, folder: Path, asked: str, keep: int):
-        self._folder, self._asked, self._keep = folder, asked, keep
+    def __init__(self, folder: Path, config: ConfigDict, rows: str):
+        self._folder, self._config, self._rows, self._keep = folder, config, rows, config.rl.keep_rounds
 
     def read(self, number: int) -> Round | None:
         """The round, or None where some process lacks it, or has another's."""
@@ -66,7 +69,8 @@ class RoundFiles:
         path = self._path(number)
         partial = path.with_name(path.name + ".partial")
         arrays = {name: value for name, value in one._asdict().items() if value is not None and name != "told"}
-        texts = {"told": np.asarray(json.dumps(one.told)), "asked": np.asarray(self._asked)}
+        about = {"config": self._config.to_dict(), "rows": self._rows}
+        texts = {"told": np.asarray(json.dumps(one.told)), "about": np.asarray(json.dumps(about, default=list))}
         with tracking.writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -85,7 +89,9 @@ class RoundFiles:
                 found: dict[str, Any] = {name: saved[name] for name in saved.files}
         except (OSError, ValueError, EOFError):  # not there, or cut short
             return None
-        if str(found.pop("asked", "")) != self._asked:
+        about = json.loads(str(found.pop("about", "{}")))
+        # Not by a hash of the whole config: a later jaxtune has fields that this round's did not have.
+        if about.get("rows") != self._rows or checkpoint.first_change(about["config"], self._config, _FREE):
             return None
         found["told"] = json.loads(str(found["told"]))
         return Round(**{"values_K": None, "returns_K": None} | found)

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtune import checkpoint, sharding
-from jaxtune.config import ConfigDict, keys, lookup
+from jaxtune import sharding
+from jaxtune.config import ConfigDict
 from jaxtune.data import advantages
 from jaxtune.data.completions import Layout, lay_out
 from jaxtune.data.prompts import PromptSource
@@ -64,7 +64,7 @@ class Rounds:
         self._config, self._rl, self._source, self._tokenizer = config, config.rl, source, tokenizer
         self._objective, self._mesh = step.objective(config, program.hf_config), program.mesh
         self._samples, self._say, self._wall = workdir / "samples.jsonl", say, wall
-        self._files = RoundFiles(workdir / "rollouts", _asked(config, source), self._rl.keep_rounds)
+        self._files = RoundFiles(workdir / "rollouts", config, _digest(source))
         names = scored.wanted(config, self._objective.has_values)
         self._score = scored.scorer(config, program, names)
         given = (tokenizer.stop_ids, tokenizer.pad_id, tokenizer.vocab_size, program.model_config.max_positions)
@@ -115,6 +115,8 @@ class Rounds:
             )
         made = self._made(number, current(), rewarder)
         self._files.write(number, made)
+        if at:
+            self._told[number * self._source.steps_per_round + at] = {"written_anew": 1}
         return made
 
     def _made(self, number: int, params: Params, rewarder: scoring.Rewarder | None) -> Round:
@@ -275,9 +277,7 @@ def _metrics(
     }
 
 
-def _asked(config: ConfigDict, source: PromptSource) -> str:
-    """A hash of all that a round depends on beside the parameters."""
-    kept = {key: lookup(config, key) for key in keys(config) if not key.startswith(checkpoint.FREE)}
-    kept["reward"] = config.reward.to_dict()
+def _digest(source: PromptSource) -> str:
+    """A hash of the prompts and of what rewards read of their rows."""
     rows = [source.rows.digest, *(scoring.row_of(example) for example in source.examples)]
-    return hashlib.sha256(json.dumps([kept, rows], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

@@ -108,7 +108,9 @@ def test_ppo_learns_values_and_says_what_it_did(rl_config: ConfigDict) -> None:
     assert told[0]["clip_share"] == 0
     assert told[0]["kl_old"] < 1e-6
     assert told[3]["kl_old"] > 1e-5
-    assert np.mean([line["value_loss"] for line in told[-2:]]) < 0.5 * told[0]["value_loss"]
+    assert told[0]["value"] == 0  # where a critic begins
+    assert told[-1]["value"] > 0.05  # on its way to the return, which is above 1
+    assert told[-1]["value_loss"] < 0.9 * told[0]["value_loss"]
     assert {
         "rewards/same",
         "rewards/long",
