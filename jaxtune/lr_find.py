@@ -66,7 +66,7 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
 def rate(config: ConfigDict) -> optax.Schedule:
     """From `lr_find.low` to `lr_find.high`, by the same factor each step."""
     ramp = config.lr_find
-    return optax.exponential_decay(ramp.low, ramp.steps - 1, ramp.high / ramp.low)
+    return optax.exponential_decay(ramp.low, ramp.num_steps - 1, ramp.high / ramp.low)
 
 
 def find(config: ConfigDict, program: Program, state: State, frozen: Params, batches: Iterator[Batch]) -> Found:

@@ -291,7 +291,7 @@ def test_long_rows_attend_in_blocks() -> None:
     segments = jnp.asarray(np.repeat([[1, 2]], [block + 100, block - 100], 1), jnp.int32)
     rule = attention.Rule(0.3, windows=(0, 700))
     found = attention.attend(q, k, v, segments, segments, rule, Runtime(), window_index=1)
-    whole = attention._dense(rule, q, k, v, segments, segments, jnp.asarray(0), jnp.asarray(700), None)
+    whole = attention._dense(rule, False, q, k, v, segments, segments, jnp.asarray(0), jnp.asarray(700), None)
     np.testing.assert_allclose(found, whole, atol=1e-5)
 
 
