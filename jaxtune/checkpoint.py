@@ -21,14 +21,16 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxtune.config import ConfigDict, base, keys
 from jaxtune.types import UserError
+from jaxtune.validation_methods import ON_POLICY
 
-# Fields that may differ between a checkpoint and the run that resumes it: none of them changes what is computed.
+# Fields that may differ between a checkpoint and the run that resumes it: none of them changes what is computed (`free`).
 FREE = (
     "name", "workdir", "mesh.", "tracking.", "eval.", "generate.", "export.", "plan.", "checkpoint.", "model.attention",
     "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.save", "train.offload",
     "train.loss_chunk_tokens", "train.on_nonfinite", "train.max_skipped_steps", "compile_cache", "lr_find.", "sweep.", "optim.use_ema",
     "reward.", "self_training.", "meta.shots", "meta.ways", "meta.draws", "meta.adapt_",
 )  # fmt: skip
+_REWARDS = ("reward.",)  # but where rewards are what is learned from
 _STEERING = ("data.", "optim.", "train.", "meta.")  # may differ where a checkpoint is only used
 _LATEST = 2  # so that a damaged newest one has another before it
 
@@ -191,7 +193,8 @@ class Checkpoints:
         return meta
 
     def _check_meta(self, meta: dict[str, Any], step: int) -> None:
-        changed = first_change(meta["config"], self._config, FREE if self._resuming else FREE + _STEERING)
+        freed = free(self._config) if self._resuming else FREE + _STEERING
+        changed = first_change(meta["config"], self._config, freed)
         if changed:
             key, then, value = changed
             raise UserError(
@@ -203,6 +206,12 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} was trained on other rows: data.train ({self._config.data.train}), its "
                 "tokenizer or its chat template has changed since; put it back to resume, or start in another --workdir"
             )
+
+
+def free(config: ConfigDict) -> tuple[str, ...]:
+    """How the names of fields begin that may differ where a run of this config is resumed."""
+    learns = config.train.objective in ON_POLICY
+    return tuple(name for name in FREE if not (learns and name in _REWARDS))
 
 
 def first_change(saved: dict[str, Any], config: ConfigDict, free: tuple[str, ...]) -> tuple[str, Any, Any] | None:

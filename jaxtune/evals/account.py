@@ -20,7 +20,6 @@ from jaxtune.train import goodput, loop
 from jaxtune.train import state as state_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.state import Program
-from jaxtune.validation_methods import ON_POLICY
 from jaxtune.weights import source
 from jaxtune.workdir import shown
 
@@ -278,10 +277,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         if model.path and model.path.is_file()
         else f'"{model.path or model.uri}"'
     )
-    auto, is_causal = (
-        reading.auto_class(model.hf_config, config.train.objective),
-        config.train.objective in ("sft", *ON_POLICY),
-    )
+    auto = reading.auto_class(model.hf_config, config.train.objective)
     labels = f", num_labels={len(source.labels(model))}" if auto.endswith("Classification") else ""
     fetched, load = [], f"from transformers import {auto}\n"
     if "://" in folder:
@@ -292,7 +288,7 @@ def _how_to(config: ConfigDict, model: source.Model, folder: str) -> list[tuple[
         load += f'model = PeftModel.from_pretrained(base, "{folder}")'
     else:
         load += f'model = {auto}.from_pretrained("{folder}")'
-    verb = "chat" if is_causal else "evaluate"
+    verb = "chat" if auto.endswith("CausalLM") else "evaluate"
     again = (
         f"python -m jaxtune.launch {verb} --config={config.workdir.rstrip('/')}/config.json --workdir={config.workdir}"
     )

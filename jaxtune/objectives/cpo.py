@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from jaxtune.objectives import pairs as pairs_lib
-from jaxtune.objectives.logps import token_logps
 from jaxtune.objectives.ops import Metrics, Objective, Policy
 
 
@@ -25,12 +23,10 @@ def loss(
 
     To it comes `cpo_alpha` times the cross-entropy of the chosen answers, a mean over the batch's tokens.
     """
-    logps_BT = token_logps(policy.head, policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"])
+    logps_BT = pairs_lib.of_batch(policy, batch, key)
     pairs = pairs_lib.pairs(logps_BT, batch)
     losses = pairs_lib.pair_losses(pairs, beta, loss_type, label_smoothing, False)
-    nll, weight = pairs_lib.chosen_nll(logps_BT, batch)
-    told = {**pairs_lib.metrics(pairs, beta), "nll_loss": (nll, weight)}
-    return jnp.sum(losses * pairs.real) + cpo_alpha * nll, jnp.sum(pairs.real), told
+    return pairs_lib.summed(losses, pairs, beta, logps_BT, batch, cpo_alpha)
 
 
 OBJECTIVE = Objective(

@@ -7,10 +7,8 @@ The reference keeps it near the model that it started from. `rpo_alpha` adds so 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from jaxtune.objectives import pairs as pairs_lib
-from jaxtune.objectives.logps import token_logps
 from jaxtune.objectives.ops import Metrics, Objective, Policy
 
 
@@ -27,14 +25,10 @@ def loss(
     rpo_alpha: float,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """Sum over pairs of the loss that `loss_type` names (`objectives/pairs.py`), and the number of pairs."""
-    logps_BT = token_logps(policy.head, policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"])
+    logps_BT = pairs_lib.of_batch(policy, batch, key)
     pairs = pairs_lib.pairs(logps_BT, batch, pairs_lib.reference_logps(frozen, batch))
     losses = pairs_lib.pair_losses(pairs, beta, loss_type, label_smoothing, length_normalised)
-    total, told = jnp.sum(losses * pairs.real), pairs_lib.metrics(pairs, beta)
-    if rpo_alpha:
-        nll, weight = pairs_lib.chosen_nll(logps_BT, batch)
-        total, told = total + rpo_alpha * nll, {**told, "nll_loss": (nll, weight)}
-    return total, jnp.sum(pairs.real), told
+    return pairs_lib.summed(losses, pairs, beta, logps_BT, batch, rpo_alpha)
 
 
 OBJECTIVE = Objective(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.objectives import pairs as pairs_lib
-from jaxtune.objectives.logps import token_logps
 from jaxtune.objectives.ops import Metrics, Objective, Policy
 
 _DESIRABLE, _UNDESIRABLE, _MISMATCHED = 1, 2, 3  # branches
@@ -28,7 +27,7 @@ def loss(
     r is an answer's log-ratio to the reference. z, the reference point, is the batch's mean log-ratio of answers to other
     prompts, at least 0, and has no gradient: so the rows of a batch belong together.
     """
-    logps_BT = token_logps(policy.head, policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"])
+    logps_BT = pairs_lib.of_batch(policy, batch, key)
     found = pairs_lib.answers(logps_BT, batch, _BRANCHES)
     base = pairs_lib.answers(pairs_lib.reference_logps(frozen, batch), batch, _BRANCHES)
     ratio = {branch: found.logps[branch] - base.logps[branch] for branch in _BRANCHES}

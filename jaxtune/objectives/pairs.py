@@ -146,6 +146,22 @@ def chosen_nll(logps_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]
     )
 
 
+def of_batch(policy: Policy, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """The policy's log-probability of each token's target, (B, T); 0 where nothing trains."""
+    return token_logps(policy.head, policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"])
+
+
+def summed(
+    losses: jax.Array, pairs: Pairs, beta: float, logps_BT: jax.Array, batch: Batch, sft_weight: float
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """(sum over pairs of their losses, the number of pairs, metrics); to the sum comes `sft_weight` times `chosen_nll`."""
+    total, told = jnp.sum(losses * pairs.real), metrics(pairs, beta)
+    if sft_weight:
+        nll, weight = chosen_nll(logps_BT, batch)
+        total, told = total + sft_weight * nll, {**told, "nll_loss": (nll, weight)}
+    return total, jnp.sum(pairs.real), told
+
+
 def metrics(pairs: Pairs, beta: float) -> Metrics:
     """TRL's names: rewards (beta times the log-ratio), their margins, how often the chosen one is the higher, and log-probabilities."""
     fixed = jax.tree.map(jax.lax.stop_gradient, pairs)

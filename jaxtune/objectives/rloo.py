@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jaxtune.data import advantages
-from jaxtune.objectives import surrogate
-from jaxtune.objectives.ops import Metrics, Objective, Policy
+from jaxtune.objectives import grpo
+from jaxtune.objectives.ops import Metrics, Policy
 
 
 def loss(
@@ -19,14 +19,7 @@ def loss(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """Sum over completions of -min(R A, clip(R) A), R the product of a completion's ratios; and their number."""
     options |= {"loss_type": "grpo", "importance_level": "trajectory"}
-    found = surrogate.surrogate(policy.head, policy.hidden(batch, key), batch, **options)
-    return found.total, found.weight, found.metrics
+    return grpo.loss(policy, frozen, batch, key, **options)
 
 
-OBJECTIVE = Objective(
-    fields=surrogate.FIELDS,
-    loss=loss,
-    collect=advantages.leave_one_out,
-    options=surrogate.OPTIONS,
-    counted=surrogate.counted,
-)
+OBJECTIVE = grpo.OBJECTIVE._replace(loss=loss, collect=advantages.leave_one_out)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from jaxtune.objectives import pairs as pairs_lib
-from jaxtune.objectives.logps import token_logps
 from jaxtune.objectives.ops import Metrics, Objective, Policy
 
 
@@ -25,14 +23,10 @@ def loss(
 
     `rpo_alpha` adds so much of the chosen answers' cross-entropy, a mean over the batch's tokens.
     """
-    logps_BT = token_logps(policy.head, policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"])
+    logps_BT = pairs_lib.of_batch(policy, batch, key)
     pairs = pairs_lib.per_token(pairs_lib.pairs(logps_BT, batch))
     losses = pairs_lib.sigmoid(beta * (pairs.chosen - pairs.rejected) - simpo_gamma, label_smoothing)
-    total, told = jnp.sum(losses * pairs.real), pairs_lib.metrics(pairs, beta)
-    if rpo_alpha:
-        nll, weight = pairs_lib.chosen_nll(logps_BT, batch)
-        total, told = total + rpo_alpha * nll, {**told, "nll_loss": (nll, weight)}
-    return total, jnp.sum(pairs.real), told
+    return pairs_lib.summed(losses, pairs, beta, logps_BT, batch, rpo_alpha)
 
 
 OBJECTIVE = Objective(

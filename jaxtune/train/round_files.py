@@ -14,8 +14,6 @@ from jax.experimental import multihost_utils
 from jaxtune import checkpoint, tracking
 from jaxtune.config import ConfigDict
 
-_FREE = tuple(name for name in checkpoint.FREE if name != "reward.")  # what a round does not depend on
-
 
 class Round(NamedTuple):
     """N completions of P prompts, K tokens of theirs end to end.
@@ -91,7 +89,9 @@ class RoundFiles:
             return None
         about = json.loads(str(found.pop("about", "{}")))
         # Not by a hash of the whole config: a later jaxtune has fields that this round's did not have.
-        if about.get("rows") != self._rows or checkpoint.first_change(about["config"], self._config, _FREE):
+        if about.get("rows") != self._rows or checkpoint.first_change(
+            about["config"], self._config, checkpoint.free(self._config)
+        ):
             return None
         found["told"] = json.loads(str(found["told"]))
         return Round(**{"values_K": None, "returns_K": None} | found)

@@ -42,8 +42,8 @@ def policy(
             reports.append(report)
         return found
 
-    graphdef, head_params = nnx.split(model.head)
-    head = Head(head_params, lambda p, h: nnx.merge(graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
+    head_graphdef, head_params = nnx.split(model.head)
+    head = Head(head_params, lambda p, h: nnx.merge(head_graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
     return Policy(hidden, head, program.pool, model.value_head)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import run, validation
+from jaxtune import checkpoint, run, validation
+from jaxtune import config as config_lib
 from jaxtune.data.prompts import PromptSource
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
@@ -211,3 +212,13 @@ def test_rounds_take_prompts_by_their_number_alone(rl_config: ConfigDict) -> Non
     assert sorted([*others, *found.of_round(1)]) == list(range(12))
     assert (others == found.others(1)).all()
     assert (others[:4] != np.sort(others)[:4]).any()
+
+
+def test_other_rewards_are_another_run_where_they_are_learned_from() -> None:
+    for objective, changed in (("grpo", "reward.functions"), ("sft", None)):
+        config = config_lib.base()
+        config.train.objective = objective
+        saved = json.loads(config_lib.to_json(config))
+        config.reward.functions = (("length", 1.0),)
+        found = checkpoint.first_change(saved, config, checkpoint.free(config))
+        assert (found and found[0]) == changed
