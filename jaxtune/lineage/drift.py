@@ -117,7 +117,15 @@ def holm(shifts: dict[str, Shift]) -> dict[str, Shift]:
 def table(shifts: dict[str, Shift], alpha: float) -> tuple[list[str], list[list[Any]]]:
     """(header, rows) for terminal and report."""
     rows = [
-        [name, s.test, f"{s.effect:.3f}", f"{s.p:.2g}", f"{s.p_holm:.2g}", "yes" if s.p_holm < alpha else "no", s.told or "–"]
+        [
+            name,
+            s.test,
+            f"{s.effect:.3f}",
+            f"{s.p:.2g}",
+            f"{s.p_holm:.2g}",
+            "yes" if s.p_holm < alpha else "no",
+            s.told or "–",
+        ]
         for name, s in shifts.items()
     ]
     return ["Drift", "Test", "Effect", "p", "p (Holm)", f"Shifted at {alpha:g}", "Most"], rows

@@ -36,7 +36,9 @@ def read(folder: Path) -> list[Line]:
     """
     path = folder / FILE
     if folder.is_file():
-        raise UserError(f"update.lineage={str(folder)!r} is a file; expected the folder of a lineage, or a path where there is nothing")
+        raise UserError(
+            f"update.lineage={str(folder)!r} is a file; expected the folder of a lineage, or a path where there is nothing"
+        )
     if not path.exists():
         others = sorted(p.name for p in folder.iterdir() if p.name != _LOCK) if folder.is_dir() else []
         if others:
@@ -55,7 +57,9 @@ def read(folder: Path) -> list[Line]:
             raise UserError(f"{where} is no line of a ledger: {text[:60]!r}; put the file back as it was") from None
         if not all(right):
             what = "was changed" if not right[0] else "does not follow the line before it"
-            raise UserError(f"{where} {what}: the ledger's chain of hashes is broken there; put the file back as it was")
+            raise UserError(
+                f"{where} {what}: the ledger's chain of hashes is broken there; put the file back as it was"
+            )
         lines.append(line)
     _check_end(folder, lines)
     return lines
@@ -146,7 +150,9 @@ def roll_back(folder: Path, lines: Sequence[Line], release: int, reason: str) ->
         listed = ", ".join(map(str, known)) or "none yet"
         raise UserError(f"update.rollback={release}: {folder} has no release {release}; it has {listed}")
     if release == current(lines):
-        raise UserError(f"update.rollback={release}: release {release} is the current one of {folder}; there is nothing to do")
+        raise UserError(
+            f"update.rollback={release}: release {release} is the current one of {folder}; there is nothing to do"
+        )
     return append(folder, lines, {"kind": "rollback", "release": release, "from": current(lines), "reason": reason})
 
 
@@ -196,7 +202,13 @@ def table(lines: Sequence[Line]) -> str:
     rows, details = [], []
     for line in lines:
         mark = f"**{line['release']}** (current)" if line["release"] == now and _is_release(line) else line["release"]
-        cells = [mark if _is_release(line) else "–", line.get("parent", "–"), line["date"], line.get("name", ""), _verdict(line)]
+        cells = [
+            mark if _is_release(line) else "–",
+            line.get("parent", "–"),
+            line["date"],
+            line.get("name", ""),
+            _verdict(line),
+        ]
         cells += [_replay(line), _scores(line), _drift(line)]
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
         details += _details(line)
@@ -224,12 +236,15 @@ def _replay(line: Line) -> str:
 
 def _scores(line: Line) -> str:
     return "; ".join(
-        f"{name} {e['metric']} {e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for name, e in line.get("scores", {}).items()
+        f"{name} {e['metric']} {e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+        for name, e in line.get("scores", {}).items()
     )
 
 
 def _drift(line: Line) -> str:
-    return "; ".join(f"{name} {test['effect']:.2g} (p {test['p_holm']:.2g})" for name, test in line.get("drift", {}).items())
+    return "; ".join(
+        f"{name} {test['effect']:.2g} (p {test['p_holm']:.2g})" for name, test in line.get("drift", {}).items()
+    )
 
 
 def _details(line: Line) -> list[str]:
@@ -237,7 +252,8 @@ def _details(line: Line) -> list[str]:
     if line["kind"] != "update":
         return []
     files = "; ".join(
-        f"`{one['uri']}` ({one['rows']:,} rows, SHA-256 {one['sha256'][:12]}…)" for one in line["data"]["files"].values()
+        f"`{one['uri']}` ({one['rows']:,} rows, SHA-256 {one['sha256'][:12]}…)"
+        for one in line["data"]["files"].values()
     )
     versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
     return [

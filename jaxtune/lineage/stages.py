@@ -56,12 +56,16 @@ def read(config: ConfigDict, release: int, name: str, tokenizer: Tokenizer, show
         split: {"uri": config.data[split], "sha256": _sha256(path, config.data.files)} for split, path in paths.items()
     }
     splits = rows_lib.load(config, tokenizer, show)
-    of_train = sum(len(rows) for key, rows in zip(_SPLITS, splits[:3], strict=True) if key == "train" or key not in files)
+    of_train = sum(
+        len(rows) for key, rows in zip(_SPLITS, splits[:3], strict=True) if key == "train" or key not in files
+    )
     for split, one in files.items():
         one["rows"] = of_train if split == "train" else len(getattr(splits, _SPLITS[split]))
     stage = Stage(release, name, config, splits, files, _digest(config, files))
     if not stage.held:
-        raise UserError(f"{name}: {measure.nothing_held(config)}: later releases could not be held to what this one learns")
+        raise UserError(
+            f"{name}: {measure.nothing_held(config)}: later releases could not be held to what this one learns"
+        )
     return stage
 
 
@@ -76,7 +80,16 @@ def _sha256(path: Path, pattern: str) -> str:
     return found.hexdigest()
 
 
-_READ_BY = ("prefetch_batches", "packing", "shuffle", "max_length", "too_long", "train", "eval", "test")  # do not change rows
+_READ_BY = (
+    "prefetch_batches",
+    "packing",
+    "shuffle",
+    "max_length",
+    "too_long",
+    "train",
+    "eval",
+    "test",
+)  # do not change rows
 
 
 def _digest(config: ConfigDict, files: Files) -> str:
@@ -98,7 +111,9 @@ def earlier(
     for line in lines:
         path = folder / line["config"]["path"]
         if not path.exists() or _sha256(path, "") != line["config"]["sha256"]:
-            raise UserError(f"{path}, by which release {line['release']} was made, is gone or was changed: put it back as it was")
+            raise UserError(
+                f"{path}, by which release {line['release']} was made, is gone or was changed: put it back as it was"
+            )
         name = line["name"] if names.count(line["name"]) == 1 else f"{line['name']}.{line['release']}"
         try:
             stage = read(config_lib.from_json(path.read_text("utf-8")), line["release"], name, tokenizer, show)
@@ -113,7 +128,9 @@ def earlier(
                 f"{then['sha256'][:12]}… then, {now[:12]}… now"
             )
             if on_changed_data == "refuse":
-                raise UserError(f"{changed}; put it back, or set update.on_changed_data='note' to go on with what it holds now")
+                raise UserError(
+                    f"{changed}; put it back, or set update.on_changed_data='note' to go on with what it holds now"
+                )
             notes.append(changed)
         found.append(stage)
     return found, notes
@@ -209,7 +226,9 @@ def of_release(config: ConfigDict, folder: Path, line: Line) -> ConfigDict:
         return made
     weights = folder / line["weights"]
     if not weights.is_dir():
-        raise UserError(f"the weights of release {line['release']} are gone: {weights}; put them back, or go back with update.rollback")
+        raise UserError(
+            f"the weights of release {line['release']} are gone: {weights}; put them back, or go back with update.rollback"
+        )
     if not (weights / "adapter_config.json").exists():
         made.model.source, made.model.tokenizer, made.tune.adapter = str(weights), "", ""
     elif made.tune.method not in ("lora", "prompt"):

@@ -137,7 +137,10 @@ def test_one_update_at_a_time(folder: Path) -> None:
     other = context.Process(target=_hold, args=(str(folder), held, done))
     other.start()
     assert held.wait(300)
-    with pytest.raises(UserError, match=rf"an update of .* is at work \(process {other.pid} since"), ledger.opened(folder):
+    with (
+        pytest.raises(UserError, match=rf"an update of .* is at work \(process {other.pid} since"),
+        ledger.opened(folder),
+    ):
         raise AssertionError
     done.set()
     other.join()
