@@ -42,12 +42,15 @@ class Run(NamedTuple):
     config: ConfigDict
 
 
-def in_a_process(config: Path, workdir: Path, resume: bool, log: Path) -> int:
-    """Trains in a process of its own, whose output goes to `log`; a SIGTERM of this one is passed on. Returns its exit code."""
+def in_a_process(config: Path, workdir: Path, resume: bool, log: Path, keep: Sequence[int] = ()) -> int:
+    """Trains in a process of its own, whose output goes to `log`; a SIGTERM of this one is passed on. Returns its exit code.
+
+    `keep`: file descriptors that it holds open too, such as a lock that must outlive this process.
+    """
     command = [sys.executable, "-m", "jaxtune.launch", "train", f"--config={config}", f"--workdir={workdir}"]
     command += ["--config.checkpoint.resume=True"] if resume else []
     with log.open("a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=keep)
     is_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if is_main else None
     try:

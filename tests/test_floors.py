@@ -32,7 +32,7 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "lr_find", "sweep"},
+    {"run", "lr_find", "sweep", "lineage", "update"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -47,6 +47,7 @@ TOGETHER = {
     "archives": {"types"},
     "workdir": {"types"},
     "hosts": {"types"},
+    "update": {"lineage", "sweep"},
     "chips": {"types"},
 }
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune import config as config_lib
-from jaxtune import fetch
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, sources
 from jaxtune.data.formats import Example
