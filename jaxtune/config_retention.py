@@ -37,9 +37,9 @@ def frontier() -> ConfigDict:
     return ConfigDict()
 
 
-def update() -> ConfigDict:
+def lineage() -> ConfigDict:
     c = ConfigDict()
-    c.lineage = ""  # `update`: folder that holds a model's releases and their ledger; one that is not there begins with the base
+    c.folder = ""  # `update`: folder that holds a model's releases and their ledger; one that is not there begins with the base
     c.replay_share = (
         0.2  # share of each batch's rows that are earlier stages' training rows, alike for each stage; 0 = none
     )
@@ -63,5 +63,5 @@ SECTIONS = {
     "self_distill": self_distill,
     "merge": merge,
     "frontier": frontier,
-    "update": update,
+    "lineage": lineage,  # of the verb `update`; a ConfigDict has a method of that name
 }

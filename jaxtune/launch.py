@@ -37,7 +37,7 @@ VERBS = {
     "plan": "compile the training step for a TPU that is not here, and say what it needs, takes and costs",
     "lr_find": "train a copy at ever higher learning rates, and say which one falls fastest",
     "sweep": "train once for each combination of config.sweep.axes, and compare",
-    "update": "make the next release of config.update.lineage from new data, or refuse it where it is worse than the last",
+    "update": "make the next release of config.lineage.folder from new data, or refuse it where it is worse than the last",
 }
 _FILES = {
     "lr_find": "jaxtune.lr_find",

@@ -1,6 +1,6 @@
 """The verb `update`: from the last released model and new data to the next release, or to a refusal that says why.
 
-`update.lineage` is a folder: `ledger.jsonl` and `ledger.md` say what was released and from what, and `attempts/NNN` holds
+`lineage.folder` is a folder: `ledger.jsonl` and `ledger.md` say what was released and from what, and `attempts/NNN` holds
 each candidate: its config, its run (`train/`), what every model scored row by row (`results/`), the new rows most unlike the
 old (`unlike.jsonl`), the rows that got worse (`worse.jsonl`) and the report. The same command goes on where it stopped.
 """
@@ -33,7 +33,7 @@ from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError
 from jaxtune.weights.source import Model
 
-_ALIKE = (*checkpoint.FREE, "update.", "protect.")  # what does not change what a candidate is
+_ALIKE = (*checkpoint.FREE, "lineage.", "protect.")  # what does not change what a candidate is
 
 
 class Known(NamedTuple):
@@ -62,13 +62,13 @@ def update(config: ConfigDict, workdir: Path, start: sweep.Start | None = None) 
         ledger, and the released model stays.
       Preempted: the training was stopped, and saved.
     """
-    if not config.update.lineage:
+    if not config.lineage.folder:
         raise UserError(
-            "update needs --config.update.lineage=FOLDER: the releases of a model, or a path where there is nothing"
+            "update needs --config.lineage.folder=FOLDER: the releases of a model, or a path where there is nothing"
         )
-    folder = Path(config.update.lineage).expanduser()
+    folder = Path(config.lineage.folder).expanduser()
     with ledger.opened(folder) as lock:
-        if config.update.rollback >= 0:
+        if config.lineage.rollback >= 0:
             return _roll_back(config, folder)
         known = _known(config, folder)
         attempt = _attempt(config, known)
@@ -82,14 +82,14 @@ def update(config: ConfigDict, workdir: Path, start: sweep.Start | None = None) 
         if line["verdict"] == "refused":
             raise UserError(
                 f"refused: {line['reason']}; release {known.parent['release']} stays. The rows that got worse are in "
-                f"{attempt / 'worse.jsonl'}; to release it all the same: --config.update.force='the reason'"
+                f"{attempt / 'worse.jsonl'}; to release it all the same: --config.lineage.force='the reason'"
             )
         print(f"release {line['release']} is current: {folder / line['weights']}")
 
 
 def _roll_back(config: ConfigDict, folder: Path) -> None:
-    wanted = config.update.rollback
-    lines = ledger.roll_back(folder, ledger.read(folder), wanted, config.update.force)
+    wanted = config.lineage.rollback
+    lines = ledger.roll_back(folder, ledger.read(folder), wanted, config.lineage.force)
     line = ledger.releases(lines)[wanted]
     print(f"release {wanted} is current again: {folder / line['weights'] if wanted else line['model']}")
 
@@ -106,15 +106,15 @@ def _known(config: ConfigDict, folder: Path) -> Known:
     if lines:
         stages.check_base(folder, lines[0], config, model)
     made_from = ledger.ancestry(lines, ledger.current(lines))
-    earlier, notes = stages.earlier(folder, made_from, config.update.on_changed_data, tokenizer, show)
+    earlier, notes = stages.earlier(folder, made_from, config.lineage.on_changed_data, tokenizer, show)
     release = 1 + max(ledger.releases(lines), default=0)
     taken = [*(stage.name for stage in earlier), *(name for name, _ in config.protect.sets)]
     name = config.name if config.name not in taken else f"{config.name}.{release}"
     new = stages.read(config, release, name, tokenizer, show)
     notes += stages.check_new(new, earlier)
-    wrong = next((name for name, _ in config.update.margins if name not in (*taken, new.name)), None)
+    wrong = next((name for name, _ in config.lineage.margins if name not in (*taken, new.name)), None)
     if wrong is not None:
-        raise UserError(f"config.update.margins names {wrong!r}; there are {', '.join((*taken, new.name))}")
+        raise UserError(f"config.lineage.margins names {wrong!r}; there are {', '.join((*taken, new.name))}")
     for note in notes:
         _say(config, f"note: {note}")
     lines = lines or ledger.append(folder, [], base)
@@ -130,14 +130,14 @@ def _attempt(config: ConfigDict, known: Known) -> Path:
         file = root / f"{number:03d}" / "began.json"
         saved = json.loads(file.read_text("utf-8")) if file.exists() else {}
         if {key: saved.get(key) for key in began} == began:
-            shares = saved["replay_share"], config.update.replay_share
+            shares = saved["replay_share"], config.lineage.replay_share
             changed = checkpoint.first_change(saved["config"], config, _ALIKE)
             if changed is None and shares[0] == shares[1]:
                 return file.parent
-            key, then, now = changed or ("update.replay_share", *shares)
+            key, then, now = changed or ("lineage.replay_share", *shares)
             _say(config, f"attempt {number} is of another config ({key} was {then!r}, is {now!r}): a new one is begun")
     folder = root / f"{max(numbers, default=0) + 1:03d}"
-    told = {**began, "replay_share": config.update.replay_share, "config": json.loads(config_lib.to_json(config))}
+    told = {**began, "replay_share": config.lineage.replay_share, "config": json.loads(config_lib.to_json(config))}
     ledger.write(folder / "began.json", json.dumps(told, indent=2) + "\n")
     return folder
 
@@ -154,7 +154,7 @@ def _train(config: ConfigDict, known: Known, attempt: Path, start: sweep.Start) 
     made = training(config, known, attempt)
     ledger.write(attempt / "train.json", config_lib.to_json(made) + "\n")
     run, log = attempt / "train", attempt / "train.txt"
-    replayed = ", ".join(stage.name for stage in known.earlier) if config.update.replay_share else ""
+    replayed = ", ".join(stage.name for stage in known.earlier) if config.lineage.replay_share else ""
     _say(
         config,
         f"training {known.new.name} from release {known.parent['release']}"
@@ -174,9 +174,9 @@ def _train(config: ConfigDict, known: Known, attempt: Path, start: sweep.Start) 
 def training(config: ConfigDict, known: Known, attempt: Path) -> ConfigDict:
     """The config of the candidate's run: from the released weights, on the new rows and replay of earlier stages'."""
     made = stages.of_release(config, known.folder, known.parent)
-    made.workdir, made.update = str(attempt / "train"), config_lib.base().update
+    made.workdir, made.lineage = str(attempt / "train"), config_lib.base().lineage
     made.export.output, made.checkpoint.resume, made.eval.before_after = "", False, True
-    made.retain.replay = (*config.retain.replay, *stages.replay(known.earlier, config.update.replay_share))
+    made.retain.replay = (*config.retain.replay, *stages.replay(known.earlier, config.lineage.replay_share))
     if config.protect.on_broken == "report" and not config.protect.every_steps:
         made.protect.sets = ()  # they are measured here, row by row
     return made
@@ -189,10 +189,10 @@ def _result(run: Path) -> str:
 def _measure(config: ConfigDict, known: Known, attempt: Path) -> tuple[list[Protected], dict[str, Results]]:
     """The sets that a release is held to, and what candidate, released model and base score on them; kept in the attempt."""
     every = [*known.earlier, known.new]
-    own = [scores.of_stage(stage, config.update.margin, known.model, known.tokenizer) for stage in every]
+    own = [scores.of_stage(stage, config.lineage.margin, known.model, known.tokenizer) for stage in every]
     reader, show = start_lib.reader(config, known.model, known.tokenizer), _progress(config)
     beside = protected.read(config, known.tokenizer, show, reader)
-    sets = gate.margins([*own, *beside], config.update.margins)
+    sets = gate.margins([*own, *beside], config.lineage.margins)
     found = scores.of_training(attempt / "train", own[-1])
     if found is not None:
         scores.keep(attempt, "released", own[-1:], {known.new.name: found[0]})
@@ -245,7 +245,7 @@ def _matrix(known: Known, line: Line, sets: Sequence[Protected], results: dict[s
 
 def _drift(config: ConfigDict, known: Known, attempt: Path) -> comparing.Drift:
     """How the new rows differ from the earlier stages'; kept in the attempt. Nothing where there are none."""
-    if not known.earlier or not config.update.drift_rows:
+    if not known.earlier or not config.lineage.drift_rows:
         return comparing.Drift({}, [])
     _say(config, "comparing new rows with old")
     base = config.copy_and_resolve_references()
@@ -261,7 +261,7 @@ def _judge(
     results: dict[str, Results], drift: comparing.Drift,
 ) -> Line:  # fmt: skip
     """The candidate's line in the ledger; writes the rows that got worse."""
-    decide, force, number = config.update.decide, config.update.force, 0
+    decide, force, number = config.lineage.decide, config.lineage.force, 0
     broken = [one for one in sets if not gate.passes(verdicts[one.name], decide)]
     told = [gate.told(one.name, verdicts[one.name], decide, len(results["candidate"][one.name].rows)) for one in broken]
     worse = [
@@ -279,11 +279,11 @@ def _judge(
         "reason": "; ".join(told) + (f"; forced: {force}" if broken and force else ""),
         "config": _kept_config(config, known.folder, attempt),
         "data": {"files": known.new.files, "rows": dict(known.new.splits.counts), "digest": known.new.digest},
-        "replay": {"share": config.update.replay_share, "stages": [stage.name for stage in known.earlier]}
-        if known.earlier and config.update.replay_share else None,
+        "replay": {"share": config.lineage.replay_share, "stages": [stage.name for stage in known.earlier]}
+        if known.earlier and config.lineage.replay_share else None,
         "versions": _versions(), "weights": str(relative / "train" / _result(attempt / "train")),
         "scores": {one.name: account.score(verdicts[one.name]) for one in sets},
-        "drift": {name: {**shift._asdict(), "shifted": shift.p_holm < config.update.drift_alpha} for name, shift in drift.shifts.items()},
+        "drift": {name: {**shift._asdict(), "shifted": shift.p_holm < config.lineage.drift_alpha} for name, shift in drift.shifts.items()},
         "notes": known.notes,
     }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,13 @@ def write(
 ) -> None:
     """Writes report.html and report.json into the attempt's folder, and prints the tables."""
     line, transfer = lines[-1], matrix_lib.transfer(matrix)
-    held = _held_to(verdicts, config.update.decide)
+    held = _held_to(verdicts, config.lineage.decide)
     tables = [("Held to the released model", *held), ("Stage matrix", *matrix_lib.table(matrix))]
     if transfer:
         rows = [[_TRANSFER[name], f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"] for name, e in transfer.items()]
         tables.append(("Across stages", ["Figure", "Value"], rows))
     if drift.shifts:
-        tables.append(("New data beside old", *drift_lib.table(drift.shifts, config.update.drift_alpha)))
+        tables.append(("New data beside old", *drift_lib.table(drift.shifts, config.lineage.drift_alpha)))
         unlike = [[row["row_id"], f"{row['likeness']:.3f}", row["prompt"][:200]] for row in drift.unlike[:8]]
         tables.append(("New rows most unlike the old", ["Row", "Likeness", "Prompt"], unlike))
     print(
@@ -53,10 +52,10 @@ def write(
         )
     )
     facts = {
-        "name": f"{config.name}: update of {Path(config.update.lineage).name}",
+        "name": f"{config.name}: update of {Path(config.lineage.folder).name}",
         "headline": _headline(line),
         "about": _about(line, attempt),
-        "notices": line["notes"] + [f"Drift: {name} has shifted ({s.told or 'embeddings'})." for name, s in drift.shifts.items() if s.p_holm < config.update.drift_alpha],
+        "notices": line["notes"] + [f"Drift: {name} has shifted ({s.told or 'embeddings'})." for name, s in drift.shifts.items() if s.p_holm < config.lineage.drift_alpha],
         "tables": [{"title": title, "header": header, "rows": rows, "plots": _plots(title, matrix)} for title, header, rows in tables],
         "matrix": {"models": matrix.models, "stages": [one.name for one in matrix.stages], "values": matrix.values},
         "transfer": transfer,
@@ -65,7 +64,7 @@ def write(
     }  # fmt: skip
     with tracking.writing(attempt / "report.html"):
         report.write(attempt, facts)
-    print(f"\nreport in {attempt / 'report.html'}, ledger in {Path(config.update.lineage) / 'ledger.md'}")
+    print(f"\nreport in {attempt / 'report.html'}, ledger in {Path(config.lineage.folder) / 'ledger.md'}")
 
 
 def _headline(line: Line) -> str:

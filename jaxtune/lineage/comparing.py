@@ -35,9 +35,9 @@ class Drift(NamedTuple):
 def compare(config: ConfigDict, new: Stage, earlier: Sequence[Stage], tokenizer: Tokenizer, embed: Embed) -> Drift:
     """Tests whether a stage's training rows differ from those of all earlier stages together, by what is asked in them.
 
-    Of each side `update.drift_rows` rows are drawn; labels are compared where all stages have a label column.
+    Of each side `lineage.drift_rows` rows are drawn; labels are compared where all stages have a label column.
     """
-    options, rng = config.update, np.random.default_rng(config.train.seed)
+    options, rng = config.lineage, np.random.default_rng(config.train.seed)
     old = _drawn([example for stage in earlier for example in stage.splits.train], options.drift_rows, rng)
     fresh = _drawn(new.splits.train, options.drift_rows, rng)
     if min(len(old), len(fresh)) < 2:
@@ -66,12 +66,12 @@ def _drawn(examples: Sequence[Example], num: int, rng: np.random.Generator) -> l
 
 
 def embedder(config: ConfigDict, show: Any) -> Embed:
-    """What embeds texts: the base's own last states, or those of the model that `update.embedder` names, mean-pooled.
+    """What embeds texts: the base's own last states, or those of the model that `lineage.embedder` names, mean-pooled.
 
     Raises:
       UserError: the model is not to be had.
     """
-    own, named = config.copy_and_resolve_references(), config.update.embedder
+    own, named = config.copy_and_resolve_references(), config.lineage.embedder
     if named:
         own.model, own.tune = config_lib.base().model, config_lib.base().tune
         own.model.source, own.train.objective = named, "sft"
@@ -81,7 +81,7 @@ def embedder(config: ConfigDict, show: Any) -> Embed:
         program, values = start.program(own, model)
         state, frozen = start.load(own, model, program, values, show)
     except UserError as error:
-        raise UserError(f"update.embedder={named!r}: {error}" if named else str(error)) from None
+        raise UserError(f"lineage.embedder={named!r}: {error}" if named else str(error)) from None
     params = {**frozen, **state.params}
     most = min(config.data.max_length, program.model_config.max_positions)
 

@@ -80,6 +80,6 @@ def worse_rows(one: Protected, released: tasks.Result, candidate: tasks.Result) 
 
 
 def margins(sets: Sequence[Protected], margins: Sequence[tuple[str, float]]) -> list[Protected]:
-    """The sets with the margins that `update.margins` gives by name in place of their own."""
+    """The sets with the margins that `lineage.margins` gives by name in place of their own."""
     given = dict(margins)
     return [one._replace(tolerance=float(given.get(one.name, one.tolerance))) for one in sets]

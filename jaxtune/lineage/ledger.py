@@ -37,13 +37,13 @@ def read(folder: Path) -> list[Line]:
     path = folder / FILE
     if folder.is_file():
         raise UserError(
-            f"update.lineage={str(folder)!r} is a file; expected the folder of a lineage, or a path where there is nothing"
+            f"lineage.folder={str(folder)!r} is a file; expected the folder of a lineage, or a path where there is nothing"
         )
     if not path.exists():
         others = sorted(p.name for p in folder.iterdir() if p.name != _LOCK) if folder.is_dir() else []
         if others:
             raise UserError(
-                f"update.lineage={str(folder)!r} is no lineage: it has no {FILE} and holds {', '.join(others[:3])}; name a "
+                f"lineage.folder={str(folder)!r} is no lineage: it has no {FILE} and holds {', '.join(others[:3])}; name a "
                 "lineage's folder, or a path where there is nothing"
             )
         return []
@@ -148,10 +148,10 @@ def roll_back(folder: Path, lines: Sequence[Line], release: int, reason: str) ->
     known = releases(lines)
     if release not in known:
         listed = ", ".join(map(str, known)) or "none yet"
-        raise UserError(f"update.rollback={release}: {folder} has no release {release}; it has {listed}")
+        raise UserError(f"lineage.rollback={release}: {folder} has no release {release}; it has {listed}")
     if release == current(lines):
         raise UserError(
-            f"update.rollback={release}: release {release} is the current one of {folder}; there is nothing to do"
+            f"lineage.rollback={release}: release {release} is the current one of {folder}; there is nothing to do"
         )
     return append(folder, lines, {"kind": "rollback", "release": release, "from": current(lines), "reason": reason})
 

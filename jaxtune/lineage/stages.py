@@ -128,7 +128,7 @@ def earlier(
             )
             if on_changed_data == "refuse":
                 raise UserError(
-                    f"{changed}; put it back, or set update.on_changed_data='note' to go on with what it holds now"
+                    f"{changed}; put it back, or set lineage.on_changed_data='note' to go on with what it holds now"
                 )
             notes.append(changed)
         found.append(stage)
@@ -147,7 +147,7 @@ def check_new(new: Stage, earlier: Sequence[Stage]) -> list[str]:
         if stage.digest == new.digest:
             raise UserError(
                 f"data.train={new.files['train']['uri']!r} is what release {stage.release} ({stage.name!r}) was trained on already (the "
-                "same SHA-256, read alike): name new data, or go back first with update.rollback="
+                "same SHA-256, read alike): name new data, or go back first with lineage.rollback="
                 f"{stage.release - 1}"
             )
         if same:
@@ -226,7 +226,7 @@ def of_release(config: ConfigDict, folder: Path, line: Line) -> ConfigDict:
     weights = folder / line["weights"]
     if not weights.is_dir():
         raise UserError(
-            f"the weights of release {line['release']} are gone: {weights}; put them back, or go back with update.rollback"
+            f"the weights of release {line['release']} are gone: {weights}; put them back, or go back with lineage.rollback"
         )
     if not (weights / "adapter_config.json").exists():
         made.model.source, made.model.tokenizer, made.tune.adapter = str(weights), "", ""
