@@ -72,9 +72,10 @@ class MixtureSource:
 
     def counts(self, num_steps: int) -> list[dict[str, int]]:
         """Batch rows and trained tokens of each source in so many steps, the main one first."""
-        found = [self._counts(step) for step in range(num_steps)]
-        rows, tokens = (np.sum([one[i] for one in found], axis=0, dtype=np.int64) for i in range(2))
-        return [{"batch_rows": int(r), "trained_tokens": int(t)} for r, t in zip(rows, tokens, strict=True)]
+        total = np.zeros((2, 1 + len(self.others)), np.int64)
+        for step in range(num_steps):
+            total += self._counts(step)
+        return [{"batch_rows": int(rows), "trained_tokens": int(tokens)} for rows, tokens in total.T]
 
     def row_id(self, number: int, row_ids: Sequence[Sequence[str]]) -> str:
         """The id of a row by its number in a batch, of the ids of every source's rows."""

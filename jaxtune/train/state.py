@@ -238,7 +238,9 @@ def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any])
     reads_head = any(registry.load("objective", name, OBJECTIVES).OBJECTIVE.reads_head for name in objectives)
     head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
     has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
-    return partition.label(variables, config.tune.method, has_task, headless=not reads_head)
+    labels = partition.label(variables, config.tune.method, has_task, headless=not reads_head)
+    depths = partial(transformer.depths, model_config)
+    return partition.restricted(labels, config.tune.freeze, config.tune.train_layers, model_config.num_layers, depths)
 
 
 def _pool(config: ConfigDict, model_config: Any, of_folder: str) -> str:
