@@ -98,7 +98,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
-        found = (rows.splits, rows.train.counts, held, outcome, before, after)
+        found = (rows.splits, rows_lib.counts(config, rows, outcome.steps), held, outcome, before, after)
         account.write(config, workdir, account.Run(model, tokenizer, program, *found, wall, folder, beside))
 
 

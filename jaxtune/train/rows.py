@@ -217,6 +217,19 @@ def summary(config: ConfigDict, rows: Rows) -> str:
     )
 
 
+REPLAY = "replay of "
+
+
+def counts(config: ConfigDict, rows: Rows, num_steps: int) -> dict[str, int]:
+    """What a run of so many steps has to say of its rows, in numbers; with how much of each replayed source it saw."""
+    found = dict(rows.train.counts)
+    if isinstance(rows.batches, MixtureSource):
+        every = rows.batches.counts(num_steps)[1:]
+        for (uri, *_), seen in zip(config.retain.replay, every, strict=True):
+            found |= {f"{REPLAY}{uri}, {name.replace('_', ' ')}": number for name, number in seen.items()}
+    return found
+
+
 def first_row(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, reader: readers.Reader) -> str:
     """The first batch row token by token, with each token's loss weight as a target, for the terminal."""
     batch = rows.batches[0]
