@@ -29,7 +29,6 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import account, fewshot, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
-from jaxtune.rewards import scoring
 from jaxtune.selftrain import rounds as self_training
 from jaxtune.train import compiled, goodput, loop, references, rounds, start
 from jaxtune.train import rows as rows_lib
@@ -63,10 +62,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         program, values = start.program(config, model)
         start.check_length(config, program)
         start.check_export(config, program)
-    if held:
-        measure.check(config, held, tokenizer, program)
-    elif config.train.objective in validation_methods.ON_POLICY:
-        scoring.check(config.reward)
+    measure.check(config, held, tokenizer, program)
     lacking = [] if held else [measure.nothing_held(config)]
     _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
