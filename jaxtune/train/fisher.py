@@ -44,9 +44,9 @@ _CLASSING = (
 
 
 def with_penalties(
-    config: ConfigDict, workdir: Path, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
+    config: ConfigDict, workdir: Path | None, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
 ) -> Params:  # fmt: skip
-    """The frozen parameters of a run that begins with `trained`: with what its penalties compare with.
+    """The frozen parameters of a run that begins with `trained`: with what its penalties compare with. Without `workdir`, nothing is kept.
 
     Raises:
       UserError: there are no rows for the Fisher information, or an earlier one is not of these parameters.
@@ -59,7 +59,7 @@ def with_penalties(
 
 
 def information(
-    config: ConfigDict, workdir: Path, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
+    config: ConfigDict, workdir: Path | None, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
 ) -> Mapping[str, np.ndarray]:  # fmt: skip
     """The Fisher information of each trained parameter, float32: that of `retain.fisher_data`, and of earlier tasks times its decay."""
     earlier = _earlier(config, trained) if config.retain.fisher else None
@@ -70,14 +70,15 @@ def information(
         _, data = rows.aside(own, tokenizer, show, "Fisher information", reader)
         data = masking.fixed(data, reader.masking) if reader.masking else data
         asked = hashlib.sha256((asked + data.digest).encode()).hexdigest()
-    kept = _read(workdir / FILE, asked)
+    file = workdir / FILE if workdir else None
+    kept = _read(file, asked) if file else None
     if kept is not None:
         return kept
     now = diagonal(own, program, trained, frozen, data, tokenizer.pad_id, show) if own is not None and data else {}
     before = {path: config.retain.fisher_decay * value for path, value in (earlier or {}).items()}
     total = {path: np.asarray(now.get(path, 0) + before.get(path, 0), np.float32) for path in trained}
-    if jax.process_index() == 0:
-        _write(workdir / FILE, asked, total)
+    if file and jax.process_index() == 0:
+        _write(file, asked, total)
     return total
 
 

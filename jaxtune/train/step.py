@@ -17,7 +17,7 @@ from jaxtune.config import ConfigDict, lookup
 from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy
+from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy, divisor
 from jaxtune.train import meta, preferences, retention, routers
 from jaxtune.train.beside import beside, prefix
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
@@ -123,7 +123,7 @@ def parts(config: ConfigDict, hf_config: dict[str, Any]) -> list[Part]:
 def mean(config: ConfigDict, values: Any, weights: Any) -> float:
     """The loss of summed-up NumPy (values, weights), () or (objectives,): each over its own weight, times its share."""
     shares = np.asarray([1.0] + [one[1] for one in config.train.beside])
-    return float(np.sum(shares * values / np.maximum(weights, 1.0)))
+    return float(np.sum(shares * values / np.where(weights > 0, weights, 1.0)))
 
 
 def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
@@ -250,7 +250,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             loss = jnp.sum(value * scales)
         else:
             grads, (value, weight, extra) = summed(total, state.params, frozen, micro, key)
-            scale = 1.0 / jnp.maximum(weight, 1.0)
+            scale = 1.0 / divisor(weight)
             grads = jax.tree.map(lambda g: g * scale, grads)
             loss = value * scale
         grads, held = hold(grads, state.params, frozen)
@@ -266,7 +266,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             "trained_tokens": sum(jnp.sum(x != 0) for name, x in batch.items() if name.endswith("weights_BT")),
             "tokens": sum(jnp.sum(ids != 0) for name, ids in batch.items() if "segment_ids_" in name),
             "ok": ok,
-            **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
+            **{name: value / divisor(w) for name, (value, w) in extra.items()},
             **held,
         }
         return State(state.step + 1, params, opt_state, state.key, mean), metrics
@@ -306,7 +306,7 @@ def _shares(config: ConfigDict, program: Program, num_rows: int) -> Callable[[Pa
         # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
         weights = total(params, batch, None)[1][1]
         tokens = jnp.sum(batch["weights_BT"]) if retention.on_tokens(config) else jnp.float32(1)
-        return shares / jnp.maximum(weights, 1.0), 1.0 / jnp.maximum(tokens, 1.0)
+        return shares / divisor(weights), 1.0 / divisor(tokens)
 
     return found
 
