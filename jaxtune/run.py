@@ -30,7 +30,7 @@ from jaxtune.evals import account, fewshot, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, goodput, guests, loop, references, rounds, start
+from jaxtune.train import compiled, goodput, guests, loop, references, rounds, sequences, start, teachers
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -53,7 +53,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         guests.check_tokens(config, tokenizer)
     with wall("tokenise"):
         reader = start.reader(config, model, tokenizer)
-        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer))
+        taught = partial(sequences.taught, config, workdir, show=show)
+        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         validation.check_profile(config)
     if config.checkpoint.resume:
@@ -74,6 +75,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
         rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
+        rows = teachers.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:

@@ -33,6 +33,7 @@ import numpy as np
 #   returns_BT      float32  what it should have expected
 #   teacher_logps_BTJ  float32  log-probabilities of a teacher's likeliest words, the last of all others together
 #   teacher_ids_BTJ    int32    these words; -1 for all others
+#   gold_BT         float32  1 where the targets are the data's, 0 where the student wrote them itself
 #
 # A segment id may hold a branch above its number: `number | branch << BRANCH_BITS`. Branch 0 is a prompt that the other
 # branches of its number go on from; they do not see each other.
@@ -60,6 +61,7 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "returns_BT": np.dtype(np.float32),
     "teacher_logps_BTJ": np.dtype(np.float32),
     "teacher_ids_BTJ": np.dtype(np.int32),
+    "gold_BT": np.dtype(np.float32),
     "query_ids_B": np.dtype(np.int32),
     "passage_tokens_BQU": np.dtype(np.int32),
     "passage_segment_ids_BQU": np.dtype(np.int32),

@@ -32,10 +32,33 @@ def objectives(config: ConfigDict) -> tuple[str, ...]:
     return (config.train.objective, *(one[0] for one in config.train.beside))
 
 
+def _check_on_policy(config: ConfigDict) -> None:
+    distill, told = config.distill, f"distill.on_policy={config.distill.on_policy}"
+    if not distill.on_policy:
+        return
+    if config.train.objective != "distill" or config.train.beside:
+        raise UserError(
+            f"{told} goes with train.objective='distill' alone, not with {config.train.objective!r} and train.beside="
+            f"{config.train.beside}: set it to 0.0"
+        )
+    if distill.mode != "online":
+        raise UserError(
+            f"{told}: what the student will write is not known before training, and distill.mode={distill.mode!r} asks the teacher then: "
+            "set distill.mode='online'"
+        )
+    if not distill.alpha:
+        raise UserError(
+            f"{told} with distill.alpha=0.0: no step on its own answers would teach anything; raise distill.alpha"
+        )
+
+
 def _check_distill(config: ConfigDict) -> None:
     if "distill" not in objectives(config):
+        if config.distill.on_policy:
+            _check_on_policy(config)
         return
     distill, method = config.distill, config.tune.method
+    _check_on_policy(config)
     if not distill.teacher:
         raise UserError(
             "train.objective='distill' learns from a teacher, and distill.teacher is empty: name a model's URI, 'adapter_off' or 'start'"
@@ -54,6 +77,10 @@ def _check_distill(config: ConfigDict) -> None:
         raise UserError(
             f"distill.teacher={distill.teacher!r} is this model itself: leave distill.teacher_adapter, teacher_tokenizer and "
             "teacher_quantize empty"
+        )
+    if distill.mode != "online" and config.train.objective != "distill":
+        raise UserError(
+            f"distill.mode={distill.mode!r} prepares the rows of train.objective='distill', not of one in train.beside: set 'online'"
         )
     if distill.mode == "precomputed" and not distill.top_k:
         raise UserError(

@@ -42,7 +42,15 @@ def loss(
         else teacher.hidden(batch, None)
     )
     total, apart, nll, right = taught(
-        policy.head, hidden_BTD, teacher and teacher.head, seen, targets_BT, weights_BT, form, alpha
+        policy.head,
+        hidden_BTD,
+        teacher and teacher.head,
+        seen,
+        targets_BT,
+        weights_BT,
+        form,
+        alpha,
+        batch.get("gold_BT"),
     )
     weight = jnp.sum(weights_BT)
     return total, weight, {"accuracy": (right, weight), "divergence": (apart, weight), "nll": (nll, weight)}

@@ -18,7 +18,8 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES
 from jaxtune.objectives.ops import Objective
 from jaxtune.types import UserError
-from jaxtune.validation_retention import SELVES, objectives
+from jaxtune.validation_retention import SELVES as SELVES
+from jaxtune.validation_retention import objectives
 from jaxtune.weights import peft_read, source
 
 Params = dict[str, Any]
@@ -44,7 +45,8 @@ def with_teacher(config: ConfigDict, objective: Objective) -> Objective:
     if config.train.objective != "distill":
         return objective
     name = taught_by(config)
-    fields = ("teacher_logps_BTJ", "teacher_ids_BTJ") if config.distill.mode == "precomputed" else ()
+    fields: tuple[str, ...] = ("teacher_logps_BTJ", "teacher_ids_BTJ") if config.distill.mode == "precomputed" else ()
+    fields += ("gold_BT",) if config.distill.on_policy else ()
     return objective._replace(frozen=(name,) if name else (), fields=(*objective.fields, *fields))
 
 
@@ -102,7 +104,7 @@ def invited(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> A
     words, top_k = program.model_config.vocab_size, config.distill.top_k
     if "distill" in objectives(config) and top_k > words:
         raise UserError(f"distill.top_k={top_k} is more than the {words:,} words of the model; 0 = all of them")
-    found = {name: _teacher(config, program, abstract) if name == "teacher" else None for name in wanted(config)}
+    found = {name: teacher(config, program, abstract) if name == "teacher" else None for name in wanted(config)}
     frozen = dict(program.frozen)
     for name, guest in found.items():
         own = program.state.params if guest is None else guest.frozen
@@ -111,7 +113,12 @@ def invited(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> A
     return program._replace(guests=found, frozen=frozen, labels=labels)
 
 
-def _teacher(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> Any:
+def teacher(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> Any:
+    """The program of `distill.teacher`, a model of its own, on the mesh of the student's `program`.
+
+    Raises:
+      UserError: it is not to be had, or no language model over as many words.
+    """
     own, name = config_of(config), config.distill.teacher
     model = source.find(own)
     guest = abstract(own, model.hf_config, program.mesh, 1, _adapter(own, model)[0], trains=False)
@@ -138,11 +145,17 @@ def load(config: ConfigDict, program: Any, params: Params, load_model: Callable[
         if guest is None:
             own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(params)
         else:
-            its = config_of(config)
-            model = source.find(its)
-            _, own = load_model(its, model, guest, _adapter(its, model)[1], progress)
+            own = loaded(config, guest, load_model, progress)
         found |= {f"{name}/{path}": value for path, value in own.items()}
     return found
+
+
+def loaded(config: ConfigDict, guest: Any, load_model: Callable[..., Any], progress: Any) -> Params:
+    """The arrays of a `teacher`'s program."""
+    its = config_of(config)
+    model = source.find(its)
+    own: Params = load_model(its, model, guest, _adapter(its, model)[1], progress)[1]
+    return own
 
 
 def own_of(name: str, program: Any, params: Params) -> Params:
