@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,8 @@ class OwnWords:
             made = self._written(step, {path: value for path, value in current().items() if "/" not in path})
             self._files.write(step, made)
         config, size = self._config, self._config.train.batch_size
-        prompts, order = [self._prompt(row) for row in made.prompts_N], np.arange(len(made.prompts_N))
+        prompts: list[Any] = [self._prompt(row) for row in made.prompts_N]
+        order = np.arange(len(made.prompts_N))
         shape = (size, config.data.max_length, self._pad_id)
         batch = lay_out(prompts, made.completions, made.prompts_N, order, 1, *shape).batch(0)
         self._told[step] = made.told

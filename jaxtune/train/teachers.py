@@ -155,6 +155,7 @@ def _speaker(config: ConfigDict, program: Program, params: Params, show: Any) ->
 
     def say(batch: Batch) -> Likeliest:
         arrays = sharding.to_global({name: batch[name][mine] for name in TOKEN_FIELDS}, mesh, num_rows)
-        return Likeliest(*map(sharding.to_host, run(params, arrays)))
+        found: Likeliest = jax.tree.map(sharding.to_host, run(params, arrays))
+        return found
 
     return say
