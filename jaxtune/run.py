@@ -73,9 +73,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
-        rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
-        rows = teachers.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
-        frozen = fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
+        rows, frozen = _compared(config, workdir, model, tokenizer, program, rows, state, frozen, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
@@ -297,6 +295,17 @@ def _write(path: Path, text: str) -> None:
             partial_path.replace(path)
     finally:
         partial_path.unlink(missing_ok=True)
+
+
+def _compared(
+    config: ConfigDict, workdir: Path, model: source.Model, tokenizer: Tokenizer, program: Program, rows: rows_lib.Rows, state: State,
+    frozen: Params, show: Any,
+) -> tuple[rows_lib.Rows, Params]:  # fmt: skip
+    """The rows with what a reference and a teacher say of them, and the frozen parameters with what penalties compare with."""
+    params = {**frozen, **state.params}
+    rows = references.filled(config, workdir, rows, tokenizer, program, params, show)
+    rows = teachers.filled(config, workdir, rows, tokenizer, program, params, show)
+    return rows, fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
 
 
 def _before(

@@ -95,20 +95,23 @@ def diagonal(
     shards, mesh = sharding.num_batch_shards(program.mesh), program.mesh
     size = -(-config.retain.fisher_rows // shards) * shards
     chunk_tokens = max(1, config.train.loss_chunk_tokens // (size // shards))
-    add, mine = _adding(program, found, chunk_tokens, sampled), sharding.host_rows(mesh, size)
+    add, mine = _adding(program, found, chunk_tokens, sampled, config.train.seed), sharding.host_rows(mesh, size)
     sums: Params = {path: jnp.zeros_like(value, jnp.float32) for path, value in trained.items()}
-    key, length = jax.random.key(config.train.seed), config.data.max_length
+    length = config.data.max_length
     steps = -(-len(data) // size)
     for number, batch in enumerate(
         show(batches.eval_batches(data, length, False, size, pad_id), steps, "Fisher information")
     ):
         arrays = sharding.to_global({name: batch[name][mine] for name in found.fields}, mesh, size)
-        sums = add(sums, trained, frozen, arrays, jax.random.fold_in(key, number))
+        sums = add(sums, trained, frozen, arrays, number * size)
     return {path: sharding.to_host(value) / len(data) for path, value in sums.items()}
 
 
-def _adding(program: Program, found: Objective, chunk_tokens: int, sampled: bool) -> Any:
-    """Returns the jitted (sums, trained, frozen, batch, key) -> sums, with the squared gradient of each of the batch's rows."""
+def _adding(program: Program, found: Objective, chunk_tokens: int, sampled: bool, seed: int) -> Any:
+    """Returns the jitted (sums, trained, frozen, batch, first) -> sums, with the squared gradient of each of the batch's rows.
+
+    `first` is the number of the first of them: what is drawn for a row depends on its number alone.
+    """
 
     def nll(trained: Params, frozen: Params, row: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         policy = step.policy(program, {**frozen, **trained}, chunk_tokens, graphdef=program.inference)
@@ -116,9 +119,10 @@ def _adding(program: Program, found: Objective, chunk_tokens: int, sampled: bool
             row = row | {"targets_BT": labels(policy, row, key)}
         return found.loss(policy, {}, row, None)[0]
 
-    def add(sums: Params, trained: Params, frozen: Params, batch: dict[str, jax.Array], key: jax.Array) -> Params:
+    def add(sums: Params, trained: Params, frozen: Params, batch: dict[str, jax.Array], first: jax.Array) -> Params:
         rows_of = {name: x[:, None] for name, x in batch.items()}  # each a batch of one
-        keys = jax.random.split(key, next(iter(batch.values())).shape[0])
+        key = jax.random.key(seed)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(next(iter(batch.values())).shape[0]))
         each = jax.vmap(jax.grad(nll), in_axes=(None, None, 0, 0))(trained, frozen, rows_of, keys)
         return {path: total + _squares(each[path], program.state.params[path].sharding) for path, total in sums.items()}
 

@@ -149,7 +149,6 @@ def abstract(
     kept = _quantised(quantize, params, run, mesh)
     layout = _check_sharding(config, mesh, variables, params, kept)
     trainable, frozen = partition.split(params, labels)
-    frozen |= retention.shapes(config, family, model_config, trainable)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     made = Program(
@@ -166,7 +165,7 @@ def abstract(
         base={path: value for path, value in params.items() if ".adapter." not in path},
         adapter={path: value for path, value in params.items() if ".adapter." in path},
         state=state,
-        frozen=frozen,
+        frozen=frozen | (retention.shapes(config, family, model_config, trainable) if trains else {}),
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
         quantised=kept,
