@@ -1,4 +1,4 @@
-"""Checks of the section `retain`, what holds a run near its start; `validation_retention.validate` calls them."""
+"""Checks of what holds a run near its start, the section `retain` and layers that do not train; `validation_retention.validate` calls them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def validate(config: ConfigDict) -> None:
     _check_penalties(config, names)
     _check_earlier(config, names)
     _check_replay(config)
+    layers = config.tune.train_layers
+    if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in layers):
+        raise UserError(f"config.tune.train_layers is {layers!r}; expected numbers of layers from 0, such as (10, 11)")
+    if (layers or config.tune.freeze) and config.tune.method == "prompt":
+        raise UserError(
+            "tune.method='prompt' trains virtual tokens alone, which are in no layer: leave tune.train_layers and tune.freeze empty"
+        )
 
 
 def _names(penalties: tuple[Any, ...]) -> list[str]:

@@ -147,3 +147,129 @@ def test_drawn_labels_have_the_models_probabilities() -> None:
     drawn = fisher.labels(policy, {}, jax.random.key(0))
     assert drawn.shape == (1, 5000)
     np.testing.assert_allclose(np.bincount(np.asarray(drawn)[0], minlength=3) / 5000, p, atol=0.025)
+
+
+# ---- layers that do not train ----
+
+
+def test_some_layers_train_and_have_a_state_alone(tiny_config: ConfigDict) -> None:
+    """Layer 1 of both; embeddings by name not at all; what stays is the same to the bit, weight decay or not."""
+    config = tiny_config
+    config.tune.method, config.tune.train_layers, config.optim.weight_decay = "full", (1,), 0.1
+    config.tune.freeze, config.optim.layer_decay, config.optim.ema_decay = (r"embed\..*",), 0.9, 0.9
+    config.retain.penalties = (("l2_start", 1.0),)
+    _, after, frozen = trained(config, devices=2)
+    assert "embed.table" not in after
+    assert "norm.scale" in after
+    for path, value in after.items():
+        before = sharding.to_host(frozen[f"retain/start/{path}"])
+        if path.startswith("layers."):
+            np.testing.assert_array_equal(value[0], before[0], err_msg=path)
+            assert np.abs(value[1] - before[1]).max() > 0, path
+        else:
+            assert np.abs(value - before).max() > 0, path
+    model = source.find(config)
+    program = state.abstract(config, model.hf_config, sharding.make_mesh(config, jax.devices()[:1]), 1)
+    stacked = [
+        leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.opt_state)
+        if "mu" in str(path) and "layers." in str(path)
+    ]
+    assert stacked
+    assert all(shape[0] == 1 for shape in stacked)
+
+
+def test_one_layer_trains_as_it_would_with_the_others_gradients_at_zero(tiny_config: ConfigDict) -> None:
+    """By hand: SGD's step of the whole model, taken in layer 0 alone."""
+    config = tiny_config
+    config.optim.name, config.optim.schedule, config.optim.clip_norm, config.optim.warmup_steps = (
+        "sgd",
+        "constant",
+        0.0,
+        0,
+    )
+    config.tune.method, config.optim.learning_rate = "full", 0.1
+    _, whole, _ = trained(config, steps=1)
+    config.tune.train_layers, config.retain.penalties = (0,), (("l2_start", 0.0), ("ewc", 0.0))[:1]
+    metrics, part, _ = trained(config, steps=1)
+    for path, value in whole.items():
+        wanted = value[0] if path.startswith("layers.") else value
+        found = part[path][0] if path.startswith("layers.") else part[path]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7, err_msg=path)
+    assert metrics[0]["grad_norm"] > 0
+
+
+# ---- earlier tasks ----
+
+
+def test_an_adapter_keeps_away_from_earlier_ones(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    """Two adapters in a row: the second's overlap with the first falls, and with it folded in, the base is what it was merged."""
+    config = tiny_config
+    config.data.validation_fraction = 0.0
+    run.train(config.copy_and_resolve_references(), Path(config.workdir))
+    first = str(Path(config.workdir) / "adapter")
+    config.export.merge, config.export.output = True, str(tmp_path / "merged")
+    run.export(config, Path(config.workdir))
+    config.workdir, config.export.output = str(tmp_path / "second"), ""
+    config.retain.earlier_adapters, config.retain.merge_earlier = (first,), True
+    config.retain.penalties, config.train.seed = (("orthogonal", 10.0),), 1
+    found, _, frozen = trained(config, steps=6)
+    values = [m["penalty/orthogonal"] for m in found]
+    assert values[0] > 0
+    assert values[-1] < 0.7 * values[0]
+    plain = tiny_config.copy_and_resolve_references()
+    plain.retain.earlier_adapters, plain.retain.merge_earlier, plain.retain.penalties = (), False, ()
+    plain.model.source = str(tmp_path / "merged")
+    _, _, merged = trained(plain, steps=0)
+    for path, value in merged.items():
+        np.testing.assert_allclose(sharding.to_host(frozen[path]), sharding.to_host(value), atol=1e-6, err_msg=path)
+
+
+def test_fisher_is_kept_added_up_and_used_again(
+    held: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that resumes reads its own; the next task's run adds half of the last one's to what it finds itself."""
+    held.retain.penalties, held.mesh.fsdp, held.train.steps = (("ewc", 1.0),), 1, 2
+    held.data.validation_fraction = 0.0
+    run.train(held.copy_and_resolve_references(), Path(held.workdir))
+    monkeypatch.setattr(fisher, "diagonal", None)  # not to be called
+    held.checkpoint.resume, held.train.steps = True, 2
+    run.train(held.copy_and_resolve_references(), Path(held.workdir))
+    monkeypatch.undo()
+    now, _ = information(held, "sampled")
+    kept = fisher._read(Path(held.workdir) / fisher.FILE, "")
+    assert kept is None  # asked for something else
+    held.retain.fisher, held.retain.fisher_decay = held.workdir, 0.5
+    held.workdir = str(tmp_path / "next")
+    both, _ = information(held, "sampled")
+    for path, value in now.items():
+        np.testing.assert_allclose(both[path], 1.5 * value, rtol=1e-5, err_msg=path)
+
+
+# ---- replay ----
+
+
+def test_replay_is_seen_told_and_resumed(tiny_config: ConfigDict, chats: Path, tmp_path: Path) -> None:
+    config, workdir = tiny_config, Path(tiny_config.workdir)
+    old = tmp_path / "old.jsonl"
+    old.write_text("".join(json.dumps({"text": f"the cat sat on mat {i}"}) + "\n" for i in range(30)))
+    config.retain.replay = ((str(old), 0.25, (("data.limit", 20),)),)
+    config.retain.rewarm, config.optim.warmup_steps = 5e-3, 2
+    config.tracking.report, config.checkpoint.every_steps, config.data.validation_fraction = True, 3, 0.0
+
+    def record() -> list[tuple]:
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        kept = [(m["step"], m["loss"], m["replay_share"], m["learning_rate"]) for m in lines if "loss" in m]
+        return kept
+
+    run.train(config.copy_and_resolve_references(), workdir)
+    whole = record()
+    assert [share for _, _, share, _ in whole] == [0.25] * 6
+    np.testing.assert_allclose([rate for *_, rate in whole][:3], [5e-3, 7.5e-3, 1e-2], rtol=1e-6)
+    data = json.loads((workdir / "report.json").read_text())["data"]
+    assert data[f"replay of {old}, batch rows"] == 12
+    assert data[f"replay of {old}, trained tokens"] > 0
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    config.checkpoint.resume = True
+    run.train(config.copy_and_resolve_references(), workdir)
+    assert record() == whole
