@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import sharding
+from jaxtune import run, sharding
 from jaxtune.objectives.divergences import Form, divergence
 from jaxtune.train import fisher, start, state, step
 from jaxtune.train import rows as rows_lib
