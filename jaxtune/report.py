@@ -50,7 +50,8 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     folder = Path(workdir)
     plain = _plain(facts)
     keys: dict[str, Any] = {"before": {}, "after": {}, "difference": {}, "train": {}, "data": {}}
-    _replace(folder / "report.json", json.dumps(keys | plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    told = keys | {name: fact for name, fact in plain.items() if name != "tables"}  # which are the page's alone
+    _replace(folder / "report.json", json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     template = resources.files("jaxtune").joinpath("report_template.html").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

@@ -98,7 +98,13 @@ def table(matrix: Matrix) -> tuple[list[str], list[list[Any]]]:
     """(header, rows) for terminal and report."""
     header = ["After", *(f"{one.name} ({one.metric})" for one in matrix.stages)]
     rows = []
-    for model, cells in zip(matrix.models, matrix.cells, strict=True):
-        estimates = [cell and cell.metrics[one.metric] for cell, one in zip(cells, matrix.stages, strict=True)]
-        rows.append([model, *("–" if e is None else f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates)])
+    for model, row in zip(matrix.models, matrix.cells, strict=True):
+        rows.append([model, *(_told(cell, one) for cell, one in zip(row, matrix.stages, strict=True))])
     return header, rows
+
+
+def _told(cell: tasks.Result | None, one: Protected) -> str:
+    if cell is None:
+        return "–"
+    e = cell.metrics[one.metric]
+    return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
