@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from jaxtune import validation_methods
+from jaxtune import validation_methods, validation_retention
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import SAVED_NAMES, UserError, nearest
 
@@ -149,6 +149,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {lookup(config, key)}; expected above 0, or {otherwise}")
     _check_forms(config)
     validation_methods.validate(config)
+    validation_retention.validate(config)
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")

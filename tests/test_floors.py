@@ -13,6 +13,7 @@ FLOORS = [
     {
         "config",
         "config_methods",
+        "config_retention",
         "registry",
         "types",
         "report_plots",
@@ -23,6 +24,7 @@ FLOORS = [
         "indexes",
         "validation",
         "validation_methods",
+        "validation_retention",
         "workdir",
     },
     {"sharding", "models", "data", "moments"},
@@ -37,9 +39,10 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOGETHER = {
     "fetch": {"archives", "indexes", "types"},
     "indexes": {"archives", "types"},
-    "config": {"config_methods", "types"},
-    "validation": {"config", "types", "validation_methods"},
+    "config": {"config_methods", "config_retention", "types"},
+    "validation": {"config", "types", "validation_methods", "validation_retention"},
     "validation_methods": {"config", "types"},
+    "validation_retention": {"config", "types"},
     "registry": {"types"},
     "archives": {"types"},
     "workdir": {"types"},
