@@ -62,8 +62,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         program, values = start.program(config, model)
         start.check_length(config, program)
         start.check_export(config, program)
-    if held:
-        measure.check(config, held, tokenizer, program)
+    measure.check(config, held, tokenizer, program)
     lacking = [] if held else [measure.nothing_held(config)]
     _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
@@ -106,7 +105,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     reader = start.reader(config, model, tokenizer)
-    rows = rows_lib.read(config, tokenizer, _progress(config), reader)
+    rows = rows_lib.read(config, tokenizer, _progress(config), reader, start.beside(config, model, tokenizer))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     start.check_export(config, program)
