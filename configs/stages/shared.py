@@ -18,6 +18,7 @@ def stage(file, steps, batch_size, rate, eval_rows):
     config.lineage.replay_share = 0.25
     config.lineage.margin = 0.1  # of accuracy; what some hundred rows can show
     config.lineage.drift_rows = 60
+    config.protect.kl_rows = 16
     config.retain.penalties = (("kl_base", 0.1),)
     config.protect.sets = (
         (

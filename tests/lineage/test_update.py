@@ -393,3 +393,17 @@ def test_a_killed_update_goes_on_by_the_same_command(stages: dict[str, ConfigDic
     assert "release 1 is current" in again.stdout
     assert ledger.current(ledger.read(folder)) == 1
     assert "resuming after step" not in again.stdout
+
+
+def test_training_has_the_accelerator_to_itself(stages: dict[str, ConfigDict], tmp_path: Path) -> None:
+    """Some accelerators are one process's alone, so none is touched before the run that trains has ended."""
+    config = stages["colours"].copy_and_resolve_references()
+    config.lineage.folder = str(tmp_path / "lineage")
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    code = (
+        "import sys; from pathlib import Path; from jax._src import xla_bridge; from jaxtune import config, update\n"
+        "def start(*_): print('free:', not xla_bridge.backends_are_initialized()); sys.exit(0)\n"
+        "update.update(config.from_json(Path(sys.argv[1]).read_text()), Path('unused'), start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.json")], capture_output=True, text=True)
+    assert done.stdout.strip() == "free: True", done.stderr
