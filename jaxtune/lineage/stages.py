@@ -17,6 +17,7 @@ from jaxtune.evals import measure
 from jaxtune.lineage.ledger import Line
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
+from jaxtune.validation_methods import ON_POLICY
 from jaxtune.weights import source
 from jaxtune.weights.source import Model
 
@@ -54,7 +55,7 @@ def read(config: ConfigDict, release: int, name: str, tokenizer: Tokenizer, show
     files: Files = {
         split: {"uri": config.data[split], "sha256": _sha256(path, config.data.files)} for split, path in paths.items()
     }
-    splits = rows_lib.load(config, tokenizer, show)
+    splits = rows_lib.load(config, tokenizer, show, answers=config.train.objective not in ON_POLICY)
     of_train = sum(
         len(rows) for key, rows in zip(_SPLITS, splits[:3], strict=True) if key == "train" or key not in files
     )
