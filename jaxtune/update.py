@@ -111,13 +111,9 @@ def _known(config: ConfigDict, folder: Path) -> Known:
     made_from = ledger.ancestry(lines, ledger.current(lines))
     earlier, notes = stages.earlier(folder, made_from, config.lineage.on_changed_data, tokenizer, show)
     release = 1 + max(ledger.releases(lines), default=0)
-    taken = [*(stage.name for stage in earlier), *(name for name, _ in config.protect.sets)]
-    name = config.name if config.name not in taken else f"{config.name}.{release}"
-    new = stages.read(config, release, name, tokenizer, show)
+    new = stages.read(config, release, stages.named(config.name, release, earlier), tokenizer, show)
     notes += stages.check_new(new, earlier)
-    wrong = next((name for name, _ in config.lineage.margins if name not in (*taken, new.name)), None)
-    if wrong is not None:
-        raise UserError(f"config.lineage.margins names {wrong!r}; there are {', '.join((*taken, new.name))}")
+    gate.check_names(config, [*(stage.name for stage in earlier), new.name])
     for note in notes:
         _say(config, f"note: {note}")
     waits = config.train.objective in preferences.READERS

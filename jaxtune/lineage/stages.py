@@ -98,6 +98,11 @@ def _digest(config: ConfigDict, files: Files) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 
 
+def named(name: str, release: int, earlier: Sequence[Stage]) -> str:
+    """A release's name among the stages: its own, and its number where an earlier one has it."""
+    return f"{name}.{release}" if name in [stage.name for stage in earlier] else name
+
+
 def earlier(
     folder: Path, lines: Sequence[Line], on_changed_data: str, tokenizer: Tokenizer, show: Any
 ) -> tuple[list[Stage], list[str]]:
@@ -106,15 +111,15 @@ def earlier(
     Raises:
       UserError: a config or a file is gone, or (unless `on_changed_data` is "note") has changed since.
     """
-    found, notes = [], []
-    names = [line["name"] for line in lines]
+    found: list[Stage] = []
+    notes = []
     for line in lines:
         path = folder / line["config"]["path"]
         if not path.exists() or _sha256(path, "") != line["config"]["sha256"]:
             raise UserError(
                 f"{path}, by which release {line['release']} was made, is gone or was changed: put it back as it was"
             )
-        name = line["name"] if names.count(line["name"]) == 1 else f"{line['name']}.{line['release']}"
+        name = named(line["name"], line["release"], found)
         try:
             stage = read(config_lib.from_json(path.read_text("utf-8")), line["release"], name, tokenizer, show)
         except UserError as error:
