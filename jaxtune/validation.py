@@ -64,6 +64,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.old_logps": ("auto", "sampler", "policy"),
     "distill.mode": ("online", "precomputed", "sequence"),
     "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "distill.hidden_loss": ("mse", "cosine"),
     "distill.teacher_quantize": ("", "int8", "int4", "nf4"),
 }
 
@@ -111,6 +112,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
+    "distill.hidden_weight": (0, 1e6), "distill.attention_weight": (0, 1e6),
     "distill.alpha": (0, 1), "distill.on_policy": (0, 1), "distill.mix": (0, 1), "distill.temperature": (1e-3, 1e3),
 }  # fmt: skip
 

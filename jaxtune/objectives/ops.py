@@ -32,13 +32,16 @@ class Policy(NamedTuple):
     `hidden` may be called several times, though not inside another scan: the step collects what routers say of each pass.
 
     `pool` says which hidden state stands for a whole text: first | last | mean. `value(hidden (B, T, D)) -> (B, T)` float32 is
-    what a critic's head says, where there is one.
+    what a critic's head says, where there is one. `layers(batch, key, numbers)` is `hidden`, and what the layers with these
+    numbers made (`models.taps.Tap`, by number). `projections`: matrices from hidden states to a teacher's, where some are learned.
     """
 
     hidden: Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
     head: Head
     pool: str = ""
     value: Callable[[jax.Array], jax.Array] | None = None
+    layers: Callable[..., tuple[jax.Array, Mapping[int, Any]]] | None = None
+    projections: jax.Array | None = None
 
 
 LossFn = Callable[

@@ -147,8 +147,10 @@ def abstract(
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
     kept = _quantised(quantize, params, run, mesh)
+    learned = guests.projections(config, model_config, mesh) if trains else {}
     layout = _check_sharding(config, mesh, variables, params, kept)
-    trainable, frozen = partition.split(params, labels)
+    labels |= dict.fromkeys(learned, "full")
+    trainable, frozen = partition.split(params | learned, labels)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     made = Program(
@@ -332,6 +334,7 @@ def create(
         started: Params = sharding.put(values, {path: like.sharding for path, like in shapes.items()})
     else:
         started = _initial_adapter(program, base, seed)
+    started = {**started, **guests.initial_projections(program, seed)}
     trainable, frozen = partition.split({**base, **started}, program.labels)
     where = shardings(program.state)
 

@@ -24,6 +24,7 @@ from jaxtune.types import BATCH_FIELDS, UserError
 
 Arrays = dict[str, jax.Array]
 _MEAN_DECAY = 0.9  # of the running mean of the loss
+_SEEN = ("tokens_BT", "positions_BT", "segment_ids_BT")  # fields that a model reads
 _MEAN_STEPS = 10  # updates before an explosion can be told from a start
 
 
@@ -36,15 +37,18 @@ def policy(
     """
     model = layers.bind(graphdef or program.graphdef, params)
 
-    def hidden(batch: Arrays, key: jax.Array | None) -> jax.Array:
-        found, _, report = model.run_all(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)
+    def tapped(batch: Arrays, key: jax.Array | None, numbers: tuple[int, ...]) -> tuple[jax.Array, Any]:
+        found, report, taps = model.tapped(*(batch[name] for name in _SEEN), key, numbers)
         if reports is not None:
             reports.append(report)
-        return found
+        return found, taps
+
+    def hidden(batch: Arrays, key: jax.Array | None) -> jax.Array:
+        return tapped(batch, key, ())[0]
 
     head_graphdef, head_params = nnx.split(model.head)
     head = Head(head_params, lambda p, h: nnx.merge(head_graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
-    return Policy(hidden, head, program.pool, model.value_head)
+    return Policy(hidden, head, program.pool, model.value_head, tapped, params.get(guests.PROJECTIONS))
 
 
 def reference(program: Program, params: Params, chunk_tokens: int) -> Policy:
