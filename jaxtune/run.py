@@ -64,8 +64,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         program, values = start.program(config, model)
         start.check_length(config, program)
         start.check_export(config, program)
-    if held:
-        measure.check(config, held, tokenizer, program)
+    measure.check(config, held, tokenizer, program)
     lacking = [] if held else [measure.nothing_held(config)]
     _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
@@ -110,7 +109,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     tokenizer = source.find_tokenizer(config, model)
     guests.check_tokens(config, tokenizer)
     reader = start.reader(config, model, tokenizer)
-    rows = rows_lib.read(config, tokenizer, _progress(config), reader)
+    rows = rows_lib.read(config, tokenizer, _progress(config), reader, start.beside(config, model, tokenizer))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     start.check_export(config, program)
@@ -250,6 +249,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
     rows = counted.rows(config, show) if needs_rows else None
     if planned:
         model = source.find(config)
+        start.check_head(config, model)
         where = ", ".join(config.plan.topologies) or config.plan.topology
         print(f"compiling {model.uri} for {where} …", file=sys.stderr, flush=True)
         config.train.steps = config.train.steps or 1000

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ _FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions
 
 def filled(
     config: ConfigDict,
-    workdir: Path,
+    workdir: Path | None,
     data: rows.Rows,
     tokenizer: Tokenizer,
     program: Program,
@@ -37,7 +38,8 @@ def filled(
 ) -> rows.Rows:
     """Returns a run's rows with what the reference gives each token, where the objective reads that from the batch.
 
-    `params` are all of the model's, as training starts from. What a run that was stopped had computed is used again.
+    `params` are all of the model's, as training starts from. What a run that was stopped had computed is used again; without
+    a `workdir` nothing is kept.
 
     Raises:
       UserError: another model is the reference and cannot be had, or splits text into other tokens.
@@ -45,8 +47,8 @@ def filled(
     if not preferences.is_precomputed(config):
         return data
     kept = {name: one for name, one in (("train", data.train), ("validation", data.validation)) if one is not None}
-    file, asked = workdir / "reference.npz", _asked(config, kept)
-    found = _read(file, asked)
+    file, asked = workdir and workdir / "reference.npz", _asked(config, kept)
+    found = _read(file, asked) if file else None
     if found is None:
         score = _scorer(config, tokenizer, program, params, show)
         options = (config.data, config.train.batch_size, tokenizer.pad_id, show)
@@ -54,7 +56,8 @@ def filled(
             name: rows_of.with_reference(one, score, *options, f"reference, {name} rows") for name, one in kept.items()
         }
         found = {name: one.reference_logps for name, one in made.items() if one.reference_logps is not None}
-        _write(file, asked, found)
+        if file:
+            _write(file, asked, found)
     train = replace(data.train, reference_logps=found["train"])
     validation = data.validation and replace(data.validation, reference_logps=found["validation"])
     data.batches.rows = train
@@ -72,9 +75,9 @@ def _read(file: Path, asked: str) -> dict[str, np.ndarray] | None:
     if jax.process_count() > 1 or not file.exists():  # hosts may not see the same files
         return None
     try:
-        with np.load(file) as saved:
+        with file.open("rb") as opened, np.load(opened) as saved:
             found = {name: saved[name] for name in saved.files}
-    except (OSError, ValueError):  # cut short
+    except (OSError, ValueError, EOFError, BadZipFile):  # cut short
         return None
     return found if str(found.pop("asked", "")) == asked else None
 

@@ -17,7 +17,7 @@ from jaxtune.config import ConfigDict, base, lookup
 from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy
+from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy, divisor
 from jaxtune.train import guests, meta, preferences, routers
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
@@ -162,7 +162,7 @@ _OF_ROWS = (
 def mean(config: ConfigDict, values: Any, weights: Any) -> float:
     """The loss of summed-up NumPy (values, weights), () or (objectives,): each over its own weight, times its share."""
     shares = np.asarray([1.0] + [one[1] for one in config.train.beside])
-    return float(np.sum(shares * values / np.maximum(weights, 1.0)))
+    return float(np.sum(shares * values / np.where(weights > 0, weights, 1.0)))
 
 
 def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
@@ -276,13 +276,13 @@ def make(config: ConfigDict, program: Program) -> Any:
         if config.train.beside:
             # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
             weights = total({**frozen, **state.params}, batch, None)[1][1]
-            scales = jnp.asarray([part.share for part in wanted]) / jnp.maximum(weights, 1.0)
+            scales = jnp.asarray([part.share for part in wanted]) / divisor(weights)
             given = partial(total, scales=scales)
             grads, (value, weight, extra) = _summed_gradients(given, state.params, frozen, micro, key)
             loss, norm = jnp.sum(value * scales), optax.tree.norm(grads)
         else:
             grads, (value, weight, extra) = summed(total, state.params, frozen, micro, key)
-            scale = 1.0 / jnp.maximum(weight, 1.0)
+            scale = 1.0 / divisor(weight)
             grads = jax.tree.map(lambda g: g * scale, grads)
             loss, norm = value * scale, optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -304,7 +304,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             "trained_tokens": sum(jnp.sum(x != 0) for name, x in batch.items() if name.endswith("weights_BT")),
             "tokens": sum(jnp.sum(ids != 0) for name, ids in batch.items() if "segment_ids_" in name),
             "ok": ok,
-            **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
+            **{name: value / divisor(w) for name, (value, w) in extra.items()},
         }
         return State(state.step + 1, params, opt_state, state.key, mean), metrics
 
