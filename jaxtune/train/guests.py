@@ -102,12 +102,9 @@ def invited(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> A
     Raises:
       UserError: a teacher that is not to be had, or no language model over as many words.
     """
-    words, top_k = program.model_config.vocab_size, config.distill.top_k
-    if "distill" in objectives(config) and top_k > words:
-        raise UserError(f"distill.top_k={top_k} is more than the {words:,} words of the model; 0 = all of them")
     found = {name: teacher(config, program, abstract) if name == "teacher" else None for name in wanted(config)}
     if "distill" in objectives(config):
-        _check_layers(config, program.model_config, (found.get("teacher") or program).model_config)
+        _check_compared(config, program.model_config, (found.get("teacher") or program).model_config)
     frozen = dict(program.frozen)
     for name, guest in found.items():
         own = program.state.params if guest is None else guest.frozen
@@ -116,7 +113,10 @@ def invited(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> A
     return program._replace(guests=found, frozen=frozen, labels=labels)
 
 
-def _check_layers(config: ConfigDict, student: Any, teacher: Any) -> None:
+def _check_compared(config: ConfigDict, student: Any, teacher: Any) -> None:
+    words, top_k = min(student.vocab_size, teacher.vocab_size), config.distill.top_k
+    if top_k > words:
+        raise UserError(f"distill.top_k={top_k} is more than the {words:,} words of the models; 0 = all of them")
     pairs = tuple(config.distill.layer_map)
     for at, (whose, c) in enumerate((("student", student), ("teacher", teacher))):
         wanted = [pair[at] for pair in pairs]
@@ -168,7 +168,8 @@ def teacher(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> A
     model = source.find(own)
     guest = abstract(own, model.hf_config, program.mesh, 1, _adapter(own, model)[0], trains=False)
     theirs, ours = guest.model_config.vocab_size, program.model_config.vocab_size
-    if guest.model_config.head is not None or theirs != ours:
+    padded = model.path is not None  # whose words `check_tokens` has compared: what differs is padding
+    if guest.model_config.head is not None or (theirs != ours and not padded):
         raise UserError(
             f"distill.teacher={name!r} scores {theirs:,} words (architectures={model.hf_config.get('architectures')}), and the student "
             f"{ours:,}; expected a language model over the same, or distill.mode='sequence'"

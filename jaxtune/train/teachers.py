@@ -143,6 +143,7 @@ def _speaker(config: ConfigDict, program: Program, params: Params, show: Any) ->
     distill, num_rows, mesh = config.distill, config.train.batch_size, program.mesh
     form = Form(temperature=distill.temperature, top_k=distill.top_k, non_target=distill.non_target)
     chunk_tokens, mine = step.chunk_tokens(config, program, num_rows), sharding.host_rows(mesh, num_rows)
+    num_words = program.model_config.vocab_size
     if distill.teacher not in guests.SELVES:
         program = guests.teacher(config, program, state.abstract)
         params = guests.loaded(config, program, start.load, show)
@@ -151,7 +152,7 @@ def _speaker(config: ConfigDict, program: Program, params: Params, show: Any) ->
     @jax.jit
     def run(params: Params, batch: dict[str, jax.Array]) -> Likeliest:
         teacher = make(program, params, chunk_tokens)
-        return likeliest(teacher.head, teacher.hidden(batch, None), batch["targets_BT"], form)
+        return likeliest(teacher.head, teacher.hidden(batch, None), batch["targets_BT"], form, num_words)
 
     def say(batch: Batch) -> Likeliest:
         arrays = sharding.to_global({name: batch[name][mine] for name in TOKEN_FIELDS}, mesh, num_rows)
