@@ -170,12 +170,18 @@ def test_layers_of_another_width_are_matched(
         tmp_path_factory.mktemp("wide") / "model", seed=7, hidden_size=48, num_attention_heads=4, num_key_value_heads=4
     )
     config = taught(tiny_config, wide, **{"distill.alpha": 0.5, "train.steps": 12, "data.test_fraction": 0.2})
-    config.distill.layer_map, config.distill.hidden_weight, config.distill.attention_weight = ((0, 0), (1, 1)), 1.0, 1.0
+    config.distill.layer_map, config.distill.hidden_weight, config.distill.attention_weight = (
+        ((0, 0), (1, 1)),
+        20.0,
+        20.0,
+    )
     workdir = Path(config.workdir)
     run.train(config, workdir)
     rows = [row for row in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if "divergence" in row]
     for row in rows:
-        parts = 0.5 * row["divergence"] + 0.5 * row["nll"] + row["hidden_distance"] + row["attention_divergence"]
+        parts = (
+            0.5 * row["divergence"] + 0.5 * row["nll"] + 20 * row["hidden_distance"] + 20 * row["attention_divergence"]
+        )
         np.testing.assert_allclose(row["loss"], parts, rtol=1e-5)
     for name in ("hidden_distance", "attention_divergence"):
         assert rows[-1][name] < 0.9 * rows[0][name]
@@ -213,3 +219,26 @@ def test_wrong_layer_maps_are_told(
     tiny_config: ConfigDict, teacher: Path, changes: dict[str, Any], message: str
 ) -> None:
     test_mistakes_are_told(tiny_config, teacher, changes, message)
+
+
+def test_a_teacher_has_its_adapter_and_its_codes(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    """A student that starts from an adapter is at its teacher with it, away from the one without, and near the one in int8."""
+    tiny_config.workdir = str(tmp_path / "made")
+    run.train(tiny_config, tmp_path / "made")
+    adapter, base = str(tmp_path / "made" / "adapter"), tiny_config.model.source
+    config = taught(tiny_config, base, **{"mesh.fsdp": 1, "tune.adapter": adapter})
+
+    def apart(**changes: Any) -> float:
+        one = config.copy_and_resolve_references()
+        one.update_from_flattened_dict({f"distill.{name}": value for name, value in changes.items()})
+        model = source.find(one)
+        options, values = start.adapter(one, model)
+        program = state.abstract(one, model.hf_config, sharding.make_mesh(one, jax.devices()[:1]), 1, options)
+        current, frozen = start.load(one, model, program, values, lambda items, *_: iter(items))
+        batch = one_batch(one)
+        arrays = sharding.to_global({name: batch[name] for name in step.fields(one, program)}, program.mesh, 8)
+        return float(step.make(one, program)(current, frozen, arrays)[1]["divergence"])
+
+    without = apart()
+    assert abs(apart(teacher_adapter=adapter)) < 1e-6 < 1e-3 < without
+    assert 1e-6 < apart(teacher_adapter=adapter, teacher_quantize="int8") < 0.2 * without
