@@ -18,8 +18,7 @@ import numpy as np
 
 from jaxtune import sharding, tracking
 from jaxtune.config import ConfigDict
-from jaxtune.data.batches import Rows, TeacherWords, eval_batches, make_bins
-from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.data.batches import BatchSource, Rows, TeacherWords, eval_batches, make_bins
 from jaxtune.objectives.divergences import Form, Likeliest, likeliest
 from jaxtune.objectives.ops import TOKEN_FIELDS
 from jaxtune.train import guests, rows, start, state, step
@@ -31,13 +30,7 @@ _TOLD = {"rows": "other rows", "teacher": "another teacher", "form": "another di
 
 
 def filled(
-    config: ConfigDict,
-    workdir: Path,
-    data: rows.Rows,
-    tokenizer: Tokenizer,
-    program: Program,
-    params: Params,
-    show: Any,
+    config: ConfigDict, workdir: Path | None, data: rows.Rows, program: Program, params: Params, show: Any
 ) -> rows.Rows:
     """Returns a run's rows with the teacher's likeliest words of each token, where `distill.mode` has them precomputed.
 
@@ -48,6 +41,8 @@ def filled(
     """
     if config.train.objective != "distill" or config.distill.mode != "precomputed":
         return data
+    assert workdir is not None
+    assert isinstance(data.batches, BatchSource)
     host = f"_host_{jax.process_index()}" if jax.process_count() > 1 else ""
     folder = workdir / f"teacher{host}"
     kept = {name: one for name, one in (("train", data.train), ("validation", data.validation)) if one is not None}
@@ -60,7 +55,7 @@ def filled(
         number = -(-number // config.train.batch_size)
         if done.get(name, 0) < number:
             say = say or _speaker(config, program, params, show)
-            _write(config, folder, name, one, say, about, done, tokenizer.pad_id, show)
+            _write(config, folder, name, one, say, about, done, data.batches.pad_id, show)
         found[name] = replace(one, teacher=_words(folder, name, one, config.distill.top_k, "r"))
     data.batches.rows = found["train"]
     return data._replace(train=found["train"], validation=found.get("validation"))

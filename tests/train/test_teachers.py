@@ -81,4 +81,4 @@ def test_kept_words_teach_as_the_teacher(
         other.update_from_flattened_dict({change: 7})
         rows = rows_lib.read(other, tokenizer, lambda items, *_: items)
         with pytest.raises(UserError, match=f"what a teacher said of {what}"):
-            teachers.filled(other, again, rows, tokenizer, None, {}, None)  # type: ignore[arg-type]
+            teachers.filled(other, again, rows, None, {}, None)  # type: ignore[arg-type]
