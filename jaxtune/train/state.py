@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import preferences, routers
+from jaxtune.train import guests, preferences, routers
 from jaxtune.types import UserError
 
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
@@ -65,6 +65,9 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     quantised: quantised.Base | None  # which kernels are kept in codes, where any are
     prompt: prompt.Options | None = None  # of virtual tokens
+    guests: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # name -> the program of a model that is in the step and does not train (`guests.py`)
     layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
@@ -108,11 +111,12 @@ def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
 
 def abstract(
     config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: kinds.Options | None = None,
-    pooling: str = "",
+    pooling: str = "", trains: bool = True,
 ) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
     `adapter` replaces the config's options of one (a run that starts from a PEFT folder takes its); `pooling` is the folder's.
+    A guest's program does not train: all of it is frozen.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -126,28 +130,17 @@ def abstract(
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
-    labels = _labels(config, model_config, variables)
+    labels = _labels(config, model_config, variables) if trains else dict.fromkeys(variables, "frozen")
     sharding.check_rules(config.mesh.rules, sorted({quantised.kernel_of(path) or path for path in variables}))
-    trained_dtype = jnp.dtype(config.tune.dtype)
-
-    def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
-        kernel, axes = quantised.kernel_of(path), variable.get_metadata()["axes"]
-        like = variables[f"{kernel}.codes"] if kernel else variable
-        where = sharding.param_sharding(kernel or path, like.shape, axes, mesh, config.mesh.rules)
-        if kernel:
-            _check_frozen(config, kernel, labels[path])
-            where = sharding.fitting(where, variable.shape)
-        return jax.ShapeDtypeStruct(
-            variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where
-        )
-
-    params = {path: shape(path, variable) for path, variable in variables.items()}
+    params = _placed(config, mesh, variables, labels)
     kept = _quantised(quantize, params, run, mesh)
+    learned = guests.projections(config, model_config, mesh) if trains else {}
     layout = _check_sharding(config, mesh, variables, params, kept)
-    trainable, frozen = partition.split(params, labels)
+    labels |= dict.fromkeys(learned, "full")
+    trainable, frozen = partition.split(params | learned, labels)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
-    return Program(
+    made = Program(
         family=family,
         hf_config=hf_config,
         model_config=model_config,
@@ -167,6 +160,25 @@ def abstract(
         quantised=kept,
         layout=layout,
     )
+    return guests.invited(config, made, abstract) if trains else made
+
+
+def _placed(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], labels: Mapping[str, str]) -> Params:
+    """Every parameter's shape, dtype and sharding."""
+    trained_dtype = jnp.dtype(config.tune.dtype)
+
+    def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        kernel, axes = quantised.kernel_of(path), variable.get_metadata()["axes"]
+        like = variables[f"{kernel}.codes"] if kernel else variable
+        where = sharding.param_sharding(kernel or path, like.shape, axes, mesh, config.mesh.rules)
+        if kernel:
+            _check_frozen(config, kernel, labels[path])
+            where = sharding.fitting(where, variable.shape)
+        return jax.ShapeDtypeStruct(
+            variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where
+        )
+
+    return {path: shape(path, variable) for path, variable in variables.items()}
 
 
 def _check_dims(mesh: Mesh, model_config: Any) -> None:
@@ -327,6 +339,7 @@ def create(
         started: Params = sharding.put(values, {path: like.sharding for path, like in shapes.items()})
     else:
         started = _initial_adapter(program, base, seed)
+    started = {**started, **guests.initial_projections(program, seed)}
     trainable, frozen = partition.split({**base, **started}, program.labels)
     where = shardings(program.state)
 
