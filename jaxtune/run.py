@@ -52,8 +52,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         tokenizer = source.find_tokenizer(config, model)
         guests.check_tokens(config, tokenizer)
     with wall("tokenise"):
-        reader = start.reader(config, model, tokenizer)
-        taught = partial(sequences.taught, config, workdir, show=show)
+        reader, taught = start.reader(config, model, tokenizer), partial(sequences.taught, config, workdir, show=show)
         rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         validation.check_profile(config)
@@ -85,9 +84,9 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
-            known = (compiling, wall, counted)
-            outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
+            data = rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall)
+            known = (tracker, checkpoints, workdir, remembered, compiling, wall, counted)
+            outcome = loop.train(config, program, state, frozen, data, *known)
             params = _best(config, checkpoints, program, outcome)
             tracker.close_console()
             after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)

@@ -36,14 +36,15 @@ class Rows(NamedTuple):
     splits: pipeline.Splits
     train: pipeline.Rows
     validation: pipeline.Rows | None
-    batches: pipeline.BatchSource | MixtureSource | PromptSource
+    batches: pipeline.BatchSource | PromptSource
     beside: tuple[Rows, ...] = ()
     replay: tuple[pipeline.Rows, ...] = ()
 
     @property
     def digest(self) -> str:
         """A hash of all that is trained on."""
-        return "+".join([self.train.digest, *(each.digest for each in (*self.beside, *self.replay))])
+        others = [each.digest for each in self.beside] + [each.digest for each in self.replay]
+        return "+".join([self.train.digest, *others])
 
 
 def paths(config: ConfigDict) -> dict[str, Path]:
@@ -170,7 +171,7 @@ def _replayed(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: reade
 def _batches(
     config: ConfigDict, splits: pipeline.Splits, rows: pipeline.Rows, tokenizer: Tokenizer, reader: readers.Reader,
     replay: Sequence[pipeline.Rows],
-) -> pipeline.BatchSource | MixtureSource:  # fmt: skip
+) -> pipeline.BatchSource:  # fmt: skip
     data, training = config.data, config.train
     if config.meta.algorithm:
         of_row = {example.row_id: example.task for example in splits.train}
@@ -265,7 +266,7 @@ def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Prog
     """
     mine, data = sharding.host_rows(program.mesh, config.train.batch_size), config.data
     every = (rows, *rows.beside)
-    sources = [each.batches for each in every if isinstance(each.batches, pipeline.BatchSource | MixtureSource)]
+    sources = [each.batches for each in every if isinstance(each.batches, pipeline.BatchSource)]
     if len(sources) < len(every):
         raise UserError(
             f"train.objective={config.train.objective!r} writes its own batches, which only `train` can ask for"

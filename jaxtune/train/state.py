@@ -116,7 +116,7 @@ def abstract(
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
     `adapter` replaces the config's options of one (a run that starts from a PEFT folder takes its); `pooling` is the folder's.
-    A guest's program does not train: all of it is frozen.
+    What does not train, a guest, is frozen as a whole.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -147,10 +147,8 @@ def abstract(
 
     params = {path: shape(path, variable) for path, variable in variables.items()}
     kept = _quantised(quantize, params, run, mesh)
-    layout = _check_sharding(config, mesh, variables, params, kept)
     trainable, frozen = partition.split(params, labels)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
-    state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     made = Program(
         family=family,
         hf_config=hf_config,
@@ -164,12 +162,12 @@ def abstract(
         labels=labels,
         base={path: value for path, value in params.items() if ".adapter." not in path},
         adapter={path: value for path, value in params.items() if ".adapter." in path},
-        state=state,
+        state=_state_shapes(optimizer, trainable, sharding.replicated(mesh)),
         frozen=frozen | (retention.shapes(config, family, model_config, trainable) if trains else {}),
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
         quantised=kept,
-        layout=layout,
+        layout=_check_sharding(config, mesh, variables, params, kept),
     )
     return guests.invited(config, made, abstract) if trains else made
 
