@@ -370,7 +370,7 @@ def make_adapt(config: ConfigDict, program: Program, num_rows: int) -> Any:
 
     No dropout. The parameters that came stay as they are.
     """
-    options, total = config.meta.copy_and_resolve_references(), _loss(config, program, num_rows)
+    options, total = config.meta.copy_and_resolve_references(), _loss(config, program, num_rows, held=False)
     options.inner_rate = options.adapt_rate or options.inner_rate
 
     def adapt(params: Params, frozen: Params, batch: Arrays) -> Params:
