@@ -62,6 +62,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.kl_in": ("loss", "reward"),
     "rl.scale_rewards": ("group", "batch", "none"),
     "rl.old_logps": ("auto", "sampler", "policy"),
+    "retain.kl_direction": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "retain.kl_to": ("base", "start"),
+    "retain.fisher_labels": ("sampled", "data"),
     "distill.mode": ("online", "precomputed", "sequence"),
     "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
     "distill.hidden_loss": ("mse", "cosine"),
@@ -88,6 +91,7 @@ _AT_LEAST: dict[str, float] = {
     "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1, "self_training.slots": 1,
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
+    "retain.fisher_rows": 1,
     "distill.top_k": 0,
 }  # fmt: skip
 
@@ -113,6 +117,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
     "distill.hidden_weight": (0, 1e6), "distill.attention_weight": (0, 1e6),
+    "retain.kl_temperature": (1e-3, 1e3), "retain.kl_mix": (0, 1), "retain.fisher_decay": (0, 1e6), "retain.rewarm": (0, 1e6),
     "distill.alpha": (0, 1), "distill.on_policy": (0, 1), "distill.mix": (0, 1), "distill.temperature": (1e-3, 1e3),
 }  # fmt: skip
 
@@ -249,6 +254,7 @@ def _check_forms(config: ConfigDict) -> None:
         ("data.split_regex", config.data.split_regex),
         ("model.quantize_targets", config.model.quantize_targets),
         *(("mesh.rules", rule[0]) for rule in rules),
+        *(("tune.freeze", pattern) for pattern in config.tune.freeze),
     ]:
         try:
             re.compile(pattern)

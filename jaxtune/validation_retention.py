@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtune import validation_retain
 from jaxtune.config import ConfigDict
 from jaxtune.types import UserError
 
@@ -10,6 +11,7 @@ SELVES = ("adapter_off", "start")  # what `distill.teacher` may be beside anothe
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
+    validation_retain.validate(config)
     _check_keep_layers(config)
     _check_distill(config)
 
