@@ -246,6 +246,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
     rows = counted.rows(config, show) if needs_rows else None
     if planned:
         model = source.find(config)
+        start.check_head(config, model)
         where = ", ".join(config.plan.topologies) or config.plan.topology
         print(f"compiling {model.uri} for {where} …", file=sys.stderr, flush=True)
         config.train.steps = config.train.steps or 1000

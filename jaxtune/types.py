@@ -8,6 +8,7 @@ Shape legend. An array's name ends in one letter per dim, outermost first:
     V  vocabulary              L  layers (stacked, scanned)   R  LoRA rank
     A  accumulation steps      C  candidates (labels)         M  rows of a data set
     Q  passages of a query     U  tokens of a passage         W  passages of a batch or corpus
+    J  a teacher's likeliest words, and all others as one
 
 "axis" is the mesh's, "dim" an array's. Counts are `num_…`; scalars carry units: `_tokens _steps _bytes _seconds`.
 """

@@ -85,6 +85,7 @@ def test_a_service_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--config.plan.api_training_tokens=5"], "has no price"),
         (["--search", "--config.plan.api_training_usd_per_1k_tokens=1", "--config.plan.api_training_tokens=5"], "model.source is empty"),
         (["--topologies=cpu", "--config.model.source=preset:llama_tiny"], "ranks slices of TPUs"),
+        (["--config.plan.topology=v5e:2x2", "--config.train.objective=reward", "--config.model.source=preset:llama_tiny"], "what goes together"),
         (["--topologies=v5e:2x2,nope", "--config.model.source=preset:llama_tiny"], "plan.topology='nope'"),
     ],
 )  # fmt: skip
