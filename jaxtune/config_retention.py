@@ -18,7 +18,31 @@ def protect() -> ConfigDict:
 
 
 def retain() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.penalties = ()  # ((name, weight), …) added to the objective: kl_base | l2_start (L2-SP) | ewc | orthogonal (O-LoRA)
+    c.kl_direction = "forward"  # kl_base: forward, KL(base || model) | reverse | js | skew_forward | skew_reverse
+    c.kl_temperature = (
+        1.0  # kl_base: of both distributions; 2 with weight 1 is learning without forgetting (arXiv:1606.09282)
+    )
+    c.kl_mix = 0.5  # kl_base: beta of js, alpha of skew
+    c.kl_non_target = (
+        False  # kl_base: leave a token's target out of both distributions: what the data teaches is not held back
+    )
+    c.kl_to = "base"  # kl_base: base (the model as model.source has it) | start (as training starts: with tune.adapter, if there is one)
+    c.fisher_data = ()  # ewc: rows whose Fisher information counts, (("data.train", URI), ("data.limit", 200), …); keys of `data`, the others as base() has them
+    c.fisher = ""  # ewc: the Fisher information of an earlier run, by URI: its workdir, or a fisher.safetensors; added to that of fisher_data
+    c.fisher_labels = "sampled"  # ewc: sampled (by the model: the true Fisher) | data (the empirical one)
+    c.fisher_decay = (
+        1.0  # ewc: what the earlier Fisher is multiplied by before it is added (online EWC, arXiv:1805.06370)
+    )
+    c.fisher_rows = 4  # ewc: rows whose gradients are held at once, rounded up to the mesh's shards of a batch
+    c.earlier_adapters = ()  # PEFT folders of earlier tasks, by URI: what orthogonal keeps away from
+    c.merge_earlier = (
+        False  # fold them into the base before training, in their order; the result is then exported merged
+    )
+    c.replay = ()  # rows of other data in each batch: ((URI, share of the batch's rows, (("data.prompt", …), …)), …)
+    c.rewarm = 0.0  # learning rate that the warm-up starts from: the last one of the model that training goes on from (arXiv:2403.08763)
+    return c
 
 
 def distill() -> ConfigDict:

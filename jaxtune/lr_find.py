@@ -16,8 +16,8 @@ import optax
 from jaxtune import optim, report_plots, sharding, tracking
 from jaxtune.config import ConfigDict
 from jaxtune.models import transformer
+from jaxtune.train import fisher, start, step
 from jaxtune.train import rows as rows_lib
-from jaxtune.train import start, step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import Batch, UserError
 from jaxtune.validation_methods import ON_POLICY
@@ -57,6 +57,7 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
     program, values = start.program(config, model)
     start.check_length(config, program)
     state, frozen = start.load(config, model, program, values, show)
+    frozen = fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
     batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps, lambda: {})
     found = find(config, program, state, frozen, show(batches, config.lr_find.num_steps, "learning rates"))
     if jax.process_index() == 0:

@@ -17,8 +17,8 @@ _MATRICES = ("kernel", "table", "lora_a", "lora_b")
 Depths = Callable[[str], np.ndarray]
 
 
-def schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine, linear, constant or wsd. `warmup_steps` below 1 is a share of all steps.
+def schedule(optim: ConfigDict, num_steps: int, low: float = 0.0) -> optax.Schedule:
+    """Linear warm-up from `low` to the peak, then cosine, linear, constant or wsd. `warmup_steps` below 1 is a share of all steps.
 
     wsd (warm-up, stable, decay; arXiv:2404.06395) stays at the peak for `stable_share` of the steps after the warm-up, then
     falls to `final_ratio` of it: linearly, as half a cosine, exponentially, or as 1 - sqrt (arXiv:2405.18392).
@@ -35,7 +35,7 @@ def schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
         after = optax.join_schedules([optax.constant_schedule(peak), _decay(optim, max(rest - stable, 1))], [stable])
     else:
         after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    return optax.join_schedules([optax.linear_schedule(low, peak, warmup), after], [warmup]) if warmup else after
 
 
 def _decay(optim: ConfigDict, num_steps: int) -> optax.Schedule:
@@ -62,7 +62,7 @@ def make(
         for `optim.layer_decay`.
       rate: in place of the config's schedule.
     """
-    optim, rate = config.optim, rate or schedule(config.optim, num_steps)
+    optim, rate = config.optim, rate or schedule(config.optim, num_steps, config.retain.rewarm)
     trained = {path: name for path, name in labels.items() if name != "frozen"}
     if optim.name == "muon":
         trained = {path: f"{name}:matrix" if _is_hidden_matrix(path) else name for path, name in trained.items()}

@@ -30,7 +30,7 @@ from jaxtune.evals import account, fewshot, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, goodput, loop, references, rounds, start
+from jaxtune.train import compiled, fisher, goodput, loop, references, rounds, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -73,6 +73,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
         rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
+        frozen = fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
@@ -114,7 +115,8 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     print(f"\n{rows_lib.first_row(config, rows, tokenizer, reader)}\n\n{start.summary(model, program)}; they are")
     for path, leaf in program.state.params.items():
         print(f"  {program.labels[path]:<10} {path}  {leaf.shape} {leaf.dtype}")
-    rate, last = optim.schedule(config.optim, config.train.steps), config.train.steps
+    last, rewarm = config.train.steps, config.retain.rewarm
+    rate = optim.schedule(config.optim, last, rewarm)
     print(f"\nlearning rate over {last} steps ({config.optim.schedule}):")
     for at in sorted({0, 1, last // 10, last // 4, last // 2, 3 * last // 4, last - 1}):
         print(f"  step {at:6d}  {float(rate(at)):.3e}")

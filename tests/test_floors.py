@@ -42,7 +42,7 @@ TOGETHER = {
     "config": {"config_methods", "config_retention", "types"},
     "validation": {"config", "types", "validation_methods", "validation_retention"},
     "validation_methods": {"config", "types"},
-    "validation_retention": {"config", "types"},
+    "validation_retention": {"config", "types", "validation_methods"},
     "registry": {"types"},
     "archives": {"types"},
     "workdir": {"types"},

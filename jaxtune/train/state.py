@@ -26,7 +26,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import preferences, routers
+from jaxtune.train import preferences, retention, routers
 from jaxtune.types import UserError
 
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
@@ -145,6 +145,7 @@ def abstract(
     kept = _quantised(quantize, params, run, mesh)
     layout = _check_sharding(config, mesh, variables, params, kept)
     trainable, frozen = partition.split(params, labels)
+    frozen |= retention.shapes(config, family, model_config, trainable)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     return Program(
