@@ -67,6 +67,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "retain.kl_direction": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
     "retain.kl_to": ("base", "start"),
     "retain.fisher_labels": ("sampled", "data"),
+    "merge.majority_sign": ("total", "frequency"),
+    "merge.pick": ("within", "gain", "knee"),
+    "frontier.pick": ("within", "gain", "knee"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -90,7 +93,7 @@ _AT_LEAST: dict[str, float] = {
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
     "protect.tolerance": 0, "protect.every_steps": 0, "protect.kl_every_steps": 0, "protect.kl_rows": 0,
-    "retain.fisher_rows": 1,
+    "retain.fisher_rows": 1, "merge.svd_rank": 0, "frontier.workers": 1,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -114,6 +117,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
+    "merge.seed": (0, 2**32 - 1), "merge.density": (0, 1),
     "retain.kl_temperature": (1e-3, 1e3), "retain.kl_mix": (0, 1), "retain.fisher_decay": (0, 1e6), "retain.rewarm": (0, 1e6),
 }  # fmt: skip
 
@@ -128,6 +132,7 @@ _ABOVE_ZERO = {
     "optim.eps": "a gradient of 0 is divided by 0", "lr_find.low": "no factor takes it anywhere",
     "preference.beta": "no answer is preferred to another",
     "meta.inner_rate": "no task takes a step of its own",
+    "merge.density": "nothing of an update is kept",
 }  # fmt: skip
 
 

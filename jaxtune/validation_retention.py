@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from jaxtune import validation_merging
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import UserError, nearest
 from jaxtune.validation_methods import ON_POLICY
@@ -19,6 +20,7 @@ def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
     _check_protect(config)
     _check_retain(config)
+    validation_merging.validate(config)
 
 
 def _check_protect(config: ConfigDict) -> None:

@@ -23,6 +23,7 @@ FLOORS = [
         "archives",
         "indexes",
         "validation",
+        "validation_merging",
         "validation_methods",
         "validation_retention",
         "workdir",
@@ -32,7 +33,7 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "lr_find", "sweep"},
+    {"run", "lr_find", "sweep", "merge", "frontier"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -48,6 +49,7 @@ TOGETHER = {
     "workdir": {"types"},
     "hosts": {"types"},
     "chips": {"types"},
+    "frontier": {"sweep"},
 }
 
 

@@ -97,7 +97,9 @@ def test_sums_are_pefts(method: str, ranks: dict[str, tuple[int, float]]) -> Non
 
 def compare(method: str, majority: str, ranks: dict[str, tuple[int, float]]) -> None:
     model = peft_model(ranks)
-    rank = max(rank for rank, _ in ranks.values())  # PEFT's is the largest of all adapters', ours of those that change a linear
+    rank = max(
+        rank for rank, _ in ranks.values()
+    )  # PEFT's is the largest of all adapters', ours of those that change a linear
     merged, partly = arithmetic.adapters(ours(model), WEIGHTS, Options(method, 0.6, majority, rank, seed=3))
     assert partly == {"down": 2}
     density = None if method in ("cat", "svd", "linear") else 0.6
