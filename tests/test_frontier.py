@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import frontier, validation
+from jaxtune import frontier, report_plots, validation
 from jaxtune.train.loop import Preempted
 from jaxtune.types import UserError
 
@@ -27,6 +27,12 @@ def config(tiny_config: ConfigDict) -> ConfigDict:
     tiny_config.frontier.methods, tiny_config.protect.sets = (RATES, REPLAY, SHARES), (WIKI,)
     tiny_config.tracking.report = True
     return tiny_config
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a comparison's time."""
+    monkeypatch.setattr(report_plots, "clouds", lambda *_: False)
 
 
 def report(gain: float, cost: float, kl: float) -> dict[str, Any]:
@@ -129,6 +135,7 @@ def test_runs_are_compared_and_the_pick_is_written(config: ConfigDict, capsys: p
     assert again.started == ["train low_rank,rank=4"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_pick_of_an_interpolation_is_a_merge(config: ConfigDict) -> None:
     config.frontier.methods, config.frontier.pick, workdir = (RATES, SHARES), "knee", Path(config.workdir)
     config.merge.method = "cat"
@@ -142,6 +149,7 @@ def test_the_pick_of_an_interpolation_is_a_merge(config: ConfigDict) -> None:
     assert picked.merge.sweep == ()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_workers_have_devices_of_their_own(config: ConfigDict) -> None:
     config.frontier.workers = 2
     config.frontier.environments = ((("CUDA_VISIBLE_DEVICES", "0"),), (("CUDA_VISIBLE_DEVICES", "1"),))
@@ -152,6 +160,7 @@ def test_workers_have_devices_of_their_own(config: ConfigDict) -> None:
     assert {one["CUDA_VISIBLE_DEVICES"] for one in fake.environments} <= {"0", "1"}
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_stopped_frontier_goes_on(config: ConfigDict, workers: int) -> None:
     config.frontier.workers, workdir, fake = workers, Path(config.workdir), Fake("plain,learning_rate=0.001")
