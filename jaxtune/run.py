@@ -30,7 +30,7 @@ from jaxtune.evals import account, fewshot, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, fisher, goodput, loop, references, rounds, start
+from jaxtune.train import compiled, fisher, goodput, guests, loop, references, rounds, sequences, start, teachers
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -50,9 +50,10 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     with wall("fetch"):
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
+        guests.check_tokens(config, tokenizer)
     with wall("tokenise"):
-        reader = start.reader(config, model, tokenizer)
-        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer))
+        reader, taught = start.reader(config, model, tokenizer), partial(sequences.taught, config, workdir, show=show)
+        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         validation.check_profile(config)
     if config.checkpoint.resume:
@@ -62,8 +63,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         program, values = start.program(config, model)
         start.check_length(config, program)
         start.check_export(config, program)
-    if held:
-        measure.check(config, held, tokenizer, program)
+    measure.check(config, held, tokenizer, program)
     lacking = [] if held else [measure.nothing_held(config)]
     _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
@@ -72,8 +72,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
-        rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
-        frozen = fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
+        rows, frozen = _compared(config, workdir, model, tokenizer, program, rows, state, frozen, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
@@ -85,9 +84,9 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
-            known = (compiling, wall, counted)
-            outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
+            data = rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall)
+            known = (tracker, checkpoints, workdir, remembered, compiling, wall, counted)
+            outcome = loop.train(config, program, state, frozen, data, *known)
             params = _best(config, checkpoints, program, outcome)
             tracker.close_console()
             after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)
@@ -98,7 +97,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
-        found = (rows.splits, rows.train.counts, held, outcome, before, after)
+        found = (rows.splits, rows_lib.counts(config, rows, outcome.steps), held, outcome, before, after)
         account.write(config, workdir, account.Run(model, tokenizer, program, *found, wall, folder, beside))
 
 
@@ -106,8 +105,9 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
+    guests.check_tokens(config, tokenizer)
     reader = start.reader(config, model, tokenizer)
-    rows = rows_lib.read(config, tokenizer, _progress(config), reader)
+    rows = rows_lib.read(config, tokenizer, _progress(config), reader, start.beside(config, model, tokenizer))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     start.check_export(config, program)
@@ -213,7 +213,7 @@ def export(config: ConfigDict, workdir: Path) -> None:
     """Writes a checkpoint of the workdir as a PEFT adapter, or (`export.merge`, full fine-tuning) as a model folder."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    program, values = start.program(config, model)
+    program, values = start.program(guests.none(config), model)
     _, frozen = start.load(config, model, program, values, _progress(config))
     restored = _trained(config, program)
     if restored is None:
@@ -296,6 +296,17 @@ def _write(path: Path, text: str) -> None:
         partial_path.unlink(missing_ok=True)
 
 
+def _compared(
+    config: ConfigDict, workdir: Path, model: source.Model, tokenizer: Tokenizer, program: Program, rows: rows_lib.Rows, state: State,
+    frozen: Params, show: Any,
+) -> tuple[rows_lib.Rows, Params]:  # fmt: skip
+    """The rows with what a reference and a teacher say of them, and the frozen parameters with what penalties compare with."""
+    params = {**frozen, **state.params}
+    rows = references.filled(config, workdir, rows, tokenizer, program, params, show)
+    rows = teachers.filled(config, workdir, rows, tokenizer, program, params, show)
+    return rows, fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
+
+
 def _before(
     config: ConfigDict, workdir: Path, held: measure.HeldOut | None, tokenizer: Tokenizer, program: Program, params: Params,
     show: Any,
@@ -365,7 +376,7 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
 
 def _ready(config: ConfigDict, model: source.Model) -> tuple[Program, Params, str]:
     """A model ready to be used: (program, parameters, what it is in words)."""
-    program, values = start.program(config, model)
+    program, values = start.program(guests.none(config), model)
     state, frozen = start.load(config, model, program, values, _progress(config))
     restored = _trained(config, program)
     if restored:

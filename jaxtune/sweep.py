@@ -31,6 +31,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.evals import tradeoff
 from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError
+from jaxtune.validation_methods import ON_POLICY, is_range
 from jaxtune.workdir import shown
 
 Start = Callable[[Path, Path, bool, Path], int]  # (config file, workdir, resume, log) -> exit code
@@ -95,7 +96,7 @@ def sweep(config: ConfigDict, workdir: Path, start: Start = in_a_process) -> Non
             row |= {"status": "failed", "code": code, "error": last_words(log, code), "metrics": {}}
             say(config, f"  failed: {row['error']}")
         else:
-            row |= {"status": "done", "metrics": measured(folder, config.sweep.goal)}
+            row |= {"status": "done", "metrics": measured(folder, config.sweep.goal, config.sweep.metric)}
             value = row["metrics"].get(config.sweep.metric)
             say(config, f"  {config.sweep.metric} {'–' if value is None else f'{value:.4f}'}")
         rows[run.name] = row
@@ -134,6 +135,12 @@ def combinations(config: ConfigDict, workdir: Path) -> list[Run]:
         )
         chosen = list(dict.fromkeys(pick))
     runs = [_run(config, workdir, dict(zip(keys, values, strict=True))) for values in chosen]
+    rewarded = next((run.config.train.objective for run in runs if run.config.train.objective in ON_POLICY), None)
+    if rewarded and sweep.metric.startswith("eval/"):
+        raise UserError(
+            f"sweep.metric={sweep.metric!r}: train.objective={rewarded!r} has no validation loss; set sweep.metric='reward' and "
+            "sweep.goal='max', or a metric that is measured after training"
+        )
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -143,7 +150,7 @@ def combinations(config: ConfigDict, workdir: Path) -> list[Run]:
 
 def _picked(config: ConfigDict, key: str, values: Sequence[Any], share: float) -> Any:
     """The value at a share, 0 to 1, of a list or a range; numbers of a range have four digits that count."""
-    if values[0] not in ("linear", "log"):
+    if not is_range(values):
         return values[int(share * len(values))]
     low, high = values[1:]
     found = low * (high / low) ** share if values[0] == "log" else low + (high - low) * share
@@ -210,17 +217,18 @@ def known(workdir: Path, runs: list[Run], what: str) -> dict[str, dict[str, Any]
     return {run.name: found.get(run.name, {}) for run in runs}
 
 
-def measured(folder: Path, goal: str) -> dict[str, float]:
-    """A finished run's figures: the best of each `eval/…` by `goal` (losses: the lowest), its training loss over the last tenth of
-    the steps, and what was measured after training, by name.
+def measured(folder: Path, goal: str, metric: str) -> dict[str, float]:
+    """A finished run's figures: the best of each `eval/…` by `goal` (losses: the lowest), its training loss and `metric`, where
+    that is of the steps too (as `reward` is), over the last tenth of them, and what was measured after training, by name.
     """
     lines = []
     for line in (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []:
         lines.append(json.loads(line))
     found: dict[str, float] = {}
-    losses = [line["loss"] for line in lines if "loss" in line]
-    if losses:
-        found["loss"] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    for name in ("loss", metric):
+        values = [line[name] for line in lines if isinstance(line.get(name), int | float)]
+        if values:
+            found[name] = float(np.mean(values[-max(1, len(values) // 10) :]))
     for name in sorted({key for line in lines for key in line if key.startswith("eval/")}):
         values = [line[name] for line in lines if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
         if values:

@@ -70,6 +70,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "merge.majority_sign": ("total", "frequency"),
     "merge.pick": ("within", "gain", "knee"),
     "frontier.pick": ("within", "gain", "knee"),
+    "distill.mode": ("online", "precomputed", "sequence"),
+    "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "distill.teacher_quantize": ("", "int8", "int4", "nf4"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -94,6 +97,7 @@ _AT_LEAST: dict[str, float] = {
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
     "protect.tolerance": 0, "protect.every_steps": 0, "protect.kl_every_steps": 0, "protect.kl_rows": 0,
     "retain.fisher_rows": 1, "merge.svd_rank": 0, "frontier.workers": 1,
+    "distill.top_k": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -119,6 +123,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
     "merge.seed": (0, 2**32 - 1), "merge.density": (0, 1),
     "retain.kl_temperature": (1e-3, 1e3), "retain.kl_mix": (0, 1), "retain.fisher_decay": (0, 1e6), "retain.rewarm": (0, 1e6),
+    "distill.alpha": (0, 1), "distill.on_policy": (0, 1), "distill.mix": (0, 1), "distill.temperature": (1e-3, 1e3),
 }  # fmt: skip
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
-from jaxtune import validation_merging
+from jaxtune import validation_merging, validation_retain
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import UserError, nearest
-from jaxtune.validation_methods import ON_POLICY
+
+SELVES = ("adapter_off", "start")  # what `distill.teacher` may be beside another model's URI
 
 # Sections whose fields a named set of rows may set for itself, and what such a set says beside them.
 OF_ROWS = ("data", "eval", "generate", "reward")
@@ -19,8 +19,10 @@ OF_SETS = ("tolerance", "judged")
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
     _check_protect(config)
-    _check_retain(config)
+    validation_retain.validate(config)
     validation_merging.validate(config)
+    _check_keep_layers(config)
+    _check_distill(config)
 
 
 def _check_protect(config: ConfigDict) -> None:
@@ -89,129 +91,76 @@ def _set(config: ConfigDict, what: str, key: str, value: Any) -> None:
         raise UserError(f"config.{what} has {key}={value!r:.60}; expected a {kind}") from None
 
 
-def _check_retain(config: ConfigDict) -> None:
-    retain, lora = config.retain, config.tune.method == "lora"
-    names = []
-    for one in retain.penalties:
-        pair = tuple(one) if isinstance(one, tuple | list) else (one,)
-        if (
-            len(pair) != 2
-            or not isinstance(pair[0], str)
-            or isinstance(pair[1], bool)
-            or not isinstance(pair[1], int | float)
-        ):
-            raise UserError(
-                f"config.retain.penalties has {one!r}; expected (penalty, weight), such as ('kl_base', 0.1)"
-            )
-        if pair[0] not in PENALTIES:
-            raise UserError(
-                f"config.retain.penalties has {pair[0]!r}; expected of {', '.join(PENALTIES)}{nearest(pair[0], PENALTIES)}"
-            )
-        if not 0 <= pair[1] < 1e12:
-            raise UserError(f"config.retain.penalties gives {pair[0]!r} the weight {pair[1]}; expected 0 or more")
-        names.append(pair[0])
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"config.retain.penalties names {twice!r} twice; expected each penalty once")
-    if "ewc" in names and not (retain.fisher_data or retain.fisher):
+def _check_keep_layers(config: ConfigDict) -> None:
+    keep = tuple(config.model.keep_layers)
+    if not all(isinstance(one, int) and one >= 0 for one in keep) or list(keep) != sorted(set(keep)):
         raise UserError(
-            "retain.penalties has 'ewc', and neither retain.fisher_data nor retain.fisher says what for: name rows of what is to be kept, "
-            "such as (('data.train', URI), ('data.limit', 200)), or an earlier run"
+            f"config.model.keep_layers is {keep}; expected numbers of layers, from 0, ascending, none twice"
         )
-    if retain.fisher_data:
-        check_data("retain.fisher_data", retain.fisher_data, "data.train")
-    if "kl_base" in names and config.meta.algorithm:
+    if keep and config.tune.method in ("lora", "prompt") and not config.export.merge:
         raise UserError(
-            f"retain.penalties: 'kl_base' does not go with meta.algorithm={config.meta.algorithm!r}; 'l2_start' does"
+            f"model.keep_layers makes a model that no folder holds, and an adapter by tune.method={config.tune.method!r} would have no base: "
+            "set export.merge=True, or tune.method='full'"
         )
-    if "kl_base" in names and retain.kl_to == "base" and config.tune.method == "prompt":
-        raise UserError(
-            "retain.kl_to='base' with tune.method='prompt': the base does not know virtual tokens; set retain.kl_to='start'"
-        )
-    for name, needed in (("orthogonal", "orthogonal" in names), ("merge_earlier", retain.merge_earlier)):
-        if needed and not (retain.earlier_adapters and lora):
-            raise UserError(
-                f"retain: {name!r} is about retain.earlier_adapters={tuple(retain.earlier_adapters)!r} beside a new LoRA (tune.method="
-                f"{config.tune.method!r}): name PEFT folders of earlier tasks, and set tune.method='lora'"
-            )
-    if retain.earlier_adapters and not ("orthogonal" in names or retain.merge_earlier):
-        raise UserError(
-            "retain.earlier_adapters changes nothing by itself: add ('orthogonal', weight) to retain.penalties, or set retain.merge_earlier=True"
-        )
-    if retain.merge_earlier and not config.export.merge:
-        raise UserError(
-            "retain.merge_earlier=True trains an adapter on a base that no one else has: set export.merge=True, which writes the whole model"
-        )
-    if retain.rewarm > config.optim.learning_rate or (retain.rewarm and not config.optim.warmup_steps):
-        raise UserError(
-            f"retain.rewarm={retain.rewarm} is where the warm-up to optim.learning_rate={config.optim.learning_rate} starts, over "
-            f"optim.warmup_steps={config.optim.warmup_steps}: expected at most the former, and a warm-up"
-        )
-    _check_replay(config)
 
 
-def _check_replay(config: ConfigDict) -> None:
-    total, taken, objective = 0.0, 0, config.train.objective
-    for one in config.retain.replay:
-        if not (
-            isinstance(one, tuple | list) and len(one) == 3 and isinstance(one[0], str) and one[0] and isinstance(one[1], int | float)
-        ):  # fmt: skip
-            raise UserError(
-                f"config.retain.replay has {one!r}; expected (URI, share, settings), such as ('old.jsonl', 0.1, (('data.prompt', '…'),))"
-            )
-        uri, share, settings = one
-        if not 0 < share < 1:
-            raise UserError(f"config.retain.replay gives {uri!r} the share {share}; expected above 0 and below 1")
-        check_data(f"retain.replay of {uri!r}", settings)
-        total, taken = total + share, taken + math.ceil(share * config.train.batch_size)
-    if not config.retain.replay:
+def objectives(config: ConfigDict) -> tuple[str, ...]:
+    """The run's objectives, the main one first."""
+    return (config.train.objective, *(one[0] for one in config.train.beside))
+
+
+def _check_on_policy(config: ConfigDict) -> None:
+    distill, told = config.distill, f"distill.on_policy={config.distill.on_policy}"
+    if not distill.on_policy:
         return
-    if total >= 1:
+    if config.train.objective != "distill" or config.train.beside:
         raise UserError(
-            f"the shares of retain.replay sum to {total:g}, which leaves no room for data.train: expected below 1"
+            f"{told} goes with train.objective='distill' alone, not with {config.train.objective!r} and train.beside="
+            f"{config.train.beside}: set it to 0.0"
         )
-    if taken > config.train.batch_size:
+    if distill.mode != "online":
         raise UserError(
-            f"the shares of retain.replay need up to {taken} rows in some batches, and train.batch_size={config.train.batch_size}: raise it"
+            f"{told}: what the student will write is not known before training, and distill.mode={distill.mode!r} asks the teacher then: "
+            "set distill.mode='online'"
         )
-    if objective in ON_POLICY or objective == "contrastive" or config.meta.algorithm:
-        what = (
-            f"meta.algorithm={config.meta.algorithm!r}" if config.meta.algorithm else f"train.objective={objective!r}"
-        )
+    if not distill.alpha:
         raise UserError(
-            f"retain.replay mixes rows into batches, and those of {what} are no rows on their own: set retain.replay=(), and use "
-            "retain.penalties, or train.beside where that goes"
+            f"{told} with distill.alpha=0.0: no step on its own answers would teach anything; raise distill.alpha"
         )
 
 
-def check_data(key: str, settings: Any, needed: str = "") -> None:
-    """Refuses settings of other rows, ((key, value), …), that are not all of the section `data`.
-
-    Raises:
-      UserError: naming `key`, and the nearest keys.
-    """
-    known = [name for name in keys(base()) if name.startswith("data.")]
-    for one in settings:
-        if not isinstance(one, tuple | list) or len(one) != 2 or not isinstance(one[0], str):
-            raise UserError(f"config.{key} has {one!r}; expected (key of data, value), such as ('data.limit', 200)")
-        if one[0] not in known:
-            raise UserError(f"config.{key} has {one[0]!r}; expected keys of the section data{nearest(one[0], known)}")
-        if one[0] in (
-            "data.max_length",
-            "data.packing",
-            "data.max_passage_length",
-            "data.shuffle",
-            "data.prefetch_batches",
-        ):
-            raise UserError(f"config.{key} has {one[0]!r}, which is the batch's, and the run's own: leave it out")
-        try:
-            base().data[one[0].removeprefix("data.")] = one[1]
-        except (TypeError, ValueError):
-            raise UserError(
-                f"config.{key} has {one[0]!r} = {one[1]!r:.60}; expected a {type(lookup(base(), one[0])).__name__}"
-            ) from None
-    if needed and needed not in [name for name, _ in settings]:
-        raise UserError(f"config.{key} lacks {needed!r}, the rows themselves")
-
-
-PENALTIES = ("kl_base", "l2_start", "ewc", "orthogonal")  # `objectives/penalties.py`
+def _check_distill(config: ConfigDict) -> None:
+    if "distill" not in objectives(config):
+        if config.distill.on_policy:
+            _check_on_policy(config)
+        return
+    distill, method = config.distill, config.tune.method
+    _check_on_policy(config)
+    if not distill.teacher:
+        raise UserError(
+            "train.objective='distill' learns from a teacher, and distill.teacher is empty: name a model's URI, 'adapter_off' or 'start'"
+        )
+    if distill.teacher == "adapter_off" and method != "lora":
+        raise UserError(
+            f"distill.teacher='adapter_off' with tune.method={method!r}: there is no adapter to switch off; set 'start' or another "
+            "model's URI"
+        )
+    if method == "prompt" and distill.mode != "sequence":
+        raise UserError(
+            "tune.method='prompt' puts virtual tokens before each text that no teacher knows: use 'lora' or 'full', or "
+            "distill.mode='sequence'"
+        )
+    if distill.teacher in SELVES and (distill.teacher_adapter or distill.teacher_tokenizer or distill.teacher_quantize):
+        raise UserError(
+            f"distill.teacher={distill.teacher!r} is this model itself: leave distill.teacher_adapter, teacher_tokenizer and "
+            "teacher_quantize empty"
+        )
+    if distill.mode != "online" and config.train.objective != "distill":
+        raise UserError(
+            f"distill.mode={distill.mode!r} prepares the rows of train.objective='distill', not of one in train.beside: set 'online'"
+        )
+    if distill.mode == "precomputed" and not distill.top_k:
+        raise UserError(
+            "distill.mode='precomputed' keeps the teacher's likeliest words of each token, and distill.top_k=0 would keep the whole "
+            "vocabulary: set how many, such as distill.top_k=64"
+        )

@@ -12,7 +12,7 @@ from jaxtune.data.batches import BatchSource, Rows
 from jaxtune.types import Batch
 
 
-class MixtureSource:
+class MixtureSource(BatchSource):
     """The batches of a main source, with a share of each batch's rows taken from others.
 
     Before step s, source i has given floor(s x batch_size x share_i) rows: so a batch has its share to within one row, and
@@ -23,19 +23,11 @@ class MixtureSource:
 
     def __init__(self, main: BatchSource, others: Sequence[BatchSource], shares: Sequence[float]) -> None:
         self.main, self.others = main, tuple(others)
+        self.rows, self.batch_size, self.num_steps = main.rows, main.batch_size, main.num_steps
         self._shares = [Fraction(str(share)) for share in shares]
         every = [main.rows, *(other.rows for other in others)]
         self._offsets = np.cumsum([0, *map(len, every)])
         self._tokens = [_per_row(rows) for rows in every]
-
-    @property
-    def rows(self) -> Rows:
-        """The main source's."""
-        return self.main.rows
-
-    @property
-    def batch_size(self) -> int:
-        return self.main.batch_size
 
     @property
     def num_bins(self) -> int:
@@ -46,10 +38,6 @@ class MixtureSource:
     def steps_per_epoch(self) -> float:
         """Steps that one pass over the main source's rows takes."""
         return self.main.num_bins / float(self.batch_size * (1 - sum(self._shares)))
-
-    def __getitem__(self, step: int) -> Batch:
-        """Returns the global batch of a step, every field (B, …)."""
-        return self.local(step, np.arange(self.batch_size))
 
     def local(self, step: int, batch_rows: np.ndarray) -> Batch:
         """Returns some rows of the global batch of a step, by number: those that one host holds."""
@@ -72,9 +60,10 @@ class MixtureSource:
 
     def counts(self, num_steps: int) -> list[dict[str, int]]:
         """Batch rows and trained tokens of each source in so many steps, the main one first."""
-        found = [self._counts(step) for step in range(num_steps)]
-        rows, tokens = (np.sum([one[i] for one in found], axis=0, dtype=np.int64) for i in range(2))
-        return [{"batch_rows": int(r), "trained_tokens": int(t)} for r, t in zip(rows, tokens, strict=True)]
+        total = np.zeros((2, 1 + len(self.others)), np.int64)
+        for step in range(num_steps):
+            total += self._counts(step)
+        return [{"batch_rows": int(rows), "trained_tokens": int(tokens)} for rows, tokens in total.T]
 
     def row_id(self, number: int, row_ids: Sequence[Sequence[str]]) -> str:
         """The id of a row by its number in a batch, of the ids of every source's rows."""

@@ -115,7 +115,8 @@ def _mixed(p_J: jax.Array, q_J: jax.Array, share: float) -> jax.Array:
 
 
 class _Form(NamedTuple):
-    """What is summed over a chunk's tokens: share x divergence + (1 - share) x -log p(target); then each of the two, and what was right."""
+    """What is summed over a chunk's tokens: share x divergence + (1 - share) x -log p(target), that where the target is gold; then each
+    of the two, and what was right."""
 
     apply: Callable[[Any, jax.Array], jax.Array]
     teach: Callable[[Any, jax.Array], jax.Array] | None  # of a teacher whose hidden states are at hand
@@ -129,13 +130,15 @@ class _Form(NamedTuple):
     def sums(
         self, logits_V: jax.Array, known: Any, weights: jax.Array, aside: Any
     ) -> tuple[tuple[jax.Array, ...], None]:
-        targets, seen = known
+        targets, seen, gold = known
         teacher = cut(self.teach(aside, seen), targets, self.form) if self.teach else seen
         apart = jnp.sum(_of_likeliest(logits_V, teacher, targets, self.form) * weights)
         target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
-        nll = jnp.sum((jax.nn.logsumexp(logits_V, axis=-1) - target_logits) * weights)
+        each = (jax.nn.logsumexp(logits_V, axis=-1) - target_logits) * weights
+        nll = jnp.sum(each)
+        learned = nll if gold is None else jnp.sum(each * gold)
         right = jnp.sum((target_logits >= jnp.max(logits_V, axis=-1)) * weights)
-        return (self.share * apart + (1 - self.share) * nll, apart, nll, right), None
+        return (self.share * apart + (1 - self.share) * learned, apart, nll, right), None
 
     def d_logits(self, logits_V: jax.Array, kept: None, known: Any, weights: jax.Array, aside: Any) -> jax.Array:
         return jax.grad(lambda logits: self.sums(logits, known, weights, aside)[0][0])(logits_V)
@@ -167,14 +170,15 @@ def taught(
     weights_BT: jax.Array,
     form: Form,
     share: float = 1.0,
+    gold_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sums over tokens of w * (share * divergence + (1 - share) * -log p(target)); and of w times the divergence, times
     -log p(target), times [argmax = target]. The first alone has a gradient; all from one pass over the student's words.
 
-    `seen` is what the teacher's head reads, (B, T, D), or with no `teacher` the `Likeliest` that were kept of it.
+    With `gold`, cross-entropy counts in the first where it is 1. `seen` is what the teacher's head reads, (B, T, D), or with no `teacher` the `Likeliest` that were kept of it.
     """
     what = _Form(student.apply, teacher.apply if teacher else None, form, share)
-    known = jax.lax.stop_gradient((targets_BT, seen))
+    known = jax.lax.stop_gradient((targets_BT, seen, gold_BT))
     aside = jax.lax.stop_gradient(teacher.params) if teacher else None
     loss, apart, nll, right = by_chunks(what, student, student_hidden_BTD, known, weights_BT, aside)
     return loss, apart, nll, right

@@ -71,6 +71,11 @@ class Objective(NamedTuple):
     has_values: bool = False
 
 
+def divisor(weight: jax.Array) -> jax.Array:
+    """What a sum is divided by for its mean: its weight, however small; 1 where nothing has any."""
+    return jnp.where(weight > 0, weight, 1.0)
+
+
 TOKEN_FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions_BT")
 
 
@@ -123,7 +128,8 @@ def classed(
 ) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
     """Returns (sum of w * loss, sum of w, metrics) of the batch's targets; the loss is cross-entropy, or as `Shape` has it.
 
-    With `class_weights` w is the data's times that of the target's class, as in torch's `CrossEntropyLoss(weight=…)`. The
+    With `class_weights` w is the data's times that of the target's class, as in torch's `CrossEntropyLoss(weight=…)`; what label
+    smoothing spreads counts as the target does (torch weighs each class's share by the class's own). The
     metric `nll` is what cross-entropy would have been, where the loss is another.
     """
     targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]

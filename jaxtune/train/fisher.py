@@ -44,9 +44,9 @@ _CLASSING = (
 
 
 def with_penalties(
-    config: ConfigDict, workdir: Path, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
+    config: ConfigDict, workdir: Path | None, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
 ) -> Params:  # fmt: skip
-    """The frozen parameters of a run that begins with `trained`: with what its penalties compare with.
+    """The frozen parameters of a run that begins with `trained`: with what its penalties compare with. Without `workdir`, nothing is kept.
 
     Raises:
       UserError: there are no rows for the Fisher information, or an earlier one is not of these parameters.
@@ -59,7 +59,7 @@ def with_penalties(
 
 
 def information(
-    config: ConfigDict, workdir: Path, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
+    config: ConfigDict, workdir: Path | None, model: Model, tokenizer: Tokenizer, program: Program, trained: Params, frozen: Params, show: Any
 ) -> Mapping[str, np.ndarray]:  # fmt: skip
     """The Fisher information of each trained parameter, float32: that of `retain.fisher_data`, and of earlier tasks times its decay."""
     earlier = _earlier(config, trained) if config.retain.fisher else None
@@ -70,14 +70,15 @@ def information(
         _, data = rows.aside(own, tokenizer, show, "Fisher information", reader)
         data = masking.fixed(data, reader.masking) if reader.masking else data
         asked = hashlib.sha256((asked + data.digest).encode()).hexdigest()
-    kept = _read(workdir / FILE, asked)
+    file = workdir / FILE if workdir else None
+    kept = _read(file, asked) if file else None
     if kept is not None:
         return kept
     now = diagonal(own, program, trained, frozen, data, tokenizer.pad_id, show) if own is not None and data else {}
     before = {path: config.retain.fisher_decay * value for path, value in (earlier or {}).items()}
     total = {path: np.asarray(now.get(path, 0) + before.get(path, 0), np.float32) for path in trained}
-    if jax.process_index() == 0:
-        _write(workdir / FILE, asked, total)
+    if file and jax.process_index() == 0:
+        _write(file, asked, total)
     return total
 
 
@@ -94,20 +95,23 @@ def diagonal(
     shards, mesh = sharding.num_batch_shards(program.mesh), program.mesh
     size = -(-config.retain.fisher_rows // shards) * shards
     chunk_tokens = max(1, config.train.loss_chunk_tokens // (size // shards))
-    add, mine = _adding(program, found, chunk_tokens, sampled), sharding.host_rows(mesh, size)
+    add, mine = _adding(program, found, chunk_tokens, sampled, config.train.seed), sharding.host_rows(mesh, size)
     sums: Params = {path: jnp.zeros_like(value, jnp.float32) for path, value in trained.items()}
-    key, length = jax.random.key(config.train.seed), config.data.max_length
+    length = config.data.max_length
     steps = -(-len(data) // size)
     for number, batch in enumerate(
         show(batches.eval_batches(data, length, False, size, pad_id), steps, "Fisher information")
     ):
         arrays = sharding.to_global({name: batch[name][mine] for name in found.fields}, mesh, size)
-        sums = add(sums, trained, frozen, arrays, jax.random.fold_in(key, number))
+        sums = add(sums, trained, frozen, arrays, number * size)
     return {path: sharding.to_host(value) / len(data) for path, value in sums.items()}
 
 
-def _adding(program: Program, found: Objective, chunk_tokens: int, sampled: bool) -> Any:
-    """Returns the jitted (sums, trained, frozen, batch, key) -> sums, with the squared gradient of each of the batch's rows."""
+def _adding(program: Program, found: Objective, chunk_tokens: int, sampled: bool, seed: int) -> Any:
+    """Returns the jitted (sums, trained, frozen, batch, first) -> sums, with the squared gradient of each of the batch's rows.
+
+    `first` is the number of the first of them: what is drawn for a row depends on its number alone.
+    """
 
     def nll(trained: Params, frozen: Params, row: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         policy = step.policy(program, {**frozen, **trained}, chunk_tokens, graphdef=program.inference)
@@ -115,9 +119,10 @@ def _adding(program: Program, found: Objective, chunk_tokens: int, sampled: bool
             row = row | {"targets_BT": labels(policy, row, key)}
         return found.loss(policy, {}, row, None)[0]
 
-    def add(sums: Params, trained: Params, frozen: Params, batch: dict[str, jax.Array], key: jax.Array) -> Params:
+    def add(sums: Params, trained: Params, frozen: Params, batch: dict[str, jax.Array], first: jax.Array) -> Params:
         rows_of = {name: x[:, None] for name, x in batch.items()}  # each a batch of one
-        keys = jax.random.split(key, next(iter(batch.values())).shape[0])
+        key = jax.random.key(seed)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(next(iter(batch.values())).shape[0]))
         each = jax.vmap(jax.grad(nll), in_axes=(None, None, 0, 0))(trained, frozen, rows_of, keys)
         return {path: total + _squares(each[path], program.state.params[path].sharding) for path, total in sums.items()}
 

@@ -13,13 +13,14 @@ micro-batches as a loss is, and divided by the trained tokens of the whole batch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import fetch, sharding
+from jaxtune import fetch, optim, sharding
 from jaxtune.adapters import lora
 from jaxtune.config import ConfigDict
 from jaxtune.models import transformer
@@ -147,11 +148,8 @@ def masked(config: ConfigDict, program: Any, grads: Params) -> Params:
         return grads
 
     def one(path: str, grad: jax.Array) -> jax.Array:
-        numbers = transformer.depths(program.model_config, path) - 1
-        if not numbers.ndim:
-            return grad
-        trains = np.isin(numbers, config.tune.train_layers)
-        return jnp.where(trains.reshape(-1, *[1] * (grad.ndim - 1)), grad, 0)
+        mine = optim.layers_of(path, config.tune.train_layers, partial(transformer.depths, program.model_config))
+        return grad if mine is None else jnp.zeros_like(grad).at[mine].set(grad[mine])
 
     return {path: one(path, grad) for path, grad in grads.items()}
 

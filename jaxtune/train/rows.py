@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
 from jaxtune.data import masking, mixture, pairs, pipeline, preferences, prompts, readers, tasks
+from jaxtune.data.formats import Example
 from jaxtune.data.mixture import MixtureSource
 from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
@@ -35,14 +36,15 @@ class Rows(NamedTuple):
     splits: pipeline.Splits
     train: pipeline.Rows
     validation: pipeline.Rows | None
-    batches: pipeline.BatchSource | MixtureSource | PromptSource
+    batches: pipeline.BatchSource | PromptSource
     beside: tuple[Rows, ...] = ()
     replay: tuple[pipeline.Rows, ...] = ()
 
     @property
     def digest(self) -> str:
         """A hash of all that is trained on."""
-        return "+".join([self.train.digest, *(each.digest for each in (*self.beside, *self.replay))])
+        others = [each.digest for each in self.beside] + [each.digest for each in self.replay]
+        return "+".join([self.train.digest, *others])
 
 
 def paths(config: ConfigDict) -> dict[str, Path]:
@@ -76,11 +78,12 @@ def load(config: ConfigDict, tokenizer: Tokenizer, show: Any, answers: bool = Tr
 
 def read(
     config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT,
-    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (),
+    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (), taught: Callable[[list[Example]], list[Example]] | None = None,
 ) -> Rows:  # fmt: skip
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
     `reader` says what of an example is learnt; `beside` holds config and reader of each objective beside. Validation rows of masked words are masked once and for all.
+    `taught` gives the training examples other answers, a teacher's.
 
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
@@ -89,6 +92,7 @@ def read(
     if training.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
     splits = load(config, tokenizer, show)
+    splits = splits._replace(train=taught(splits.train)) if taught else splits
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
@@ -167,7 +171,7 @@ def _replayed(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: reade
 def _batches(
     config: ConfigDict, splits: pipeline.Splits, rows: pipeline.Rows, tokenizer: Tokenizer, reader: readers.Reader,
     replay: Sequence[pipeline.Rows],
-) -> pipeline.BatchSource | MixtureSource:  # fmt: skip
+) -> pipeline.BatchSource:  # fmt: skip
     data, training = config.data, config.train
     if config.meta.algorithm:
         of_row = {example.row_id: example.task for example in splits.train}
@@ -217,6 +221,19 @@ def summary(config: ConfigDict, rows: Rows) -> str:
     )
 
 
+REPLAY = "replay of "
+
+
+def counts(config: ConfigDict, rows: Rows, num_steps: int) -> dict[str, int]:
+    """What a run of so many steps has to say of its rows, in numbers; with how much of each replayed source it saw."""
+    found = dict(rows.train.counts)
+    if isinstance(rows.batches, MixtureSource):
+        every = rows.batches.counts(num_steps)[1:]
+        for (uri, *_), seen in zip(config.retain.replay, every, strict=True):
+            found |= {f"{REPLAY}{uri}, {name.replace('_', ' ')}": number for name, number in seen.items()}
+    return found
+
+
 def first_row(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, reader: readers.Reader) -> str:
     """The first batch row token by token, with each token's loss weight as a target, for the terminal."""
     batch = rows.batches[0]
@@ -249,7 +266,7 @@ def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Prog
     """
     mine, data = sharding.host_rows(program.mesh, config.train.batch_size), config.data
     every = (rows, *rows.beside)
-    sources = [each.batches for each in every if isinstance(each.batches, pipeline.BatchSource | MixtureSource)]
+    sources = [each.batches for each in every if isinstance(each.batches, pipeline.BatchSource)]
     if len(sources) < len(every):
         raise UserError(
             f"train.objective={config.train.objective!r} writes its own batches, which only `train` can ask for"

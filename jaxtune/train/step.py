@@ -17,8 +17,8 @@ from jaxtune.config import ConfigDict, lookup
 from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy
-from jaxtune.train import meta, preferences, retention, routers
+from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy, divisor
+from jaxtune.train import guests, meta, preferences, retention, routers
 from jaxtune.train.beside import beside, prefix
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
@@ -54,7 +54,12 @@ def reference(program: Program, params: Params, chunk_tokens: int) -> Policy:
     return policy(program, base, chunk_tokens, graphdef=without_adapter(program))
 
 
-_FROZEN: dict[str, Callable[[Program, Params, int], Policy]] = {"reference": reference}
+def guest(name: str, program: Program, params: Params, chunk_tokens: int) -> Policy:
+    """Another model in the step, without gradient."""
+    return policy(program.guests[name] or program, guests.own_of(name, program, params), chunk_tokens)
+
+
+_FROZEN = {"reference": reference} | {name: partial(guest, name) for name in guests.NAMES}
 
 
 def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
@@ -66,6 +71,7 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
     """
     found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
     found = preferences.with_reference(config, found.problems.get(reading.problem(hf_config), found))
+    found = guests.with_teacher(config, found)
     if found.whole_batch and config.train.accumulation > 1:
         raise UserError(
             f"train.objective={config.train.objective!r} compares all rows of a batch, and train.accumulation="
@@ -123,7 +129,7 @@ def parts(config: ConfigDict, hf_config: dict[str, Any]) -> list[Part]:
 def mean(config: ConfigDict, values: Any, weights: Any) -> float:
     """The loss of summed-up NumPy (values, weights), () or (objectives,): each over its own weight, times its share."""
     shares = np.asarray([1.0] + [one[1] for one in config.train.beside])
-    return float(np.sum(shares * values / np.maximum(weights, 1.0)))
+    return float(np.sum(shares * values / np.where(weights > 0, weights, 1.0)))
 
 
 def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
@@ -138,7 +144,7 @@ def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeD
     for part in parts(config, program.hf_config):
         data = part.config.data
         sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
-        sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
+        sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data), "J": config.distill.top_k + 1}
         for name in part.objective.fields:
             shape, field = tuple(sizes[dim] for dim in name.rsplit("_", 1)[1]), part.prefix + name
             shapes[field] = jax.ShapeDtypeStruct(shape, BATCH_FIELDS[name], sharding=where[field])
@@ -250,7 +256,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             loss = jnp.sum(value * scales)
         else:
             grads, (value, weight, extra) = summed(total, state.params, frozen, micro, key)
-            scale = 1.0 / jnp.maximum(weight, 1.0)
+            scale = 1.0 / divisor(weight)
             grads = jax.tree.map(lambda g: g * scale, grads)
             loss = value * scale
         grads, held = hold(grads, state.params, frozen)
@@ -266,7 +272,7 @@ def make(config: ConfigDict, program: Program) -> Any:
             "trained_tokens": sum(jnp.sum(x != 0) for name, x in batch.items() if name.endswith("weights_BT")),
             "tokens": sum(jnp.sum(ids != 0) for name, ids in batch.items() if "segment_ids_" in name),
             "ok": ok,
-            **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
+            **{name: value / divisor(w) for name, (value, w) in extra.items()},
             **held,
         }
         return State(state.step + 1, params, opt_state, state.key, mean), metrics
@@ -306,7 +312,7 @@ def _shares(config: ConfigDict, program: Program, num_rows: int) -> Callable[[Pa
         # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
         weights = total(params, batch, None)[1][1]
         tokens = jnp.sum(batch["weights_BT"]) if retention.on_tokens(config) else jnp.float32(1)
-        return shares / jnp.maximum(weights, 1.0), 1.0 / jnp.maximum(tokens, 1.0)
+        return shares / divisor(weights), 1.0 / divisor(tokens)
 
     return found
 
@@ -364,7 +370,7 @@ def make_adapt(config: ConfigDict, program: Program, num_rows: int) -> Any:
 
     No dropout. The parameters that came stay as they are.
     """
-    options, total = config.meta.copy_and_resolve_references(), _loss(config, program, num_rows)
+    options, total = config.meta.copy_and_resolve_references(), _loss(config, program, num_rows, held=False)
     options.inner_rate = options.adapt_rate or options.inner_rate
 
     def adapt(params: Params, frozen: Params, batch: Arrays) -> Params:
