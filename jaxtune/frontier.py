@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -89,8 +89,8 @@ def planned(config: ConfigDict, workdir: Path) -> list[Job]:
         if strength == INTERPOLATION:
             continue
         tail = strength.rpartition(".")[2]
-        for value in values:
-            full = f"{name},{tail}={sweep.brief(value)}"
+        for value, told in zip(values, labels(values), strict=True):
+            full = f"{name},{tail}={told}"
             jobs.append(Job(_run(config, workdir, full, {**dict(settings), strength: value}), name, strength))
     names = [job.run.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -100,6 +100,27 @@ def planned(config: ConfigDict, workdir: Path) -> list[Job]:
         if strength == INTERPOLATION:
             jobs.append(_interpolation(config, workdir, jobs, name, {**dict(settings), strength: tuple(values)}))
     return jobs
+
+
+def labels(values: Sequence[Any]) -> list[str]:
+    """What to call each strength: of nested values, what is not in all of them; "0-9" for numbers in a row."""
+    leaves = [_leaves(value) for value in values]
+    alike = {len(one) for one in leaves} == {1} or len({len(one) for one in leaves}) > 1
+    if not alike:
+        varying = [at for at, column in enumerate(zip(*leaves, strict=True)) if len(set(column)) > 1]
+        leaves = [[one[at] for at in varying] or one for one in leaves]
+    return [_range(one) or sweep.brief(one[0] if len(one) == 1 else tuple(one)) for one in leaves]
+
+
+def _leaves(value: Any) -> list[Any]:
+    if not isinstance(value, tuple | list):
+        return [value]
+    return [leaf for part in value for leaf in _leaves(part)]
+
+
+def _range(numbers: list[Any]) -> str:
+    whole = len(numbers) > 2 and all(isinstance(one, int) for one in numbers)
+    return f"{numbers[0]}-{numbers[-1]}" if whole and numbers == list(range(numbers[0], numbers[-1] + 1)) else ""
 
 
 def _run(config: ConfigDict, workdir: Path, name: str, values: Mapping[str, Any]) -> sweep.Run:

@@ -25,7 +25,7 @@ from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks, tradeoff
 from jaxtune.models import FAMILIES, naming
-from jaxtune.train import layout, start
+from jaxtune.train import guests, layout, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
@@ -82,8 +82,8 @@ def _settled(config: ConfigDict) -> ConfigDict:
         raise UserError("merge needs config.merge.adapters: ((URI, weight), …), PEFT adapter folders or whole models")
     if config.tune.adapter:
         raise UserError(f"tune.adapter={config.tune.adapter!r} is what training starts from: name it in merge.adapters")
-    config, plain = config.copy_and_resolve_references(), base()
-    config.retain, config.tune.dtype = plain.retain, "float32"
+    config = guests.none(config)
+    config.retain, config.tune.dtype = base().retain, "float32"
     return config
 
 

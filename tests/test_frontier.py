@@ -149,6 +149,17 @@ def test_the_pick_of_an_interpolation_is_a_merge(config: ConfigDict) -> None:
     assert picked.merge.sweep == ()
 
 
+def test_strengths_have_short_names() -> None:
+    """Of long values, what tells them apart."""
+    replay = [(("pypi:a-long-package==1.0#with/a/path.jsonl", share, (("data.limit", 400),)),) for share in (0.1, 0.5)]
+    assert frontier.labels(replay) == ["0.1", "0.5"]
+    assert frontier.labels([(("kl_base", 0.1),), (("ewc", 2.0),)]) == ["kl_base_0.1", "ewc_2.0"]
+    assert frontier.labels([tuple(range(10)), tuple(range(10, 20))]) == ["0-9", "10-19"]
+    assert frontier.labels([(1,), (2, 4)]) == ["1", "2_4"]
+    assert frontier.labels([1e-4, 0.001]) == ["0.0001", "0.001"]
+    assert frontier.labels([(), (("kl_base", 1.0),)]) == ["none", "kl_base_1.0"]
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_workers_have_devices_of_their_own(config: ConfigDict) -> None:
     config.frontier.workers = 2

@@ -37,8 +37,14 @@ def read(folder: Path, method: str, strength: str, run: Any) -> list[dict[str, A
     if not file.exists():
         raise UserError(f"{run.name} has no report.json: set tracking.report=True")
     return [
-        {**of_run, "name": run.name, "strength": run.values[strength], **_part(json.loads(file.read_text("utf-8")))}
+        {**of_run, "name": run.name, "strength": _told(run, strength), **_part(json.loads(file.read_text("utf-8")))}
     ]
+
+
+def _told(run: Any, strength: str) -> float | int | str:
+    """A run's strength: a number, or what its name says."""
+    value = run.values[strength]
+    return value if isinstance(value, int | float) else run.name.rpartition("=")[2]
 
 
 def _part(report: Mapping[str, Any]) -> dict[str, Any]:
