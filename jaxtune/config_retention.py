@@ -77,11 +77,33 @@ def self_distill() -> ConfigDict:
 
 
 def merge() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.adapters = ()  # what is merged: ((URI, weight), …), PEFT adapter folders, or whole models tuned from model.source
+    c.method = "cat"  # cat (the exact sum; ranks add up) | linear | svd | magnitude_prune | ties | dare_linear | dare_ties, factor by factor, or with _svd behind the name on whole updates | slerp (two, of weights 1 - t and t)
+    c.density = 0.5  # magnitude_prune, ties, dare: share of an update's numbers that is kept
+    c.majority_sign = (
+        "total"  # ties: a number's sign is elected by the sum of the values (total) or of the signs (frequency)
+    )
+    c.svd_rank = 0  # svd and names with _svd: rank of the result; 0 = the largest of its parts
+    c.seed = 0  # of what dare drops
+    c.check_bases = True  # adapters must name one base (base_model_name_or_path)
+    c.sweep = ()  # shares of the merged update to measure, e.g. (0.0, 0.25, 0.5, 0.75, 1.0): 0 is the base, 1 all of it (WiSE-FT, arXiv:2109.01903)
+    c.pick = "within"  # which share is written: within (most gain with no protected set broken) | gain | knee
+    c.metric = ""  # of the task, by which gain is measured; "" = the one that a report shows first
+    return c
 
 
 def frontier() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.methods = ()  # what is compared: ((name, ((config key, value), …), (strength key, (value, …))), …); merge.sweep as strength key interpolates a finished run
+    c.interpolates = (
+        ""  # run whose weights those methods take, by its name; "" = the last of the first method that trains
+    )
+    c.workers = 1  # runs at a time, each a process
+    c.environments = ()  # of each worker, environment variables that give it devices of its own: (((name, value), …), …)
+    c.metric = ""  # of the task, by which gain is measured; "" = the one that a report shows first
+    c.pick = "within"  # which run is named, and its config written: within (most gain with no protected set broken) | gain | knee
+    return c
 
 
 def update() -> ConfigDict:

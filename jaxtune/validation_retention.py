@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jaxtune import validation_retain
+from jaxtune import validation_merging, validation_retain
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import UserError, nearest
 
@@ -18,6 +18,7 @@ OF_SETS = ("tolerance", "judged")
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
     validation_retain.validate(config)
+    validation_merging.validate(config)
     _check_keep_layers(config)
     _check_distill(config)
     _check_protect(config)
