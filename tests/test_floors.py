@@ -34,7 +34,7 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "lr_find", "sweep", "merge", "frontier"},
+    {"run", "lr_find", "sweep", "merge", "frontier", "lineage", "update"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -51,6 +51,7 @@ TOGETHER = {
     "archives": {"types"},
     "workdir": {"types"},
     "hosts": {"types"},
+    "update": {"lineage", "sweep"},
     "chips": {"types"},
     "frontier": {"sweep"},
 }
