@@ -384,6 +384,10 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
         raise UserError(f"export.checkpoint={wanted!r}; expected 'best', 'latest' or a step number")
     with checkpoint.Checkpoints(config.workdir, config, resuming=False) as checkpoints:
         step = checkpoints.best_step() if wanted == "best" else int(wanted) if wanted.isdigit() else None
+        if step == 0 and wanted == "best":
+            raise UserError(
+                f"{config.workdir}: every checkpoint breaks a protected set; export.checkpoint='latest' takes the last all the same"
+            )
         restored = checkpoints.restore(program.state, step)
     return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
 
