@@ -62,6 +62,12 @@ def distill() -> ConfigDict:
         0  # compare the teacher's likeliest words, and all others as one; 0 = all words (precomputed: 64 would do)
     )
     c.non_target = False  # compare without the target, renormalised (arXiv:2203.08679)
+    c.layer_map = ()  # pairs of layers to be alike: ((the student's number, the teacher's), …), from 0
+    c.hidden_weight = 0.0  # weight of the distance of their hidden states
+    c.hidden_loss = "mse"  # mse | cosine (objectives/matching.py has the formulas)
+    c.attention_weight = (
+        0.0  # weight of the divergence of their attention, whose maps exist for a pair of layers at a time
+    )
     c.on_policy = 0.0  # share of the steps whose answers the student writes itself, as the section rl says how (GKD, arXiv:2306.13649); cross-entropy learns from the others alone
     return c
 
@@ -71,11 +77,33 @@ def self_distill() -> ConfigDict:
 
 
 def merge() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.adapters = ()  # what is merged: ((URI, weight), …), PEFT adapter folders, or whole models tuned from model.source
+    c.method = "cat"  # cat (the exact sum; ranks add up) | linear | svd | magnitude_prune | ties | dare_linear | dare_ties, factor by factor, or with _svd behind the name on whole updates | slerp (two, of weights 1 - t and t)
+    c.density = 0.5  # magnitude_prune, ties, dare: share of an update's numbers that is kept
+    c.majority_sign = (
+        "total"  # ties: a number's sign is elected by the sum of the values (total) or of the signs (frequency)
+    )
+    c.svd_rank = 0  # svd and names with _svd: rank of the result; 0 = the largest of its parts
+    c.seed = 0  # of what dare drops
+    c.check_bases = True  # adapters must name one base (base_model_name_or_path)
+    c.sweep = ()  # shares of the merged update to measure, e.g. (0.0, 0.25, 0.5, 0.75, 1.0): 0 is the base, 1 all of it (WiSE-FT, arXiv:2109.01903)
+    c.pick = "within"  # which share is written: within (most gain with no protected set broken) | gain | knee
+    c.metric = ""  # of the task, by which gain is measured; "" = the one that a report shows first
+    return c
 
 
 def frontier() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.methods = ()  # what is compared: ((name, ((config key, value), …), (strength key, (value, …))), …); merge.sweep as strength key interpolates a finished run
+    c.interpolates = (
+        ""  # run whose weights those methods take, by its name; "" = the last of the first method that trains
+    )
+    c.workers = 1  # runs at a time, each a process
+    c.environments = ()  # of each worker, environment variables that give it devices of its own: (((name, value), …), …)
+    c.metric = ""  # of the task, by which gain is measured; "" = the one that a report shows first
+    c.pick = "within"  # which run is named, and its config written: within (most gain with no protected set broken) | gain | knee
+    return c
 
 
 def lineage() -> ConfigDict:

@@ -325,3 +325,66 @@ def png(path: Path, panels: Sequence[Panel]) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path)
     return True
+
+
+class Dot(NamedTuple):
+    """A point with its intervals, (value, low, high) each; `series` colours it, a faded one is grey, a marked one ringed and named."""
+
+    x: tuple[float, float, float]
+    y: tuple[float, float, float]
+    series: str
+    name: str = ""
+    faded: bool = False
+    marked: bool = False
+
+
+class Cloud(NamedTuple):
+    """A plot of points between the ends of their intervals."""
+
+    title: str
+    x_label: str
+    y_label: str
+    dots: Sequence[Dot]
+
+
+def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
+    """Draws the clouds side by side into a picture file; returns False, and draws nothing, without matplotlib (extra: report)."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    series = list(dict.fromkeys(dot.series for cloud in drawings for dot in cloud.dots))
+    colors = {name: colormaps["tab10"](number % 10) for number, name in enumerate(series)}
+    drawn = Figure(figsize=(1.2 + 5 * len(drawings), 4.4), dpi=130, layout="constrained")
+    for axes, cloud in zip(drawn.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+        for dot in cloud.dots:
+            color = "0.75" if dot.faded else colors[dot.series]
+            spans = [[[max(0.0, value - low)], [max(0.0, high - value)]] for value, low, high in (dot.x, dot.y)]
+            axes.errorbar(
+                dot.x[0],
+                dot.y[0],
+                spans[1],
+                spans[0],
+                fmt="o",
+                color=color,
+                markersize=5,
+                linewidth=0.8,
+                zorder=1 if dot.faded else 2,
+            )
+            if dot.marked:
+                axes.plot(dot.x[0], dot.y[0], "o", color="none", markeredgecolor="black", markersize=11, zorder=3)
+            if dot.name:
+                axes.annotate(
+                    dot.name, (dot.x[0], dot.y[0]), xytext=(5, 4), textcoords="offset points", fontsize=6.5, color=color
+                )
+        axes.axhline(0, color="0.6", linewidth=0.7)
+        axes.set(title=cloud.title, xlabel=cloud.x_label, ylabel=cloud.y_label)
+        axes.grid(visible=True, linewidth=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    for name, color in colors.items():
+        axes.plot([], [], "o", color=color, label=name)
+    drawn.legend(loc="outside lower center", ncols=min(len(series), 6), frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path)
+    return True

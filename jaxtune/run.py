@@ -30,7 +30,7 @@ from jaxtune.evals import account, fewshot, judge, measure, protected, retention
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, fisher, goodput, guests, loop, references, rounds, sequences, start, teachers
+from jaxtune.train import compiled, fisher, goodput, guests, loop, references, rounds, sequences, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -50,10 +50,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     with wall("fetch"):
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
-        guests.check_tokens(config, tokenizer)
     with wall("tokenise"):
-        reader = start.reader(config, model, tokenizer)
-        taught = partial(sequences.taught, config, workdir, show=show)
+        reader, taught = start.reader(config, model, tokenizer), partial(sequences.taught, config, workdir, show=show)
         rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         sets = protected.read(config, tokenizer, show, reader)
@@ -89,12 +87,10 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
+            data = rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall)
             cost.log_before(tracker, int(state.step))
-            known = (compiling, wall, counted)
-            outcome = loop.train(
-                config, program, *arrays, tracker, checkpoints, workdir, remembered, *known, guarded=cost.guard()
-            )  # fmt: skip
+            known = (tracker, checkpoints, workdir, remembered, compiling, wall, counted, cost.guard())
+            outcome = loop.train(config, program, state, frozen, data, *known)
             tracker.close_console()
             with wall("evaluation"):
                 params = cost.choose(
@@ -119,7 +115,6 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    guests.check_tokens(config, tokenizer)
     reader = start.reader(config, model, tokenizer)
     rows = rows_lib.read(config, tokenizer, _progress(config), reader, start.beside(config, model, tokenizer))
     program, _ = start.program(config, model)
@@ -317,7 +312,6 @@ def _compared(
     """The rows with what a reference and a teacher say of them, and the frozen parameters with what penalties compare with."""
     params = {**frozen, **state.params}
     rows = references.filled(config, workdir, rows, tokenizer, program, params, show)
-    rows = teachers.filled(config, workdir, rows, tokenizer, program, params, show)
     return rows, fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
 
 
@@ -390,6 +384,10 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
         raise UserError(f"export.checkpoint={wanted!r}; expected 'best', 'latest' or a step number")
     with checkpoint.Checkpoints(config.workdir, config, resuming=False) as checkpoints:
         step = checkpoints.best_step() if wanted == "best" else int(wanted) if wanted.isdigit() else None
+        if step == 0 and wanted == "best":
+            raise UserError(
+                f"{config.workdir}: every checkpoint breaks a protected set; export.checkpoint='latest' takes the last all the same"
+            )
         restored = checkpoints.restore(program.state, step)
     return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jaxtune import validation_retain
+from jaxtune import validation_merging, validation_retain
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import UserError, nearest
 
+SELVES = ("adapter_off", "start")  # what `distill.teacher` may be beside another model's URI
 # Sections whose fields a named set of rows may set for itself, and what such a set says beside them.
 OF_ROWS = ("data", "eval", "generate", "reward")
 OF_SETS = ("tolerance", "judged")
-SELVES = ("adapter_off", "start")  # what `distill.teacher` may be beside another model's URI
 
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
-    _check_protect(config)
     _check_lineage(config)
     validation_retain.validate(config)
+    validation_merging.validate(config)
     _check_keep_layers(config)
     _check_distill(config)
+    _check_protect(config)
 
 
 def _check_keep_layers(config: ConfigDict) -> None:
@@ -62,6 +63,28 @@ def _check_on_policy(config: ConfigDict) -> None:
         )
 
 
+def _check_layer_map(config: ConfigDict) -> None:
+    distill = config.distill
+    for pair in distill.layer_map:
+        if not (
+            isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(one, int) and one >= 0 for one in pair)
+        ):
+            raise UserError(
+                f"config.distill.layer_map has {pair!r}; expected (number of a student's layer, number of a teacher's), from 0"
+            )
+    weighs = bool(distill.hidden_weight or distill.attention_weight)
+    if weighs != bool(distill.layer_map):
+        raise UserError(
+            f"distill.layer_map={tuple(distill.layer_map)} with distill.hidden_weight={distill.hidden_weight} and attention_weight="
+            f"{distill.attention_weight}: pairs of layers need a weight, and a weight needs pairs, such as ((0, 0), (5, 11))"
+        )
+    if weighs and distill.mode != "online":
+        raise UserError(
+            f"distill.layer_map needs the teacher's layers in the step, and distill.mode={distill.mode!r} has none: set 'online', or "
+            "leave it ()"
+        )
+
+
 def _check_distill(config: ConfigDict) -> None:
     if "distill" not in objectives(config):
         if config.distill.on_policy:
@@ -69,6 +92,7 @@ def _check_distill(config: ConfigDict) -> None:
         return
     distill, method = config.distill, config.tune.method
     _check_on_policy(config)
+    _check_layer_map(config)
     if not distill.teacher:
         raise UserError(
             "train.objective='distill' learns from a teacher, and distill.teacher is empty: name a model's URI, 'adapter_off' or 'start'"

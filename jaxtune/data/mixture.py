@@ -12,7 +12,7 @@ from jaxtune.data.batches import BatchSource, Rows
 from jaxtune.types import Batch
 
 
-class MixtureSource:
+class MixtureSource(BatchSource):
     """The batches of a main source, with a share of each batch's rows taken from others.
 
     Before step s, source i has given floor(s x batch_size x share_i) rows: so a batch has its share to within one row, and
@@ -23,19 +23,11 @@ class MixtureSource:
 
     def __init__(self, main: BatchSource, others: Sequence[BatchSource], shares: Sequence[float]) -> None:
         self.main, self.others = main, tuple(others)
+        self.rows, self.batch_size, self.num_steps = main.rows, main.batch_size, main.num_steps
         self._shares = [Fraction(str(share)) for share in shares]
         every = [main.rows, *(other.rows for other in others)]
         self._offsets = np.cumsum([0, *map(len, every)])
         self._tokens = [_per_row(rows) for rows in every]
-
-    @property
-    def rows(self) -> Rows:
-        """The main source's."""
-        return self.main.rows
-
-    @property
-    def batch_size(self) -> int:
-        return self.main.batch_size
 
     @property
     def num_bins(self) -> int:
@@ -46,10 +38,6 @@ class MixtureSource:
     def steps_per_epoch(self) -> float:
         """Steps that one pass over the main source's rows takes."""
         return self.main.num_bins / float(self.batch_size * (1 - sum(self._shares)))
-
-    def __getitem__(self, step: int) -> Batch:
-        """Returns the global batch of a step, every field (B, …)."""
-        return self.local(step, np.arange(self.batch_size))
 
     def local(self, step: int, batch_rows: np.ndarray) -> Batch:
         """Returns some rows of the global batch of a step, by number: those that one host holds."""

@@ -20,7 +20,7 @@ from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
 from jaxtune.train import beside as beside_lib
-from jaxtune.train import loop, meta
+from jaxtune.train import guests, loop, meta
 from jaxtune.train.preferences import is_precomputed
 from jaxtune.train.state import Program
 from jaxtune.types import BRANCH_BITS, Batch, UserError
@@ -36,14 +36,15 @@ class Rows(NamedTuple):
     splits: pipeline.Splits
     train: pipeline.Rows
     validation: pipeline.Rows | None
-    batches: pipeline.BatchSource | MixtureSource | PromptSource
+    batches: pipeline.BatchSource | PromptSource
     beside: tuple[Rows, ...] = ()
     replay: tuple[pipeline.Rows, ...] = ()
 
     @property
     def digest(self) -> str:
         """A hash of all that is trained on."""
-        return "+".join([self.train.digest, *(each.digest for each in (*self.beside, *self.replay))])
+        others = [each.digest for each in self.beside] + [each.digest for each in self.replay]
+        return "+".join([self.train.digest, *others])
 
 
 def paths(config: ConfigDict) -> dict[str, Path]:
@@ -85,9 +86,10 @@ def read(
     `taught` gives the training examples other answers, a teacher's.
 
     Raises:
-      UserError: bad data, or validation is asked for and there are no rows to validate on.
+      UserError: bad data, validation is asked for and there are no rows to validate on, or a teacher of other words.
     """
     training = config.train
+    guests.check_tokens(config, tokenizer)
     if training.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
     splits = load(config, tokenizer, show)
@@ -170,7 +172,7 @@ def _replayed(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: reade
 def _batches(
     config: ConfigDict, splits: pipeline.Splits, rows: pipeline.Rows, tokenizer: Tokenizer, reader: readers.Reader,
     replay: Sequence[pipeline.Rows],
-) -> pipeline.BatchSource | MixtureSource:  # fmt: skip
+) -> pipeline.BatchSource:  # fmt: skip
     data, training = config.data, config.train
     if config.meta.algorithm:
         of_row = {example.row_id: example.task for example in splits.train}
@@ -265,7 +267,7 @@ def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Prog
     """
     mine, data = sharding.host_rows(program.mesh, config.train.batch_size), config.data
     every = (rows, *rows.beside)
-    sources = [each.batches for each in every if isinstance(each.batches, pipeline.BatchSource | MixtureSource)]
+    sources = [each.batches for each in every if isinstance(each.batches, pipeline.BatchSource)]
     if len(sources) < len(every):
         raise UserError(
             f"train.objective={config.train.objective!r} writes its own batches, which only `train` can ask for"
