@@ -67,6 +67,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "retain.fisher_labels": ("sampled", "data"),
     "distill.mode": ("online", "precomputed", "sequence"),
     "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "distill.hidden_loss": ("mse", "cosine"),
     "distill.teacher_quantize": ("", "int8", "int4", "nf4"),
 }
 
@@ -116,6 +117,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
     "retain.kl_temperature": (1e-3, 1e3), "retain.kl_mix": (0, 1), "retain.fisher_decay": (0, 1e6), "retain.rewarm": (0, 1e6),
+    "distill.hidden_weight": (0, 1e6), "distill.attention_weight": (0, 1e6),
     "distill.alpha": (0, 1), "distill.on_policy": (0, 1), "distill.mix": (0, 1), "distill.temperature": (1e-3, 1e3),
 }  # fmt: skip
 

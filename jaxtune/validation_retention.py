@@ -54,6 +54,28 @@ def _check_on_policy(config: ConfigDict) -> None:
         )
 
 
+def _check_layer_map(config: ConfigDict) -> None:
+    distill = config.distill
+    for pair in distill.layer_map:
+        if not (
+            isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(one, int) and one >= 0 for one in pair)
+        ):
+            raise UserError(
+                f"config.distill.layer_map has {pair!r}; expected (number of a student's layer, number of a teacher's), from 0"
+            )
+    weighs = bool(distill.hidden_weight or distill.attention_weight)
+    if weighs != bool(distill.layer_map):
+        raise UserError(
+            f"distill.layer_map={tuple(distill.layer_map)} with distill.hidden_weight={distill.hidden_weight} and attention_weight="
+            f"{distill.attention_weight}: pairs of layers need a weight, and a weight needs pairs, such as ((0, 0), (5, 11))"
+        )
+    if weighs and distill.mode != "online":
+        raise UserError(
+            f"distill.layer_map needs the teacher's layers in the step, and distill.mode={distill.mode!r} has none: set 'online', or "
+            "leave it ()"
+        )
+
+
 def _check_distill(config: ConfigDict) -> None:
     if "distill" not in objectives(config):
         if config.distill.on_policy:
@@ -61,6 +83,7 @@ def _check_distill(config: ConfigDict) -> None:
         return
     distill, method = config.distill, config.tune.method
     _check_on_policy(config)
+    _check_layer_map(config)
     if not distill.teacher:
         raise UserError(
             "train.objective='distill' learns from a teacher, and distill.teacher is empty: name a model's URI, 'adapter_off' or 'start'"
