@@ -104,13 +104,13 @@ def remembered(seen: Policy) -> tuple[Policy, list[tuple[Any, jax.Array]]]:
         passes.append((batch["tokens_BT"], found))
         return found
 
-    def tapped(batch: Arrays, key: jax.Array | None, numbers: tuple[int, ...]) -> tuple[jax.Array, Any]:
-        assert seen.tapped is not None
-        found, taps = seen.tapped(batch, key, numbers)
+    def layers(batch: Arrays, key: jax.Array | None, numbers: tuple[int, ...]) -> tuple[jax.Array, Any]:
+        assert seen.layers is not None
+        found, taps = seen.layers(batch, key, numbers)
         passes.append((batch["tokens_BT"], found))
         return found, taps
 
-    return seen._replace(hidden=hidden, tapped=tapped if seen.tapped else None), passes
+    return seen._replace(hidden=hidden, layers=layers if seen.layers else None), passes
 
 
 # ---- penalties on weights ----
