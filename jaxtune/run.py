@@ -310,8 +310,7 @@ def _compared(
     frozen: Params, show: Any,
 ) -> tuple[rows_lib.Rows, Params]:  # fmt: skip
     """The rows with what a reference and a teacher say of them, and the frozen parameters with what penalties compare with."""
-    params = {**frozen, **state.params}
-    rows = references.filled(config, workdir, rows, tokenizer, program, params, show)
+    rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     return rows, fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
 
 
