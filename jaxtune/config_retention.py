@@ -6,7 +6,15 @@ from ml_collections import ConfigDict
 
 
 def protect() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.sets = ()  # what the run must not cost: ((name, ((key, value), …)), …), keys of data, eval, generate and reward as `base` has them but for these, and tolerance, judged (the metric that is)
+    c.tolerance = 0.02  # of a set that names none: how much worse its metric may become, in the metric's unit
+    c.judge_by = "estimate"  # a set is broken when its worsening exceeds the tolerance: estimate (as measured) | interval (all of its interval does)
+    c.every_steps = 0  # sets are measured every so many steps; 0 = before and after alone
+    c.on_broken = "report"  # a set is broken: report | stop (train no further) | rollback (stop, and export the last checkpoint at which none was)
+    c.kl_every_steps = 0  # base_kl, forward KL from the first weights on the task's own rows, every so many steps; 0 = beside validation, and at the end
+    c.kl_rows = 64  # rows that base_kl is over: of validation, else of training; 0 = it is not measured
+    return c
 
 
 def retain() -> ConfigDict:
@@ -69,15 +77,52 @@ def self_distill() -> ConfigDict:
 
 
 def merge() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.adapters = ()  # what is merged: ((URI, weight), …), PEFT adapter folders, or whole models tuned from model.source
+    c.method = "cat"  # cat (the exact sum; ranks add up) | linear | svd | magnitude_prune | ties | dare_linear | dare_ties, factor by factor, or with _svd behind the name on whole updates | slerp (two, of weights 1 - t and t)
+    c.density = 0.5  # magnitude_prune, ties, dare: share of an update's numbers that is kept
+    c.majority_sign = (
+        "total"  # ties: a number's sign is elected by the sum of the values (total) or of the signs (frequency)
+    )
+    c.svd_rank = 0  # svd and names with _svd: rank of the result; 0 = the largest of its parts
+    c.seed = 0  # of what dare drops
+    c.check_bases = True  # adapters must name one base (base_model_name_or_path)
+    c.sweep = ()  # shares of the merged update to measure, e.g. (0.0, 0.25, 0.5, 0.75, 1.0): 0 is the base, 1 all of it (WiSE-FT, arXiv:2109.01903)
+    c.pick = "within"  # which share is written: within (most gain with no protected set broken) | gain | knee
+    c.metric = ""  # of the task, by which gain is measured; "" = the one that a report shows first
+    return c
 
 
 def frontier() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.methods = ()  # what is compared: ((name, ((config key, value), …), (strength key, (value, …))), …); merge.sweep as strength key interpolates a finished run
+    c.interpolates = (
+        ""  # run whose weights those methods take, by its name; "" = the last of the first method that trains
+    )
+    c.workers = 1  # runs at a time, each a process
+    c.environments = ()  # of each worker, environment variables that give it devices of its own: (((name, value), …), …)
+    c.metric = ""  # of the task, by which gain is measured; "" = the one that a report shows first
+    c.pick = "within"  # which run is named, and its config written: within (most gain with no protected set broken) | gain | knee
+    return c
 
 
-def update() -> ConfigDict:
-    return ConfigDict()
+def lineage() -> ConfigDict:
+    c = ConfigDict()
+    c.folder = ""  # `update`: folder that holds a model's releases and their ledger; one that is not there begins with the base
+    c.replay_share = (
+        0.2  # share of each batch's rows that are earlier stages' training rows, alike for each stage; 0 = none
+    )
+    c.on_changed_data = "refuse"  # an earlier stage's file that is no longer what the ledger says: refuse | note (go on with what it holds now)
+    c.margin = 0.05  # by how much a candidate may be worse than the released model on any stage's held-out rows, in units of its metric (0.05 accuracy = 5 points)
+    c.margins = ()  # of sets by name in its place, stages or protected: ((name, margin), …); a protected set has its own tolerance otherwise
+    c.decide = "interval"  # what must be no worse than -margin: interval (the lower end of the paired difference: non-inferiority) | estimate (the difference itself)
+    c.force = ""  # a written reason to release what the gate refuses; the ledger keeps it
+    c.rollback = -1  # make this release the current one again, and train nothing; 0 = the base; -1 = none
+    c.drift_rows = 200  # training rows drawn of each side to compare new data with old; 0 = do not compare
+    c.drift_permutations = 1000  # behind the p of the embeddings' test
+    c.drift_alpha = 0.05  # a shift is told as such below this p, corrected for the number of tests (Holm)
+    c.embedder = ""  # model whose mean-pooled states stand for a text, by URI; "" = the base's own
+    return c
 
 
 SECTIONS = {
@@ -87,5 +132,5 @@ SECTIONS = {
     "self_distill": self_distill,
     "merge": merge,
     "frontier": frontier,
-    "update": update,
+    "lineage": lineage,  # of the verb `update`; a ConfigDict has a method of that name
 }

@@ -23,6 +23,7 @@ FLOORS = [
         "archives",
         "indexes",
         "validation",
+        "validation_merging",
         "validation_methods",
         "validation_retain",
         "validation_retention",
@@ -33,7 +34,7 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "lr_find", "sweep"},
+    {"run", "lr_find", "sweep", "merge", "frontier", "lineage", "update"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -44,12 +45,15 @@ TOGETHER = {
     "validation": {"config", "types", "validation_methods", "validation_retention"},
     "validation_methods": {"config", "types"},
     "validation_retain": {"config", "types", "validation_methods"},
-    "validation_retention": {"config", "types", "validation_retain"},
+    "validation_merging": {"config", "types"},
+    "validation_retention": {"config", "types", "validation_merging", "validation_retain"},
     "registry": {"types"},
     "archives": {"types"},
     "workdir": {"types"},
     "hosts": {"types"},
+    "update": {"lineage", "sweep"},
     "chips": {"types"},
+    "frontier": {"sweep"},
 }
 
 

@@ -248,7 +248,7 @@ def write_result(
         else:
             dtype = np.dtype(config.export.dtype) if config.export.dtype else None
             named = hf.tensors(program.family, program.model_config, merged(program, params, frozen), dtype)
-            hf.save(folder, _exported(model, tokenizer), named, write)
+            hf.save(folder, exported(model, tokenizer), named, write)
         if write and tokenizer is not None:
             tokenizer.save(folder)
         if write and config.train.objective == "contrastive":
@@ -258,7 +258,7 @@ def write_result(
     return place
 
 
-def _exported(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def exported(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The model's config; with a padding token for a decoder that classes texts: transformers finds their ends by it."""
     config = model.hf_config
     if tokenizer and config.get("pad_token_id") is None and reading.task(config) == "ForSequenceClassification":
