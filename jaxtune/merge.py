@@ -2,7 +2,7 @@
 
 Adapters become one adapter; whole models, adapters of DoRA, or a mixture of all become a model. With `merge.sweep` shares of
 the merged update between base and tuned are measured on the task's held-out rows and on the protected sets (WiSE-FT,
-arXiv:2109.01903), and the one that `merge.pick` takes is written. WORKDIR holds the result, `merge.json` and, with shares,
+arXiv:2109.01903), its KL from the base beside them, and the one that `merge.pick` takes is written. WORKDIR holds the result, `merge.json` and, with shares,
 `merge.png`.
 """
 
@@ -25,7 +25,7 @@ from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks, tradeoff
 from jaxtune.models import FAMILIES, naming
-from jaxtune.train import guests, layout, start
+from jaxtune.train import base_kl, guests, layout, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
@@ -199,6 +199,7 @@ def _measured(
         return measure.measure(config, held, *given), protected.measure(sets, *given)
 
     before, before_sets = look(0.0, params)
+    divergence = base_kl.prepare(config, rows, tokenizer, program, params) if rows else None
     points = []
     for share in config.merge.sweep:
         params = made.ready(share)[1] if share else params
@@ -212,6 +213,7 @@ def _measured(
                 "after": {name: value._asdict() for name, value in after.metrics.items()},
                 "difference": tasks.compare(before, after, **measure.intervals(config)),
                 "protected": protected.account(verdicts, before_sets, after_sets),
+                "base_kl": divergence(params) if divergence else None,
             }
         )
     return points
