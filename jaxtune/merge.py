@@ -1,9 +1,9 @@
 """The verb `merge`: tuned models put together without training, and shares of what they learnt measured one by one.
 
 Adapters become one adapter; whole models, adapters of DoRA, or a mixture of all become a model. With `merge.sweep` shares of
-the merged update between base and tuned are measured on the task's held-out rows and on the protected sets (WiSE-FT,
-arXiv:2109.01903), its KL from the base beside them, and the one that `merge.pick` takes is written. WORKDIR holds the result, `merge.json` and, with shares,
-`merge.png`.
+the merged update between base and tuned are measured (WiSE-FT, arXiv:2109.01903): on the task's held-out rows, on the protected
+sets, and by their KL from the base. The one that `merge.pick` takes is written. WORKDIR holds the result, `merge.json` and, with
+shares, `merge.png`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jaxtune.adapters import arithmetic
 from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks, tradeoff
+from jaxtune.evals.statistics import Estimate
 from jaxtune.models import FAMILIES, naming
 from jaxtune.train import base_kl, guests, layout, start
 from jaxtune.train import rows as rows_lib
@@ -58,7 +59,7 @@ def merge(config: ConfigDict, workdir: Path) -> None:
         merging.check_bases(parts)
     whole = _makes_a_model(config, parts)
     place = Path(config.export.output or workdir / ("model" if whole or config.export.merge else "adapter"))
-    workdir_lib.check_result(place, workdir, [part.path for part in parts] + [model.path] * bool(model.path))
+    workdir_lib.check_result(place, workdir, [part.path for part in parts] + ([model.path] if model.path else []))
     config.export.output = str(place)
     made = (_model if whole else _adapter)(config, workdir, model, tokenizer, parts, show)
     _say(config, made.words)
@@ -247,14 +248,9 @@ def _chosen(config: ConfigDict, workdir: Path, told: list[dict[str, Any]]) -> fl
             "broken",
         ]
         print(tradeoff.columns(header, rows))
+        none = Estimate(0.0, 0.0, 0.0)
         dots = [
-            report_plots.Dot(
-                tuple(point.retention or (0.0, 0.0, 0.0)),
-                tuple(point.gain),
-                "shares",
-                point.name,
-                marked=point is picked,
-            )
+            report_plots.Dot(point.retention or none, point.gain, "shares", point.name, marked=point is picked)
             for point in points
         ]
         labels = ("retention: mean relative change of protected sets", f"gain in {told[0]['metric']}")
