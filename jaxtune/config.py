@@ -31,6 +31,7 @@ def _model() -> ConfigDict:
     c.quantize = ""  # storage of the frozen weights of linear layers: "" (param_dtype) | int8 | int4 | nf4 (QLoRA, arXiv:2305.14314)
     c.quantize_block = 64  # inputs that share a scale (fewer where it does not divide them); 0 = all of an output's
     c.quantize_targets = r"layers\.(?!.*\brouter\b).*"  # regex, full match, over the paths of linear layers; none but those of blocks are quantised
+    c.keep_layers = ()  # a student of some layers: their numbers in the base, from 0, ascending, e.g. (0, 3, 6, 9); () = all
     return c
 
 

@@ -14,7 +14,24 @@ def retain() -> ConfigDict:
 
 
 def distill() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.teacher = ""  # who teaches: a model's URI, as model.source | adapter_off (this model without its adapter) | start (this model as training starts)
+    c.teacher_adapter = ""  # PEFT folder on it, by URI
+    c.teacher_tokenizer = ""  # URI of its tokenizer; "" = the one beside its weights
+    c.teacher_quantize = ""  # storage of its linear layers' weights, as model.quantize
+    c.mode = "online"  # online (in the step, sharded as the student) | precomputed (its top_k words of each token in WORKDIR/teacher, before training) | sequence (it answers the prompts before training, as the section generate says, into WORKDIR/teacher, and its answers are the rows)
+    c.alpha = 0.5  # share of the divergence in the loss; 1 - alpha is cross-entropy's
+    c.divergence = (
+        "forward"  # forward | reverse | js | skew_forward | skew_reverse (objectives/divergences.py has the formulas)
+    )
+    c.temperature = 1.0  # of both distributions; the divergence is multiplied by its square
+    c.mix = 0.5  # js: beta, share of the teacher in the mixture; skew_*: alpha (DistiLLM's authors take 0.1)
+    c.top_k = (
+        0  # compare the teacher's likeliest words, and all others as one; 0 = all words (precomputed: 64 would do)
+    )
+    c.non_target = False  # compare without the target, renormalised (arXiv:2203.08679)
+    c.on_policy = 0.0  # share of the steps whose answers the student writes itself, as the section rl says how (GKD, arXiv:2306.13649); cross-entropy learns from the others alone
+    return c
 
 
 def self_distill() -> ConfigDict:

@@ -49,6 +49,11 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
             f"lr_find ramps over rows, and the model writes those of train.objective={config.train.objective!r} itself: compare rates "
             "with sweep"
         )
+    if config.train.objective == "distill" and (config.distill.mode != "online" or config.distill.on_policy):
+        raise UserError(
+            f"lr_find ramps over the rows that are there, and distill.mode={config.distill.mode!r} with distill.on_policy="
+            f"{config.distill.on_policy} makes others: set 'online' and 0.0 for it, or compare rates with sweep"
+        )
     show = partial(tracking.progress, mode=config.tracking.progress if jax.process_index() == 0 else "off")
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)

@@ -62,6 +62,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.kl_in": ("loss", "reward"),
     "rl.scale_rewards": ("group", "batch", "none"),
     "rl.old_logps": ("auto", "sampler", "policy"),
+    "distill.mode": ("online", "precomputed", "sequence"),
+    "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "distill.teacher_quantize": ("", "int8", "int4", "nf4"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -84,6 +87,7 @@ _AT_LEAST: dict[str, float] = {
     "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1, "self_training.slots": 1,
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
+    "distill.top_k": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -107,6 +111,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
+    "distill.alpha": (0, 1), "distill.on_policy": (0, 1), "distill.mix": (0, 1), "distill.temperature": (1e-3, 1e3),
 }  # fmt: skip
 
 

@@ -3,7 +3,87 @@
 from __future__ import annotations
 
 from jaxtune.config import ConfigDict
+from jaxtune.types import UserError
+
+SELVES = ("adapter_off", "start")  # what `distill.teacher` may be beside another model's URI
 
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
+    _check_keep_layers(config)
+    _check_distill(config)
+
+
+def _check_keep_layers(config: ConfigDict) -> None:
+    keep = tuple(config.model.keep_layers)
+    if not all(isinstance(one, int) and one >= 0 for one in keep) or list(keep) != sorted(set(keep)):
+        raise UserError(
+            f"config.model.keep_layers is {keep}; expected numbers of layers, from 0, ascending, none twice"
+        )
+    if keep and config.tune.method in ("lora", "prompt") and not config.export.merge:
+        raise UserError(
+            f"model.keep_layers makes a model that no folder holds, and an adapter by tune.method={config.tune.method!r} would have no base: "
+            "set export.merge=True, or tune.method='full'"
+        )
+
+
+def objectives(config: ConfigDict) -> tuple[str, ...]:
+    """The run's objectives, the main one first."""
+    return (config.train.objective, *(one[0] for one in config.train.beside))
+
+
+def _check_on_policy(config: ConfigDict) -> None:
+    distill, told = config.distill, f"distill.on_policy={config.distill.on_policy}"
+    if not distill.on_policy:
+        return
+    if config.train.objective != "distill" or config.train.beside:
+        raise UserError(
+            f"{told} goes with train.objective='distill' alone, not with {config.train.objective!r} and train.beside="
+            f"{config.train.beside}: set it to 0.0"
+        )
+    if distill.mode != "online":
+        raise UserError(
+            f"{told}: what the student will write is not known before training, and distill.mode={distill.mode!r} asks the teacher then: "
+            "set distill.mode='online'"
+        )
+    if not distill.alpha:
+        raise UserError(
+            f"{told} with distill.alpha=0.0: no step on its own answers would teach anything; raise distill.alpha"
+        )
+
+
+def _check_distill(config: ConfigDict) -> None:
+    if "distill" not in objectives(config):
+        if config.distill.on_policy:
+            _check_on_policy(config)
+        return
+    distill, method = config.distill, config.tune.method
+    _check_on_policy(config)
+    if not distill.teacher:
+        raise UserError(
+            "train.objective='distill' learns from a teacher, and distill.teacher is empty: name a model's URI, 'adapter_off' or 'start'"
+        )
+    if distill.teacher == "adapter_off" and method != "lora":
+        raise UserError(
+            f"distill.teacher='adapter_off' with tune.method={method!r}: there is no adapter to switch off; set 'start' or another "
+            "model's URI"
+        )
+    if method == "prompt" and distill.mode != "sequence":
+        raise UserError(
+            "tune.method='prompt' puts virtual tokens before each text that no teacher knows: use 'lora' or 'full', or "
+            "distill.mode='sequence'"
+        )
+    if distill.teacher in SELVES and (distill.teacher_adapter or distill.teacher_tokenizer or distill.teacher_quantize):
+        raise UserError(
+            f"distill.teacher={distill.teacher!r} is this model itself: leave distill.teacher_adapter, teacher_tokenizer and "
+            "teacher_quantize empty"
+        )
+    if distill.mode != "online" and config.train.objective != "distill":
+        raise UserError(
+            f"distill.mode={distill.mode!r} prepares the rows of train.objective='distill', not of one in train.beside: set 'online'"
+        )
+    if distill.mode == "precomputed" and not distill.top_k:
+        raise UserError(
+            "distill.mode='precomputed' keeps the teacher's likeliest words of each token, and distill.top_k=0 would keep the whole "
+            "vocabulary: set how many, such as distill.top_k=64"
+        )

@@ -351,11 +351,17 @@ def flatten(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
 
 
 def bind(graphdef: nnx.GraphDef, params: dict[str, jax.Array]) -> Any:
-    """The inverse of `flatten`: a model over these arrays. Pure; costs nothing under jit."""
+    """The inverse of `flatten`: a model over these arrays. Pure; costs nothing under jit.
+
+    Arrays of other models, "NAME/…", are left out.
+    """
 
     def key(part: str) -> str | int:
         return int(part) if part.isdigit() else part
 
     return nnx.merge(
-        graphdef, nnx.from_flat_state([(tuple(map(key, path.split("."))), value) for path, value in params.items()])
+        graphdef,
+        nnx.from_flat_state(
+            [(tuple(map(key, path.split("."))), value) for path, value in params.items() if "/" not in path]
+        ),
     )

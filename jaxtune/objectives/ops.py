@@ -171,24 +171,48 @@ def shaped_cross_entropy(
 
 
 def _by_chunks(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, shape: Shape) -> Any:
-    hidden_BTD, targets_BT, weights_BT = (shards_as_rows(head, x) for x in (hidden_BTD, targets_BT, weights_BT))
+    return by_chunks(_Form(head.apply, shape), head, hidden_BTD, targets_BT, weights_BT)
+
+
+def by_chunks(
+    form: Any, head: Head, hidden_BTD: jax.Array, known: Any, weights_BT: jax.Array, aside: Any = None
+) -> Any:
+    """Sums over a batch's tokens of what `form` makes of their logits, the first of which has a gradient: as `cross_entropy`.
+
+    `known` is what is known of each token, any tree of (B, T, …); `aside` what is known of all, arrays as they are. Neither has a
+    gradient. `form`, which is hashable, has `apply`, the head's; `num_sums`; `sums(logits_V, known, weights, aside) -> (the sums,
+    anything)`; and `d_logits(logits_V, that, known, weights, aside)`, the gradient of the first sum.
+    """
+    hidden_BTD, known, weights_BT = jax.tree.map(partial(shards_as_rows, head), (hidden_BTD, known, weights_BT))
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
-    hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
-    targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
-    weights_BT = jnp.take_along_axis(weights_BT, order_BT, axis=1)
-    form = _Form(head.apply, min(head.chunk_tokens, targets_BT.shape[1]), shape)
-    return _chunked(form, head.params, hidden_BTD, targets_BT, weights_BT)
+
+    def ordered(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, order_BT.reshape(*order_BT.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    hidden_BTD, known, weights_BT = jax.tree.map(ordered, (hidden_BTD, known, weights_BT))
+    static = _Chunks(form, min(head.chunk_tokens, weights_BT.shape[1]))
+    return _chunked(static, head.params, aside, hidden_BTD, known, weights_BT)
+
+
+class _Chunks(NamedTuple):
+    """What is static of a sum by chunks: what is summed, and how many tokens of a row a chunk has."""
+
+    form: Any
+    chunk: int
 
 
 class _Form(NamedTuple):
-    """What is static of a chunked cross-entropy."""
+    """Cross-entropy, of the logits of a chunk of tokens."""
 
     apply: Callable[[Any, jax.Array], jax.Array]
-    chunk: int  # tokens of a row
     shape: Shape
 
+    @property
+    def num_sums(self) -> int:
+        return 2 if self.shape == PLAIN else 3
+
     def sums(
-        self, logits_V: jax.Array, targets: jax.Array, weights: jax.Array
+        self, logits_V: jax.Array, targets: jax.Array, weights: jax.Array, aside: None
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """(loss, correct, and where the loss is another the plain nll), and the logits' logsumexp."""
         log_total = jax.nn.logsumexp(logits_V, axis=-1)
@@ -200,7 +224,9 @@ class _Form(NamedTuple):
         value = self.shape.value(log_total - target_logits, log_total, jnp.mean(logits_V, axis=-1))
         return (jnp.sum(value * weights), correct, nll), log_total
 
-    def d_logits(self, logits_V: jax.Array, log_total: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def d_logits(
+        self, logits_V: jax.Array, log_total: jax.Array, targets: jax.Array, weights: jax.Array, aside: None
+    ) -> jax.Array:
         """The gradient of the loss's sum with respect to the logits."""
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits_V.shape, logits_V.ndim - 1) == targets[..., None]
         shape, p_V = self.shape, jnp.exp(logits_V - log_total[..., None])
@@ -213,29 +239,36 @@ class _Form(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(form: _Form, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:
-    sums, _, _ = _scan_chunks(form, params, hidden_BTD, targets_BT, weights_BT, False, False)
+def _chunked(static: _Chunks, params: Any, aside: Any, hidden_BTD: jax.Array, known: Any, weights_BT: jax.Array) -> Any:
+    sums, _, _ = _scan_chunks(static, params, aside, hidden_BTD, known, weights_BT, False, False)
     return sums
 
 
 def _scan_chunks(
-    form: _Form, params: Any, hidden_BTD: Any, targets_BT: Any, weights_BT: Any, want_hidden: bool, want_params: bool
+    static: _Chunks,
+    params: Any,
+    aside: Any,
+    hidden_BTD: Any,
+    known: Any,
+    weights_BT: Any,
+    want_hidden: bool,
+    want_params: bool,
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None, Any]:
     """Sums over chunks, and the gradients asked for: with respect to hidden (B, T, D) and to the head's parameters."""
     B, T, D = hidden_BTD.shape
-    chunk, pad = form.chunk, -T % form.chunk
+    form, chunk, pad = static.form, static.chunk, -T % static.chunk
 
     def chunks(x: jax.Array) -> jax.Array:  # (B, T, …) -> (chunks, B, chunk, …)
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, (T + pad) // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    def value_and_pulls(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    def value_and_pulls(hidden: jax.Array, known: Any, weights: jax.Array) -> Any:
         apply = form.apply
         logits_V, pull = jax.vjp(apply, params, hidden) if want_hidden or want_params else (apply(params, hidden), None)
-        sums, log_total = form.sums(logits_V, targets, weights)
+        sums, kept = form.sums(logits_V, known, weights, aside)
         if pull is None:
             return sums, None, None
-        d_params, d_hidden = pull(form.d_logits(logits_V, log_total, targets, weights))
+        d_params, d_hidden = pull(form.d_logits(logits_V, kept, known, weights, aside))
         return sums, d_hidden if want_hidden else None, d_params if want_params else None
 
     def one(carry: Any, xs: Any) -> Any:
@@ -248,34 +281,34 @@ def _scan_chunks(
         return (tuple(total + new for total, new in zip(sums, more[0], strict=True)), d_params), more[1]
 
     d_params = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params) if want_params else None
-    start = ((jnp.float32(0),) * (2 if form.shape == PLAIN else 3), d_params)
-    (sums, d_params), d_hidden = jax.lax.scan(one, start, (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT)))
+    start = ((jnp.float32(0),) * form.num_sums, d_params)
+    (sums, d_params), d_hidden = jax.lax.scan(one, start, jax.tree.map(chunks, (hidden_BTD, known, weights_BT)))
     if want_hidden:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, T + pad, D)[:, :T]
     return sums, d_hidden, d_params
 
 
-def _chunked_fwd(form: _Form, params: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+def _chunked_fwd(static: _Chunks, params: Any, aside: Any, hidden: Any, known: Any, weights: Any) -> Any:
     is_primal = lambda leaf: isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
-    values = jax.tree.map(lambda leaf: leaf.value, params, is_leaf=is_primal)
+    values, aside, known = jax.tree.map(lambda leaf: leaf.value, (params, aside, known), is_leaf=is_primal)
     trains = any(leaf.perturbed for leaf in jax.tree.leaves(params, is_leaf=is_primal))
     sums, d_hidden, d_params = _scan_chunks(
-        form, values, hidden.value, targets.value, weights.value, hidden.perturbed, trains
+        static, values, aside, hidden.value, known, weights.value, hidden.perturbed, trains
     )
     dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), values)
     return sums, (d_hidden, d_params, dtypes)
 
 
-def _chunked_bwd(form: _Form, saved: Any, cotangents: Any) -> Any:
+def _chunked_bwd(static: _Chunks, saved: Any, cotangents: Any) -> Any:
     d_hidden, d_params, dtypes = saved
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
-        return None, None, None, None
+        return None, None, None, None, None
     if d_hidden is not None:
         d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
     if d_params is not None:
         d_params = jax.tree.map(lambda g, like: (g * scale).astype(like.dtype), d_params, dtypes)
-    return d_params, d_hidden, None, None
+    return d_params, None, d_hidden, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)

@@ -249,6 +249,7 @@ def _policy(config: ConfigDict, workdir: Path, number: int) -> ConfigDict:
         config.tune.adapter = str(_folder(workdir, number) / "train" / "adapter")
     elif number:
         config.model.source, config.model.tokenizer = str(_folder(workdir, number) / "train" / "model"), ""
+        config.model.keep_layers = ()
     return config
 
 

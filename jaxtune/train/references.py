@@ -117,7 +117,7 @@ def _other(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> tuple[Program
     """Another model, as it stands: an adapter of rank 1 that changes nothing, so that no optimizer state is made for it."""
     uri = preferences.reference(config)
     config = config.copy_and_resolve_references()
-    config.model.source, config.model.tokenizer, config.tune.adapter = uri, "", ""
+    config.model.source, config.model.tokenizer, config.tune.adapter, config.model.keep_layers = uri, "", "", ()
     config.tune.method, config.tune.rank, config.tune.use_dora = "lora", 1, False
     config.preference.reference = "adapter_off"
     model = source.find(config)

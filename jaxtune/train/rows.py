@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
 from jaxtune.data import masking, pairs, pipeline, preferences, prompts, readers, tasks
+from jaxtune.data.formats import Example
 from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
@@ -72,11 +73,12 @@ def load(config: ConfigDict, tokenizer: Tokenizer, show: Any, answers: bool = Tr
 
 def read(
     config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT,
-    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (),
+    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (), taught: Callable[[list[Example]], list[Example]] | None = None,
 ) -> Rows:  # fmt: skip
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
     `reader` says what of an example is learnt; `beside` holds config and reader of each objective beside. Validation rows of masked words are masked once and for all.
+    `taught` gives the training examples other answers, a teacher's.
 
     Raises:
       UserError: bad data, or validation is asked for and there are no rows to validate on.
@@ -85,6 +87,7 @@ def read(
     if training.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
     splits = load(config, tokenizer, show)
+    splits = splits._replace(train=taught(splits.train)) if taught else splits
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:

@@ -17,7 +17,7 @@ from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, flash, quantised, reading, splash
-from jaxtune.train import layout, preferences, random_weights, step
+from jaxtune.train import guests, layout, preferences, random_weights, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -90,7 +90,7 @@ def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Re
     """
     check_head(config, model)
     name, kind = config.train.objective, reading.task(model.hf_config)
-    if kind == "Model" and name in ("sft", *preferences.READERS, *ON_POLICY):
+    if kind == "Model" and name in ("sft", "distill", *preferences.READERS, *ON_POLICY):
         raise UserError(
             f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}, which gives hidden states "
             f"alone: set model.head='lm'"
@@ -209,7 +209,8 @@ def load(
         base |= sharding.put(
             {path: np.zeros(like.shape, like.dtype) for path, like in own.items()}, state_lib.shardings(own)
         )
-    return state_lib.create(program, base, config.train.seed, values)
+    state, frozen = state_lib.create(program, base, config.train.seed, values)
+    return state, frozen | guests.load(config, program, state.params, load, progress)
 
 
 def write_result(

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import preferences, routers
+from jaxtune.train import guests, preferences, routers
 from jaxtune.types import UserError
 
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
@@ -65,6 +65,9 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     quantised: quantised.Base | None  # which kernels are kept in codes, where any are
     prompt: prompt.Options | None = None  # of virtual tokens
+    guests: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # name -> the program of a model that is in the step and does not train (`guests.py`)
     layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
@@ -108,11 +111,12 @@ def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
 
 def abstract(
     config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: kinds.Options | None = None,
-    pooling: str = "",
+    pooling: str = "", trains: bool = True,
 ) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
     `adapter` replaces the config's options of one (a run that starts from a PEFT folder takes its); `pooling` is the folder's.
+    A guest's program does not train: all of it is frozen.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -126,7 +130,7 @@ def abstract(
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
-    labels = _labels(config, model_config, variables)
+    labels = _labels(config, model_config, variables) if trains else dict.fromkeys(variables, "frozen")
     sharding.check_rules(config.mesh.rules, sorted({quantised.kernel_of(path) or path for path in variables}))
     trained_dtype = jnp.dtype(config.tune.dtype)
 
@@ -147,7 +151,7 @@ def abstract(
     trainable, frozen = partition.split(params, labels)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
-    return Program(
+    made = Program(
         family=family,
         hf_config=hf_config,
         model_config=model_config,
@@ -167,6 +171,7 @@ def abstract(
         quantised=kept,
         layout=layout,
     )
+    return guests.invited(config, made, abstract) if trains else made
 
 
 def _check_dims(mesh: Mesh, model_config: Any) -> None:

@@ -18,7 +18,7 @@ from jaxtune.data import pairs
 from jaxtune.models import layers, reading
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy, divisor
-from jaxtune.train import meta, preferences, routers
+from jaxtune.train import guests, meta, preferences, routers
 from jaxtune.train.state import Params, Program, State, shardings, without_adapter
 from jaxtune.types import BATCH_FIELDS, UserError
 
@@ -53,7 +53,12 @@ def reference(program: Program, params: Params, chunk_tokens: int) -> Policy:
     return policy(program, base, chunk_tokens, graphdef=without_adapter(program))
 
 
-_FROZEN: dict[str, Callable[[Program, Params, int], Policy]] = {"reference": reference}
+def guest(name: str, program: Program, params: Params, chunk_tokens: int) -> Policy:
+    """Another model in the step, without gradient."""
+    return policy(program.guests[name] or program, guests.own_of(name, program, params), chunk_tokens)
+
+
+_FROZEN = {"reference": reference} | {name: partial(guest, name) for name in guests.NAMES}
 
 
 def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
@@ -65,6 +70,7 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
     """
     found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
     found = preferences.with_reference(config, found.problems.get(reading.problem(hf_config), found))
+    found = guests.with_teacher(config, found)
     if found.whole_batch and config.train.accumulation > 1:
         raise UserError(
             f"train.objective={config.train.objective!r} compares all rows of a batch, and train.accumulation="
@@ -167,7 +173,7 @@ def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeD
     for part in parts(config, program.hf_config):
         data = part.config.data
         sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
-        sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
+        sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data), "J": config.distill.top_k + 1}
         for name in part.objective.fields:
             shape, field = tuple(sizes[dim] for dim in name.rsplit("_", 1)[1]), part.prefix + name
             shapes[field] = jax.ShapeDtypeStruct(shape, BATCH_FIELDS[name], sharding=where[field])

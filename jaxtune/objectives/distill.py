@@ -1,0 +1,66 @@
+"""Distillation: a student learns what a teacher gives every next word, and not only which one came (arXiv:1503.02531).
+
+    loss = alpha x divergence(teacher, student) + (1 - alpha) x cross-entropy, each a mean over the tokens that train
+
+`objectives/divergences.py` has the divergences. The teacher is a model in the step, or what was kept of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.objectives.divergences import Form, Likeliest, taught
+from jaxtune.objectives.ops import TOKEN_FIELDS, Metrics, Objective, Policy, token_loss
+
+
+def loss(
+    policy: Policy,
+    frozen: dict[str, Policy],
+    batch: dict[str, jax.Array],
+    key: jax.Array | None,
+    *,
+    alpha: float,
+    divergence: str,
+    temperature: float,
+    mix: float,
+    top_k: int,
+    non_target: bool,
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """Sum over tokens of w * loss, and the sum of w; without a teacher (the rows are its words) that of cross-entropy."""
+    kept = "teacher_logps_BTJ" in batch
+    if not frozen and not kept:
+        return token_loss(policy, frozen, batch, key)
+    form = Form(divergence, temperature, mix, top_k, non_target)
+    hidden_BTD, targets_BT, weights_BT = policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"]
+    teacher = None if kept else next(iter(frozen.values()))
+    seen: Any = (
+        Likeliest(batch["teacher_logps_BTJ"], batch["teacher_ids_BTJ"])
+        if teacher is None
+        else teacher.hidden(batch, None)
+    )
+    total, apart, nll, right = taught(
+        policy.head,
+        hidden_BTD,
+        teacher and teacher.head,
+        seen,
+        targets_BT,
+        weights_BT,
+        form,
+        alpha,
+        batch.get("gold_BT"),
+    )
+    weight = jnp.sum(weights_BT)
+    return total, weight, {"accuracy": (right, weight), "divergence": (apart, weight), "nll": (nll, weight)}
+
+
+OBJECTIVE = Objective(
+    fields=TOKEN_FIELDS,
+    loss=loss,
+    frozen=("teacher",),
+    options=(
+        "distill.alpha", "distill.divergence", "distill.temperature", "distill.mix", "distill.top_k", "distill.non_target",
+    ),
+)  # fmt: skip
