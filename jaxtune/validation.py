@@ -65,6 +65,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "distill.mode": ("online", "precomputed", "sequence"),
     "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
     "distill.teacher_quantize": ("", "int8", "int4", "nf4"),
+    "protect.judge_by": ("estimate", "interval"),
+    "protect.on_broken": ("report", "stop", "rollback"),
 }
 
 _AT_LEAST: dict[str, float] = {
@@ -88,6 +90,7 @@ _AT_LEAST: dict[str, float] = {
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
     "distill.top_k": 0,
+    "protect.tolerance": 0, "protect.every_steps": 0, "protect.kl_every_steps": 0, "protect.kl_rows": 0,
 }  # fmt: skip
 
 _BETWEEN: dict[str, tuple[float, float]] = {
@@ -155,6 +158,12 @@ def validate(config: ConfigDict) -> None:
     _check_forms(config)
     validation_methods.validate(config)
     validation_retention.validate(config)
+    for name, given in config.protect.sets:  # each is measured by a config of its own
+        try:
+            validate(validation_retention.filled(f"protect.sets, {name!r}", given)[0])
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if "protect.sets" in text else f"protect.sets, {name!r}: {text}") from None
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")

@@ -84,6 +84,11 @@ def _metrics(labels: Sequence[str]) -> dict[str, _Metric]:
     }
 
 
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better."""
+    return _metrics(())[metric].higher_is_better
+
+
 def score_labels(
     rows: Sequence[Row],
     labels: Sequence[str],

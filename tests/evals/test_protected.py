@@ -1,0 +1,153 @@
+"""Protected sets: what one says, how it is read and judged, and what a run does when one is broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxtune import config as config_lib
+from jaxtune import validation
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.evals import protected, tasks
+from jaxtune.types import UserError
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """General text, a line a row."""
+    rng, path = np.random.default_rng(1), tmp_path_factory.mktemp("protected") / "general.txt"
+    words = "the a red blue cat dog bird sat ran flew on under".split()
+    path.write_text("".join(" ".join(rng.choice(words, 12)) + "\n" for _ in range(24)))
+    return path
+
+
+def general(texts: Path, *more: tuple) -> tuple:
+    return ("general", (("data.test", str(texts)), ("data.format", "text"), ("eval.metric", "perplexity"), *more))
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ((("a", (("data.tset", "x.txt"),)),), "'data.tset'; did you mean 'data.test'"),
+        ((("a", (("train.steps", 3),)),), "has the key 'train.steps'"),
+        ((("a", ()), ("a", ())), "two sets called 'a'"),
+        ((("a", (("tolerance", -0.1),)),), "tolerance=-0.1; expected 0 or more"),
+        ((("a", (("eval.limit", "many"),)),), "eval.limit='many'; expected a int"),
+        (
+            (("a", (("eval.metric", "perplxity"),)),),
+            "'a': config.eval.metric is 'perplxity'.*did you mean 'perplexity'",
+        ),
+        ((("a", (("eval.limit", 3), ("eval.limit", 4))),), "'eval.limit' twice"),
+        ((("a b", ()),), "called 'a b'"),
+        (("a",), "expected .name, ..key, value"),
+    ],
+)
+def test_a_set_that_says_something_else_is_refused(sets: tuple, message: str) -> None:
+    config = config_lib.base()
+    config.protect.sets = sets
+    with pytest.raises(UserError, match=message):
+        validation.validate(config)
+
+
+def test_options_of_sets_are_checked() -> None:
+    config = config_lib.base()
+    config.protect.on_broken = "rolback"
+    with pytest.raises(UserError, match="did you mean 'rollback'"):
+        validation.validate(config)
+    config.protect.on_broken = "stop"
+    with pytest.raises(UserError, match="protect.on_broken='stop' asks after protected sets, and there are none"):
+        validation.validate(config)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_model)
+
+
+def test_sets_are_read_each_by_its_own_config(texts: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    choice = tmp_path / "choice.csv"
+    choice.write_text("text,mood\n" + "".join(f"the cat {n},{['good', 'bad'][n % 2]}\n" for n in range(8)))
+    given = (("data.test", str(choice)), ("data.prompt", "{text}"), ("data.label_column", "mood"), ("eval.limit", 5))
+    config = config_lib.base()
+    config.data.label_column, config.eval.metric, config.eval.limit = (
+        "nothing",
+        "exact_match",
+        1,
+    )  # the run's, not theirs
+    config.protect.sets = (general(texts, ("tolerance", 0.1)), ("choice", given))
+    first, second = protected.read(config, tokenizer)
+    assert (first.metric, first.higher_is_better, first.tolerance, len(first.held.examples)) == (
+        "bits_per_byte",
+        False,
+        0.1,
+        24,
+    )
+    assert (second.metric, second.higher_is_better, second.tolerance) == ("accuracy", True, config.protect.tolerance)
+    assert second.held.labels == ("bad", "good")
+    assert len(second.held.rows) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((("eval.split", "validation"),), "'general': has no rows of eval.split='validation'"),
+        ((("eval.metric", "labels"),), "'general': eval.metric='labels' needs an answer in every row"),
+        ((("judged", "perplxity"),), "'general': is judged by 'perplxity'.*did you mean 'perplexity'"),
+        ((("data.test", "no.txt"),), "'general': .*no.txt"),
+    ],
+)
+def test_a_set_without_what_its_metric_needs_is_refused(
+    texts: Path, tokenizer: Tokenizer, more: tuple, message: str
+) -> None:
+    config, (name, given) = config_lib.base(), general(texts)
+    config.protect.sets = ((name, tuple(dict((*given, *more)).items())),)
+    with pytest.raises(UserError, match=message):
+        protected.read(config, tokenizer)
+
+
+def answered(right: str) -> tasks.Result:
+    rows = [{"row_id": str(i), "answer": "x", "correct": one == "1"} for i, one in enumerate(right)]
+    return tasks.measured(("exact_match",), rows)
+
+
+def of_bytes(nats: list[float]) -> tasks.Result:
+    ones = np.ones(len(nats))
+    return tasks.perplexity(np.asarray(nats), ones, np.asarray(nats), ones)
+
+
+def test_a_set_is_broken_by_its_worsening_alone() -> None:
+    def one(name: str, metric: str, tolerance: float) -> protected.Protected:
+        return protected.Protected(name, config_lib.base(), None, metric, tasks.higher_is_better(metric), tolerance)
+
+    sets = [one("sums", "exact_match", 0.25), one("text", "bits_per_byte", 0.5)]
+    ln2 = float(np.log(2))
+    before = {"sums": answered("11110000"), "text": of_bytes([2 * ln2] * 4)}
+    after = {"sums": answered("11000000"), "text": of_bytes([2.6 * ln2] * 4)}
+    verdicts = protected.judge(sets, before, after)
+    assert verdicts["sums"].worsening.value == 0.25  # at its tolerance, and not beyond
+    assert not verdicts["sums"].broken
+    assert verdicts["text"].worsening.value == pytest.approx(0.6)
+    assert verdicts["text"].broken
+    after["sums"] = answered("10000000")
+    assert protected.judge(sets, before, after)["sums"].broken  # worse by 0.375
+    assert not protected.judge(sets, before, after, "interval")["sums"].broken  # by chance, perhaps
+    assert protected.judge(sets, before, after, "interval")["text"].broken  # every row is worse by as much
+    assert not any(
+        one.broken for one in protected.judge(sets, after, before).values()
+    )  # what became better breaks nothing
+    told = protected.account(verdicts, before, after)["text"]
+    assert told["difference"]["bits_per_byte"]["value"] == pytest.approx(0.6)
+    assert told["before"]["bits_per_byte"]["value"] == pytest.approx(2.0)
+    json.dumps(told)
+
+
+def test_a_worsening_that_is_no_number_breaks_a_set() -> None:
+    one = protected.Protected("text", config_lib.base(), None, "perplexity", False, 1.0)
+    with np.errstate(invalid="ignore"):
+        broken = protected.judge([one], {"text": of_bytes([1.0, 1.0])}, {"text": of_bytes([1.0, np.nan])})[
+            "text"
+        ].broken
+    assert broken
