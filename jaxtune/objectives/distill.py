@@ -3,6 +3,8 @@
     loss = alpha x divergence(teacher, student) + (1 - alpha) x cross-entropy, each a mean over the tokens that train
 
 `objectives/divergences.py` has the divergences. The teacher is a model in the step, or what was kept of one.
+A teacher in the step may read another text than its student, one that demonstrates the answer (arXiv:2601.19897): then both are
+compared where they predict the same token.
 """
 
 from __future__ import annotations
@@ -37,9 +39,7 @@ def loss(
     hidden_BTD, targets_BT, weights_BT = policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"]
     teacher = None if kept else next(iter(frozen.values()))
     seen: Any = (
-        Likeliest(batch["teacher_logps_BTJ"], batch["teacher_ids_BTJ"])
-        if teacher is None
-        else teacher.hidden(batch, None)
+        Likeliest(batch["teacher_logps_BTJ"], batch["teacher_ids_BTJ"]) if teacher is None else _seen(teacher, batch)
     )
     total, apart, nll, right = taught(
         policy.head,
@@ -54,6 +54,18 @@ def loss(
     )
     weight = jnp.sum(weights_BT)
     return total, weight, {"accuracy": (right, weight), "divergence": (apart, weight), "nll": (nll, weight)}
+
+
+# What a teacher with a text of its own reads, and where it predicts what its student does.
+TAUGHT_FIELDS = ("teacher_tokens_BT", "teacher_segment_ids_BT", "teacher_positions_BT", "teacher_at_BT")
+
+
+def _seen(teacher: Policy, batch: dict[str, jax.Array]) -> jax.Array:
+    """The teacher's hidden states (B, T, D) where it predicts `targets_BT`."""
+    if TAUGHT_FIELDS[0] not in batch:
+        return teacher.hidden(batch, None)
+    its = {name.removeprefix("teacher_"): batch[name] for name in TAUGHT_FIELDS[:3]}
+    return jnp.take_along_axis(teacher.hidden(its, None), batch["teacher_at_BT"][..., None], axis=1)
 
 
 OBJECTIVE = Objective(
