@@ -39,7 +39,8 @@ def told(one: dict[str, Any]) -> str:
     errors = "".join(f"; {kind} {num} times, first: {message}" for kind, (num, message) in one["errors"].items())
     reasons = ", ".join(f"{reason} {num}" for reason, num in one["refused"].items())
     reached = _estimate(one["after"][one["metric"]])
-    of_gold = f", gold answers {one['gold']}" if one["gold"] else ""
+    alone = "" if one["kept"] or not one["sampled"] else ": none verified, and it trains on these alone"
+    of_gold = f", gold answers {one['gold']}{alone}" if one["gold"] else ""
     sampled = (
         f"{one['sampled']} answers, {one['right_share']:.1%} right; kept {one['kept']}" if one["sampled"] else "taught"
     )
@@ -90,7 +91,7 @@ def write(config: ConfigDict, workdir: Path, uri: str, ended: Ended, compare: Co
         for name, gap in gaps.items():
             change = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
             print(f"{name}, last round against {what}: {change}")
-    print(f"result in {result}" if result else f"no result: {_stopped(ended)}")
+    print(f"result in {result}" if result else f"no result. {_stopped(ended)}")
 
 
 def _table(ended: Ended, before: dict[str, Any], metric: str) -> dict[str, list[Any]]:
@@ -160,12 +161,12 @@ def _stopped(ended: Ended) -> str:
     """Why rounds ended early, and what of them is to be used."""
     number = ended.rounds[-1]["round"]
     use = f"the result is that of round {number - 1}" if number > 1 else "the model as it was is the better one"
-    return f"round {number} is the last, and {use}: {ended.stopped}"
+    return f"Round {number} is the last, and {use}: {ended.stopped}"
 
 
 def _notices(config: ConfigDict, ended: Ended) -> list[str]:
     rounds, control = ended.rounds, ended.control
-    notices = [_stopped(ended).capitalize() + "."] if ended.stopped else []
+    notices = [f"{_stopped(ended)}."] if ended.stopped else []
     notices += [
         f"Round {one['round']}: none of {one['sampled']} rewrites verified; it was trained on gold answers alone."
         for one in rounds
