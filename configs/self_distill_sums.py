@@ -42,13 +42,15 @@ def get_config():
     config.reward.functions = (("exact_answer", 1.0),)
     config.self_training.method = "rewrite"
     config.self_training.rounds = 3
-    config.self_training.from_base = False  # each round goes on from the model of the one before, which rewrites or teaches
+    config.self_training.from_base = (
+        False  # each round goes on from the model of the one before, which rewrites or teaches
+    )
     config.self_training.samples = 2
     config.self_training.max_new_tokens = 24
-    config.self_distill.rewrite_prompt = "{a} + {b} = ?\n\nThe right answer is {answer}. Answer the question with one short sentence or equation."
-    config.self_distill.demonstration_prompt = (
-        "{a} + {b} = ?\n\nThis is an example of a good answer: {a} + {b} = {answer}\n\nNow answer the question yourself."
+    config.self_distill.rewrite_prompt = (
+        "{a} + {b} = ?\n\nThe right answer is {answer}. Answer the question with one short sentence or equation."
     )
+    config.self_distill.demonstration_prompt = "{a} + {b} = ?\n\nThis is an example of a good answer: {a} + {b} = {answer}\n\nNow answer the question yourself."
     config.self_distill.entropy_floor = 0.05
 
     config.protect.sets = (
