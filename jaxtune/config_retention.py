@@ -38,6 +38,12 @@ def distill() -> ConfigDict:
         0  # compare the teacher's likeliest words, and all others as one; 0 = all words (precomputed: 64 would do)
     )
     c.non_target = False  # compare without the target, renormalised (arXiv:2203.08679)
+    c.layer_map = ()  # pairs of layers to be alike: ((the student's number, the teacher's), …), from 0
+    c.hidden_weight = 0.0  # weight of the distance of their hidden states
+    c.hidden_loss = "mse"  # mse | cosine (objectives/matching.py has the formulas)
+    c.attention_weight = (
+        0.0  # weight of the divergence of their attention, whose maps exist for a pair of layers at a time
+    )
     c.on_policy = 0.0  # share of the steps whose answers the student writes itself, as the section rl says how (GKD, arXiv:2306.13649); cross-entropy learns from the others alone
     c.demonstration = ""  # on_policy=1: the last turn of a prompt as the teacher sees it, a template over the row's columns, {question} (that turn) and {answer} (the gold one); "" = as the student sees it
     return c

@@ -30,7 +30,7 @@ from jaxtune.evals import account, fewshot, judge, measure, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, goodput, guests, loop, references, rounds, sequences, start, teachers
+from jaxtune.train import compiled, goodput, guests, loop, references, rounds, sequences, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -50,7 +50,6 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     with wall("fetch"):
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
-        guests.check_tokens(config, tokenizer)
     with wall("tokenise"):
         reader = start.reader(config, model, tokenizer)
         taught = partial(sequences.taught, config, workdir, show=show)
@@ -74,7 +73,6 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
         rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
-        rows = teachers.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
@@ -107,7 +105,6 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     """Prints the first batch row token by token with its loss weights, what trains, and the schedule; trains nothing."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    guests.check_tokens(config, tokenizer)
     reader = start.reader(config, model, tokenizer)
     rows = rows_lib.read(config, tokenizer, _progress(config), reader, start.beside(config, model, tokenizer))
     program, _ = start.program(config, model)

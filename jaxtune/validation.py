@@ -66,6 +66,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.old_logps": ("auto", "sampler", "policy"),
     "distill.mode": ("online", "precomputed", "sequence"),
     "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "distill.hidden_loss": ("mse", "cosine"),
     "distill.teacher_quantize": ("", "int8", "int4", "nf4"),
     "protect.judge_by": ("estimate", "interval"),
     "protect.on_broken": ("report", "stop", "rollback"),
@@ -117,6 +118,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
     "self_distill.similarity": (0, 1), "self_distill.entropy_floor": (0, 1),
+    "distill.hidden_weight": (0, 1e6), "distill.attention_weight": (0, 1e6),
     "distill.alpha": (0, 1), "distill.on_policy": (0, 1), "distill.mix": (0, 1), "distill.temperature": (1e-3, 1e3),
 }  # fmt: skip
 

@@ -62,6 +62,28 @@ def _check_on_policy(config: ConfigDict) -> None:
         )
 
 
+def _check_layer_map(config: ConfigDict) -> None:
+    distill = config.distill
+    for pair in distill.layer_map:
+        if not (
+            isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(one, int) and one >= 0 for one in pair)
+        ):
+            raise UserError(
+                f"config.distill.layer_map has {pair!r}; expected (number of a student's layer, number of a teacher's), from 0"
+            )
+    weighs = bool(distill.hidden_weight or distill.attention_weight)
+    if weighs != bool(distill.layer_map):
+        raise UserError(
+            f"distill.layer_map={tuple(distill.layer_map)} with distill.hidden_weight={distill.hidden_weight} and attention_weight="
+            f"{distill.attention_weight}: pairs of layers need a weight, and a weight needs pairs, such as ((0, 0), (5, 11))"
+        )
+    if weighs and distill.mode != "online":
+        raise UserError(
+            f"distill.layer_map needs the teacher's layers in the step, and distill.mode={distill.mode!r} has none: set 'online', or "
+            "leave it ()"
+        )
+
+
 def _check_distill(config: ConfigDict) -> None:
     if "distill" not in objectives(config):
         if config.distill.on_policy:
@@ -69,6 +91,7 @@ def _check_distill(config: ConfigDict) -> None:
         return
     distill, method = config.distill, config.tune.method
     _check_on_policy(config)
+    _check_layer_map(config)
     if not distill.teacher:
         raise UserError(
             "train.objective='distill' learns from a teacher, and distill.teacher is empty: name a model's URI, 'adapter_off' or 'start'"
@@ -177,6 +200,10 @@ def _check_demonstration(config: ConfigDict) -> None:
         raise UserError(
             f"{told} is what a teacher sees before the student's own answers: it goes with train.objective='distill' and "
             f"distill.on_policy=1.0, not with {config.train.objective!r} and {distill.on_policy}"
+        )
+    if distill.layer_map:
+        raise UserError(
+            f"{told} has teacher and student read different texts, whose layers distill.layer_map cannot compare: set one of them to nothing"
         )
     if config.data.packing:
         raise UserError(

@@ -2,7 +2,11 @@
 
     loss = alpha x divergence(teacher, student) + (1 - alpha) x cross-entropy, each a mean over the tokens that train
 
-`objectives/divergences.py` has the divergences. The teacher is a model in the step, or what was kept of one.
+plus, where layers are paired, hidden_weight x and attention_weight x how far their hidden states and attention are apart.
+
+`objectives/divergences.py` and `objectives/matching.py` have the formulas. The teacher is a model in the step, or what was kept
+of one.
+
 A teacher in the step may read another text than its student, one that demonstrates the answer (arXiv:2601.19897): then both are
 compared where they predict the same token.
 """
@@ -14,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune.objectives import matching
 from jaxtune.objectives.divergences import Form, Likeliest, taught
 from jaxtune.objectives.ops import TOKEN_FIELDS, Metrics, Objective, Policy, token_loss
 
@@ -30,30 +35,38 @@ def loss(
     mix: float,
     top_k: int,
     non_target: bool,
+    layer_map: tuple[tuple[int, int], ...],
+    hidden_weight: float,
+    hidden_loss: str,
+    attention_weight: float,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """Sum over tokens of w * loss, and the sum of w; without a teacher (the rows are its words) that of cross-entropy."""
     kept = "teacher_logps_BTJ" in batch
     if not frozen and not kept:
         return token_loss(policy, frozen, batch, key)
     form = Form(divergence, temperature, mix, top_k, non_target)
-    hidden_BTD, targets_BT, weights_BT = policy.hidden(batch, key), batch["targets_BT"], batch["weights_BT"]
+    targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]
     teacher = None if kept else next(iter(frozen.values()))
-    seen: Any = (
-        Likeliest(batch["teacher_logps_BTJ"], batch["teacher_ids_BTJ"]) if teacher is None else _seen(teacher, batch)
-    )
-    total, apart, nll, right = taught(
-        policy.head,
-        hidden_BTD,
-        teacher and teacher.head,
-        seen,
-        targets_BT,
-        weights_BT,
-        form,
-        alpha,
-        batch.get("gold_BT"),
-    )
-    weight = jnp.sum(weights_BT)
-    return total, weight, {"accuracy": (right, weight), "divergence": (apart, weight), "nll": (nll, weight)}
+    seen: Any = Likeliest(batch["teacher_logps_BTJ"], batch["teacher_ids_BTJ"]) if kept else None
+    weight, told, beside = jnp.sum(weights_BT), Metrics(), jnp.float32(0)
+    if teacher is None or not layer_map:
+        hidden_BTD = policy.hidden(batch, key)
+        seen = seen if teacher is None else _seen(teacher, batch)
+    else:
+        assert policy.layers is not None
+        assert teacher.layers is not None
+        hidden_BTD, ours = policy.layers(batch, key, tuple(sorted({one for one, _ in layer_map})))
+        seen, theirs = teacher.layers(batch, None, tuple(sorted({other for _, other in layer_map})))
+        if hidden_weight:
+            apart = matching.hidden(ours, theirs, layer_map, policy.projections, weights_BT, hidden_loss)
+            beside, told = beside + hidden_weight * apart, told | {"hidden_distance": (apart, weight)}
+        if attention_weight:
+            apart = matching.attention(ours, theirs, layer_map, weights_BT)
+            beside, told = beside + attention_weight * apart, told | {"attention_divergence": (apart, weight)}
+    given = (targets_BT, weights_BT, form, alpha, batch.get("gold_BT"))
+    total, apart, nll, right = taught(policy.head, hidden_BTD, teacher and teacher.head, seen, *given)
+    told |= {"accuracy": (right, weight), "divergence": (apart, weight), "nll": (nll, weight)}
+    return total + beside, weight, told
 
 
 # What a teacher with a text of its own reads, and where it predicts what its student does.
@@ -74,5 +87,6 @@ OBJECTIVE = Objective(
     frozen=("teacher",),
     options=(
         "distill.alpha", "distill.divergence", "distill.temperature", "distill.mix", "distill.top_k", "distill.non_target",
+        "distill.layer_map", "distill.hidden_weight", "distill.hidden_loss", "distill.attention_weight",
     ),
 )  # fmt: skip

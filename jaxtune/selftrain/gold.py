@@ -108,6 +108,7 @@ def distilling(config: ConfigDict, made: ConfigDict) -> None:
     taught, rl = made.distill, made.rl
     taught.teacher, taught.mode, taught.alpha, taught.on_policy = "start", "online", 1.0, 1.0
     taught.teacher_adapter, taught.teacher_tokenizer, taught.teacher_quantize = "", "", ""
+    taught.layer_map, taught.hidden_weight, taught.attention_weight = (), 0.0, 0.0
     taught.divergence, taught.demonstration = options.divergence, options.demonstration_prompt
     rl.temperature, rl.top_k, rl.top_p, rl.min_p = chosen.temperature, chosen.top_k, chosen.top_p, 0.0
     rl.max_new_tokens, rl.slots = chosen.max_new_tokens, chosen.slots

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import registry
+from jaxtune import registry, sharding
 from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.models import FAMILIES
+from jaxtune.models import FAMILIES, taps
 from jaxtune.objectives.distill import TAUGHT_FIELDS
 from jaxtune.objectives.ops import Objective
 from jaxtune.types import UserError
@@ -25,6 +25,7 @@ from jaxtune.weights import peft_read, source
 
 Params = dict[str, Any]
 NAMES = ("start", "teacher")
+PROJECTIONS = "distill/projections"  # path of what is learned from the student's width to the teacher's
 
 
 def wanted(config: ConfigDict) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ def with_teacher(config: ConfigDict, objective: Objective) -> Objective:
 
 
 def none(config: ConfigDict) -> ConfigDict:
-    """The config of the same model for verbs that do not train it: no guest is wanted."""
+    """The config of the same model and state for verbs that do not train it: no guest is wanted."""
     alone = config.copy_and_resolve_references()
     alone.distill.mode = "sequence"
     return alone
@@ -103,16 +104,60 @@ def invited(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> A
     Raises:
       UserError: a teacher that is not to be had, or no language model over as many words.
     """
-    words, top_k = program.model_config.vocab_size, config.distill.top_k
-    if "distill" in objectives(config) and top_k > words:
-        raise UserError(f"distill.top_k={top_k} is more than the {words:,} words of the model; 0 = all of them")
     found = {name: teacher(config, program, abstract) if name == "teacher" else None for name in wanted(config)}
+    if "distill" in objectives(config):
+        _check_compared(config, program.model_config, (found.get("teacher") or program).model_config)
     frozen = dict(program.frozen)
     for name, guest in found.items():
         own = program.state.params if guest is None else guest.frozen
         frozen |= {f"{name}/{path}": like for path, like in own.items()}
     labels = program.labels | dict.fromkeys(frozen.keys() - program.frozen.keys(), "frozen")
     return program._replace(guests=found, frozen=frozen, labels=labels)
+
+
+def _check_compared(config: ConfigDict, student: Any, teacher: Any) -> None:
+    words, top_k = min(student.vocab_size, teacher.vocab_size), config.distill.top_k
+    if top_k > words:
+        raise UserError(f"distill.top_k={top_k} is more than the {words:,} words of the models; 0 = all of them")
+    pairs = tuple(config.distill.layer_map)
+    for at, (whose, c) in enumerate((("student", student), ("teacher", teacher))):
+        wanted = [pair[at] for pair in pairs]
+        if wanted and max(wanted) >= c.num_layers:
+            raise UserError(
+                f"distill.layer_map={pairs} names layer {max(wanted)} of the {whose}, which has {c.num_layers}, 0 to {c.num_layers - 1}"
+            )
+        blocks = {number: block for block, numbers in c.blocks for number in numbers}
+        silent = [
+            number for number in wanted if config.distill.attention_weight and not taps.maps(blocks[number].attention)
+        ]
+        if silent:
+            raise UserError(
+                f"distill.attention_weight={config.distill.attention_weight}: layer {silent[0]} of the {whose} has no attention that its "
+                "queries and keys alone decide (a recurrence, ALiBi or sinks): pair other layers, or set it to 0.0 (hidden states match)"
+            )
+
+
+def projections(config: ConfigDict, student: Any, mesh: Any) -> Params:
+    """What is learned to compare hidden states of models that are not equally wide, as shapes: {} where nothing is."""
+    distill = config.distill
+    matches = bool(distill.hidden_weight and distill.layer_map) and "distill" in objectives(config)
+    if not matches or distill.teacher in SELVES:
+        return {}
+    described = source.find(config_of(config)).hf_config
+    theirs = registry.load("model_type", str(described.get("model_type")), FAMILIES).from_hf(described)
+    if theirs.dim == student.dim:
+        return {}
+    shape = (len(distill.layer_map), student.dim, theirs.dim)
+    return {PROJECTIONS: jax.ShapeDtypeStruct(shape, jnp.dtype(config.tune.dtype), sharding=sharding.replicated(mesh))}
+
+
+def initial_projections(program: Any, seed: int) -> Params:
+    """Their first values: N(0, 1 / D), which keeps lengths about as they are."""
+    like = program.state.params.get(PROJECTIONS)
+    if like is None:
+        return {}
+    make = lambda: jax.random.normal(jax.random.key(seed), like.shape, like.dtype) * like.shape[1] ** -0.5  # noqa: E731
+    return {PROJECTIONS: jax.jit(make, out_shardings=like.sharding)()}
 
 
 def teacher(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> Any:
@@ -125,7 +170,8 @@ def teacher(config: ConfigDict, program: Any, abstract: Callable[..., Any]) -> A
     model = source.find(own)
     guest = abstract(own, model.hf_config, program.mesh, 1, _adapter(own, model)[0], trains=False)
     theirs, ours = guest.model_config.vocab_size, program.model_config.vocab_size
-    if guest.model_config.head is not None or theirs != ours:
+    padded = model.path is not None  # whose words `check_tokens` has compared: what differs is padding
+    if guest.model_config.head is not None or (theirs != ours and not padded):
         raise UserError(
             f"distill.teacher={name!r} scores {theirs:,} words (architectures={model.hf_config.get('architectures')}), and the student "
             f"{ours:,}; expected a language model over the same, or distill.mode='sequence'"

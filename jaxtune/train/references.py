@@ -19,7 +19,7 @@ from jaxtune.data import preferences as rows_of
 from jaxtune.data.batches import Rows
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.objectives.logps import token_logps
-from jaxtune.train import preferences, rows, start, step
+from jaxtune.train import preferences, rows, start, step, teachers
 from jaxtune.train.state import Params, Program
 from jaxtune.types import Batch, UserError
 from jaxtune.weights import source
@@ -36,7 +36,7 @@ def filled(
     params: Params,
     show: Any,
 ) -> rows.Rows:
-    """Returns a run's rows with what the reference gives each token, where the objective reads that from the batch.
+    """Returns a run's rows with what the reference, or a teacher, gives each token, where the objective reads that from the batch.
 
     `params` are all of the model's, as training starts from. What a run that was stopped had computed is used again; without
     a `workdir` nothing is kept.
@@ -45,7 +45,7 @@ def filled(
       UserError: another model is the reference and cannot be had, or splits text into other tokens.
     """
     if not preferences.is_precomputed(config):
-        return data
+        return teachers.filled(config, workdir, data, program, params, show)
     kept = {name: one for name, one in (("train", data.train), ("validation", data.validation)) if one is not None}
     file, asked = workdir and workdir / "reference.npz", _asked(config, kept)
     found = _read(file, asked) if file else None

@@ -18,7 +18,7 @@ from jaxtune.data.formats import Example
 from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
-from jaxtune.train import loop, meta, step
+from jaxtune.train import guests, loop, meta, step
 from jaxtune.train.state import Program
 from jaxtune.types import BRANCH_BITS, Batch, UserError
 from jaxtune.validation_methods import ON_POLICY
@@ -82,9 +82,10 @@ def read(
     `taught` gives the training examples other answers, a teacher's.
 
     Raises:
-      UserError: bad data, or validation is asked for and there are no rows to validate on.
+      UserError: bad data, validation is asked for and there are no rows to validate on, or a teacher of other words.
     """
     training = config.train
+    guests.check_tokens(config, tokenizer)
     if training.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
     splits = load(config, tokenizer, show)

@@ -132,23 +132,12 @@ def abstract(
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
     labels = _labels(config, model_config, variables) if trains else dict.fromkeys(variables, "frozen")
     sharding.check_rules(config.mesh.rules, sorted({quantised.kernel_of(path) or path for path in variables}))
-    trained_dtype = jnp.dtype(config.tune.dtype)
-
-    def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
-        kernel, axes = quantised.kernel_of(path), variable.get_metadata()["axes"]
-        like = variables[f"{kernel}.codes"] if kernel else variable
-        where = sharding.param_sharding(kernel or path, like.shape, axes, mesh, config.mesh.rules)
-        if kernel:
-            _check_frozen(config, kernel, labels[path])
-            where = sharding.fitting(where, variable.shape)
-        return jax.ShapeDtypeStruct(
-            variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where
-        )
-
-    params = {path: shape(path, variable) for path, variable in variables.items()}
+    params = _placed(config, mesh, variables, labels)
     kept = _quantised(quantize, params, run, mesh)
+    learned = guests.projections(config, model_config, mesh) if trains else {}
     layout = _check_sharding(config, mesh, variables, params, kept)
-    trainable, frozen = partition.split(params, labels)
+    labels |= dict.fromkeys(learned, "full")
+    trainable, frozen = partition.split(params | learned, labels)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
     state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     made = Program(
@@ -172,6 +161,24 @@ def abstract(
         layout=layout,
     )
     return guests.invited(config, made, abstract) if trains else made
+
+
+def _placed(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], labels: Mapping[str, str]) -> Params:
+    """Every parameter's shape, dtype and sharding."""
+    trained_dtype = jnp.dtype(config.tune.dtype)
+
+    def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        kernel, axes = quantised.kernel_of(path), variable.get_metadata()["axes"]
+        like = variables[f"{kernel}.codes"] if kernel else variable
+        where = sharding.param_sharding(kernel or path, like.shape, axes, mesh, config.mesh.rules)
+        if kernel:
+            _check_frozen(config, kernel, labels[path])
+            where = sharding.fitting(where, variable.shape)
+        return jax.ShapeDtypeStruct(
+            variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where
+        )
+
+    return {path: shape(path, variable) for path, variable in variables.items()}
 
 
 def _check_dims(mesh: Mesh, model_config: Any) -> None:
@@ -332,6 +339,7 @@ def create(
         started: Params = sharding.put(values, {path: like.sharding for path, like in shapes.items()})
     else:
         started = _initial_adapter(program, base, seed)
+    started = {**started, **guests.initial_projections(program, seed)}
     trainable, frozen = partition.split({**base, **started}, program.labels)
     where = shardings(program.state)
 

@@ -10,55 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from jaxtune import optim, registry, sharding
 from jaxtune.config import ConfigDict, base, lookup
 from jaxtune.data import pairs
-from jaxtune.models import layers, reading
+from jaxtune.models import reading
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy, divisor
+from jaxtune.objectives.ops import CLASSING, Metrics, Objective, divisor
 from jaxtune.train import guests, meta, preferences, routers
-from jaxtune.train.state import Params, Program, State, shardings, without_adapter
+from jaxtune.train.policies import FROZEN
+from jaxtune.train.policies import policy as policy
+from jaxtune.train.policies import reference as reference
+from jaxtune.train.state import Params, Program, State, shardings
 from jaxtune.types import BATCH_FIELDS, UserError
 
 Arrays = dict[str, jax.Array]
 _MEAN_DECAY = 0.9  # of the running mean of the loss
 _MEAN_STEPS = 10  # updates before an explosion can be told from a start
-
-
-def policy(
-    program: Program, params: Params, chunk_tokens: int, reports: list[Arrays] | None = None, graphdef: Any = None
-) -> Policy:
-    """The model as objectives see it: hidden states of a batch, and the head over them.
-
-    Each pass adds what the model's routers report of it to `reports`. `graphdef` replaces the program's.
-    """
-    model = layers.bind(graphdef or program.graphdef, params)
-
-    def hidden(batch: Arrays, key: jax.Array | None) -> jax.Array:
-        found, _, report = model.run_all(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)
-        if reports is not None:
-            reports.append(report)
-        return found
-
-    head_graphdef, head_params = nnx.split(model.head)
-    head = Head(head_params, lambda p, h: nnx.merge(head_graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
-    return Policy(hidden, head, program.pool, model.value_head)
-
-
-def reference(program: Program, params: Params, chunk_tokens: int) -> Policy:
-    """The model that training started from: the same weights with the adapter off, and no gradient."""
-    base = {path: jax.lax.stop_gradient(value) for path, value in params.items() if ".adapter." not in path}
-    return policy(program, base, chunk_tokens, graphdef=without_adapter(program))
-
-
-def guest(name: str, program: Program, params: Params, chunk_tokens: int) -> Policy:
-    """Another model in the step, without gradient."""
-    return policy(program.guests[name] or program, guests.own_of(name, program, params), chunk_tokens)
-
-
-_FROZEN = {"reference": reference} | {name: partial(guest, name) for name in guests.NAMES}
 
 
 def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
@@ -216,7 +184,7 @@ def _loss(config: ConfigDict, program: Program, num_rows: int) -> Callable[..., 
         weights: list[jax.Array] = []
         extra: Metrics = {}
         for at, part in enumerate(wanted):
-            frozen = {name: _FROZEN[name](program, params, chunk) for name in part.objective.frozen}
+            frozen = {name: FROZEN[name](program, params, chunk) for name in part.objective.frozen}
             own_key = jax.random.fold_in(key, at) if at and key is not None else key
             value, weight, told = part.objective.loss(seen, frozen, _own(part, batch), own_key)
             values, weights = [*values, value], [*weights, weight]

@@ -18,8 +18,7 @@ import numpy as np
 
 from jaxtune import sharding, tracking
 from jaxtune.config import ConfigDict
-from jaxtune.data.batches import Rows, TeacherWords, eval_batches, make_bins
-from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.data.batches import BatchSource, Rows, TeacherWords, eval_batches, make_bins
 from jaxtune.objectives.divergences import Form, Likeliest, likeliest
 from jaxtune.objectives.ops import TOKEN_FIELDS
 from jaxtune.train import guests, rows, start, state, step
@@ -31,13 +30,7 @@ _TOLD = {"rows": "other rows", "teacher": "another teacher", "form": "another di
 
 
 def filled(
-    config: ConfigDict,
-    workdir: Path,
-    data: rows.Rows,
-    tokenizer: Tokenizer,
-    program: Program,
-    params: Params,
-    show: Any,
+    config: ConfigDict, workdir: Path | None, data: rows.Rows, program: Program, params: Params, show: Any
 ) -> rows.Rows:
     """Returns a run's rows with the teacher's likeliest words of each token, where `distill.mode` has them precomputed.
 
@@ -48,6 +41,8 @@ def filled(
     """
     if config.train.objective != "distill" or config.distill.mode != "precomputed":
         return data
+    assert workdir is not None
+    assert isinstance(data.batches, BatchSource)
     host = f"_host_{jax.process_index()}" if jax.process_count() > 1 else ""
     folder = workdir / f"teacher{host}"
     kept = {name: one for name, one in (("train", data.train), ("validation", data.validation)) if one is not None}
@@ -60,7 +55,7 @@ def filled(
         number = -(-number // config.train.batch_size)
         if done.get(name, 0) < number:
             say = say or _speaker(config, program, params, show)
-            _write(config, folder, name, one, say, about, done, tokenizer.pad_id, show)
+            _write(config, folder, name, one, say, about, done, data.batches.pad_id, show)
         found[name] = replace(one, teacher=_words(folder, name, one, config.distill.top_k, "r"))
     data.batches.rows = found["train"]
     return data._replace(train=found["train"], validation=found.get("validation"))
@@ -143,6 +138,7 @@ def _speaker(config: ConfigDict, program: Program, params: Params, show: Any) ->
     distill, num_rows, mesh = config.distill, config.train.batch_size, program.mesh
     form = Form(temperature=distill.temperature, top_k=distill.top_k, non_target=distill.non_target)
     chunk_tokens, mine = step.chunk_tokens(config, program, num_rows), sharding.host_rows(mesh, num_rows)
+    num_words = program.model_config.vocab_size
     if distill.teacher not in guests.SELVES:
         program = guests.teacher(config, program, state.abstract)
         params = guests.loaded(config, program, start.load, show)
@@ -151,7 +147,7 @@ def _speaker(config: ConfigDict, program: Program, params: Params, show: Any) ->
     @jax.jit
     def run(params: Params, batch: dict[str, jax.Array]) -> Likeliest:
         teacher = make(program, params, chunk_tokens)
-        return likeliest(teacher.head, teacher.hidden(batch, None), batch["targets_BT"], form)
+        return likeliest(teacher.head, teacher.hidden(batch, None), batch["targets_BT"], form, num_words)
 
     def say(batch: Batch) -> Likeliest:
         arrays = sharding.to_global({name: batch[name][mine] for name in TOKEN_FIELDS}, mesh, num_rows)

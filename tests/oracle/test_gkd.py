@@ -66,3 +66,39 @@ def test_a_step_is_trls(tiny_config: ConfigDict, teacher: Path, beta: float, tem
     first = json.loads((Path(config.workdir) / "metrics.jsonl").read_text().splitlines()[0])
     np.testing.assert_allclose(first["loss"], loss * temperature**2, rtol=1e-4)
     np.testing.assert_allclose(first["grad_norm"], norm * temperature**2, rtol=1e-4)
+
+
+def test_layers_are_those_of_transformers(tiny_config: ConfigDict) -> None:
+    """Hidden states after each layer, and its attention, of a padded batch."""
+    import jax
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from jaxtune.models import layers
+    from jaxtune.train import start
+
+    model = source.find(tiny_config)
+    program, values = start.program(tiny_config, model)
+    state, frozen = start.load(tiny_config, model, program, values, lambda items, *_: iter(items))
+    ids = np.random.default_rng(0).integers(4, 300, (8, 12)).astype(np.int32)
+    seen = np.ones_like(ids)
+    seen[:, 9:] = 0
+    ours = layers.bind(program.graphdef, {**frozen, **state.params})
+    places = np.repeat(np.arange(12, dtype=np.int32)[None], 8, 0)
+
+    def made(*given: jax.Array) -> dict[int, tuple[jax.Array, jax.Array]]:
+        found = ours.tapped(*given, None, (0, 1))[2]
+        return {number: (one.hidden_BTD, jax.numpy.exp(one.attention())) for number, one in found.items()}
+
+    found = jax.jit(made)(ids, places, seen)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_config.model.source, dtype=torch.float32, attn_implementation="eager"
+    )
+    asked = torch.tensor(ids, dtype=torch.long), torch.tensor(seen, dtype=torch.long)
+    with torch.no_grad():
+        out = theirs(*asked, output_attentions=True, output_hidden_states=True)
+    np.testing.assert_allclose(found[0][0][:, :9], out.hidden_states[1].numpy()[:, :9], rtol=2e-4, atol=2e-5)
+    for layer in (0, 1):
+        np.testing.assert_allclose(
+            found[layer][1][:, :, :9, :9], out.attentions[layer].numpy()[:, :, :9, :9], rtol=2e-4, atol=2e-5
+        )

@@ -160,3 +160,85 @@ def test_another_tokenizer_is_refused(tiny_config: ConfigDict, teacher: Path, tm
     (other / "tokenizer.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match=r"another vocabulary.*distill.mode='sequence'"):
         run.dry_run(taught(tiny_config, other), tmp_path)
+
+
+def test_layers_of_another_width_are_matched(
+    tiny_config: ConfigDict, tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
+) -> None:
+    """Hidden states come nearer through matrices that are learned and saved, but no part of what is exported; attention too."""
+    wide = make_model(
+        tmp_path_factory.mktemp("wide") / "model", seed=7, hidden_size=48, num_attention_heads=4, num_key_value_heads=4
+    )
+    config = taught(tiny_config, wide, **{"distill.alpha": 0.5, "train.steps": 12, "data.test_fraction": 0.2})
+    config.distill.layer_map, config.distill.hidden_weight, config.distill.attention_weight = (
+        ((0, 0), (1, 1)),
+        20.0,
+        20.0,
+    )
+    workdir = Path(config.workdir)
+    run.train(config, workdir)
+    rows = [row for row in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if "divergence" in row]
+    for row in rows:
+        parts = (
+            0.5 * row["divergence"] + 0.5 * row["nll"] + 20 * row["hidden_distance"] + 20 * row["attention_divergence"]
+        )
+        np.testing.assert_allclose(row["loss"], parts, rtol=1e-5)
+    for name in ("hidden_distance", "attention_divergence"):
+        assert rows[-1][name] < 0.9 * rows[0][name]
+    run.evaluate(config, workdir)
+    exported = (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert b"projections" not in exported
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"distill.layer_map": ((0, 3),), "distill.hidden_weight": 1.0},
+            "names layer 3 of the teacher, which has 3, 0 to 2",
+        ),
+        (
+            {"distill.layer_map": ((2, 0),), "distill.hidden_weight": 1.0},
+            "names layer 2 of the student, which has 2, 0 to 1",
+        ),
+        ({"distill.layer_map": ((0, 0),)}, "pairs of layers need a weight"),
+        ({"distill.layer_map": (0, 1), "distill.hidden_weight": 1.0}, "expected \\(number of a student's layer"),
+        (
+            {
+                "distill.layer_map": ((0, 0),),
+                "distill.hidden_weight": 1.0,
+                "distill.mode": "precomputed",
+                "distill.top_k": 4,
+            },
+            "needs the teacher's layers in the step",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_wrong_layer_maps_are_told(
+    tiny_config: ConfigDict, teacher: Path, changes: dict[str, Any], message: str
+) -> None:
+    test_mistakes_are_told(tiny_config, teacher, changes, message)
+
+
+def test_a_teacher_has_its_adapter_and_its_codes(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    """A student that starts from an adapter is at its teacher with it, away from the one without, and near the one in int8."""
+    tiny_config.workdir = str(tmp_path / "made")
+    run.train(tiny_config, tmp_path / "made")
+    adapter, base = str(tmp_path / "made" / "adapter"), tiny_config.model.source
+    config = taught(tiny_config, base, **{"mesh.fsdp": 1, "tune.adapter": adapter})
+
+    def apart(**changes: Any) -> float:
+        one = config.copy_and_resolve_references()
+        one.update_from_flattened_dict({f"distill.{name}": value for name, value in changes.items()})
+        model = source.find(one)
+        options, values = start.adapter(one, model)
+        program = state.abstract(one, model.hf_config, sharding.make_mesh(one, jax.devices()[:1]), 1, options)
+        current, frozen = start.load(one, model, program, values, lambda items, *_: iter(items))
+        batch = one_batch(one)
+        arrays = sharding.to_global({name: batch[name] for name in step.fields(one, program)}, program.mesh, 8)
+        return float(step.make(one, program)(current, frozen, arrays)[1]["divergence"])
+
+    without = apart()
+    assert abs(apart(teacher_adapter=adapter)) < 1e-6 < 1e-3 < without
+    assert 1e-6 < apart(teacher_adapter=adapter, teacher_quantize="int8") < 0.2 * without
