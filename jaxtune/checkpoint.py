@@ -1,6 +1,7 @@
 """Checkpoints by orbax: state, data position and config together; written in the background, whole or not at all.
 
-Which are kept: the latest two (temporary, by time), every n-th step (permanent), and the best by validation loss.
+Which are kept: the latest two (temporary, by time), every n-th step (permanent), the best by validation loss, and the one that a
+broken protected set would roll the run back to.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FREE = (
     "name", "workdir", "mesh.", "tracking.", "eval.", "generate.", "export.", "plan.", "checkpoint.", "model.attention",
     "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.save", "train.offload",
     "train.loss_chunk_tokens", "train.on_nonfinite", "train.max_skipped_steps", "compile_cache", "lr_find.", "sweep.", "optim.use_ema",
-    "reward.", "self_training.", "meta.shots", "meta.ways", "meta.draws", "meta.adapt_",
+    "reward.", "protect.", "self_training.", "meta.shots", "meta.ways", "meta.draws", "meta.adapt_",
 )  # fmt: skip
 _REWARDS = ("reward.",)  # but where rewards are what is learned from
 _STEERING = ("data.", "optim.", "train.", "meta.")  # may differ where a checkpoint is only used
@@ -43,14 +44,15 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Keep(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest, the last `keep` of every `every_steps`, and the one with the lowest validation loss."""
+    """Keeps the latest, the last `keep` of every `every_steps`, the one with the lowest validation loss, and those of `held`."""
 
     every_steps: int
     keep: int
+    held: set[int]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [info.step for info in checkpoints]
-        kept = set(steps[-_LATEST:])
+        kept = set(steps[-_LATEST:]) | self.held
         if self.every_steps:
             kept |= set([step for step in steps if step % self.every_steps == 0][-self.keep :])
         measured = [info for info in checkpoints if info.metrics]
@@ -70,9 +72,11 @@ class Checkpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._resuming, self._data = resuming, data
+        self._held: set[int] = set()
         self._config, self.folder = config, epath.Path(workdir) / "checkpoints"
+        self._back = epath.Path(workdir) / "rolled_back.json"
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Keep(config.checkpoint.every_steps, config.checkpoint.keep),
+            preservation_policy=_Keep(config.checkpoint.every_steps, config.checkpoint.keep, self._held),
             cleanup_tmp_directories=True,
             best_fn=lambda metrics: metrics["loss"],
             best_mode="min",
@@ -86,8 +90,18 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss, or None when none was measured."""
+        """The step that the run was rolled back to (0: there is none to use), else that with the lowest validation loss; None when
+        none was measured."""
+        if self._back.exists():
+            return int(json.loads(self._back.read_text())["step"])
         return self._manager.best_step()
+
+    def roll_back(self, step: int | None) -> None:
+        """Makes `step` the best, whatever its validation loss; 0 = no checkpoint is; None = the validation loss decides."""
+        if jax.process_index() == 0 and step is not None:
+            self._back.write_text(json.dumps({"step": step}))
+        elif jax.process_index() == 0:
+            self._back.unlink(missing_ok=True)
 
     def save(self, step: int, state: Any, progress: dict[str, Any], loss: float | None = None) -> None:
         """Starts saving; returns once the arrays may be donated. `progress` is what the loop itself must remember.
@@ -97,6 +111,9 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._held.clear()
+        if self._config.protect.on_broken == "rollback":
+            self._held.add(progress.get("within_step", 0))
         meta = {
             "config": json.loads(_config_json(self._config)),
             "progress": progress,

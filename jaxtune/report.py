@@ -36,7 +36,8 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
       facts: any of the following; a part that is missing is left out of the page. An estimate is a dictionary or
         named tuple with `value, low, high`.
         `name` of the run; `headline`, one sentence (made from `difference` if missing); `about`: {what: text};
-        `notices`: texts; `metric`, the one that the headline names (the first if missing);
+        `alerts`, `notices`: texts, the first in red; `protected`: {set: {metric, higher_is_better, tolerance, before, after,
+        difference, broken}}, each of the last but one as below, and `base_kl` in nats per token; `metric`, the one that the headline names (the first if missing);
         `before`, `after`: {metric: estimate}; `difference`: {metric: estimate with p, test, higher_is_better};
         `beside`: {whose: {metrics, difference of after}}, of others on the same rows;
         `confusion`: {labels, before, after}, counts with answers down; `examples`: rows with `prompt, answer, before,
@@ -70,7 +71,13 @@ def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
         "headline": facts.get("headline") or _headline(facts),
         "about": facts.get("about", {}),
         "confidence": _confidence(facts),
+        "alerts": facts.get("alerts", []),
         "notices": facts.get("notices", []),
+        "protected": [_protected(name, one) for name, one in facts.get("protected", {}).items()],
+        "base_kl": f"{facts['base_kl']:.3g}" if facts.get("base_kl") is not None else "",
+        "retention_plots": report_plots.retention(_read(metrics_path), facts.get("protected", {}), _name)
+        if has_plots
+        else [],
         "results": _results(facts),
         "beside": [
             (name, _results({"before": other["metrics"], "after": sides["after"], "difference": other["difference"]}))
@@ -132,6 +139,16 @@ def _results(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
             row["p"], row["test"] = _p(gap), gap["test"]
         rows.append(row)
     return rows
+
+
+def _protected(name: str, one: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of protected sets, by the metric that each is judged by."""
+    metric, gap = one["metric"], one["difference"][one["metric"]]
+    sides = {side: {metric: one[side][metric]} for side in ("before", "after")}
+    known = {side: _known(estimates) for side, estimates in sides.items()} | {"difference": _known({metric: gap})}
+    row = (_results(known) or [{"before": None, "after": None, "difference": None}])[0]
+    tolerance = f"{100 * one['tolerance']:.3g}" if metric in _SHARES else f"{one['tolerance']:.3g}"
+    return row | {"name": name, "metric": _name(metric), "tolerance": tolerance, "broken": one["broken"]}
 
 
 def _training(train: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,71 @@ def _rewards(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
             axes.set_xlabel("step")
             plots.append(svg(canvas, title, f"{title} over steps, from {min(values):.3g} to {max(values):.3g}"))
     return plots
+
+
+def retention(
+    lines: Sequence[Mapping[str, Any]], protected: Mapping[str, Mapping[str, Any]], name_of: Callable[[str], str]
+) -> list[Markup]:
+    """Draws what a run gained and what it cost: validation loss, the protected sets' metrics and base_kl by step, and gain
+    against retention, where both were measured at one step.
+
+    `protected` is report.json's; a set's metric may go as far as the dashed line. `name_of` says a metric in words.
+    """
+    rows = [("eval/loss", "Validation loss", None)] + [
+        (f"protected/{name}/{one['metric']}", f"{name}: {name_of(one['metric'])}", _limit(one))
+        for name, one in protected.items()
+    ]
+    rows = [
+        row
+        for row in [*rows, ("base_kl", "KL from the base (nats a token)", None)]
+        if len(_series(lines, row[0])[0]) > 1
+    ]
+    if not protected and not any(key == "base_kl" for key, *_ in rows):
+        return []
+    plots = []
+    if rows:
+        canvas, all_axes = figure(8, 0.4 + 1.5 * len(rows), rows=len(rows))
+        for axes, (key, title, limit) in zip(all_axes, rows, strict=True):
+            steps, values = _series(lines, key)
+            axes.plot([step + 1 for step in steps], values, color=AFTER, marker="o", markersize=4)
+            if limit is not None:
+                axes.axhline(limit, color=BEFORE, linewidth=1.2, linestyle="--")
+            axes.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=2)
+        all_axes[-1].set_xlabel("steps done")
+        told = "; ".join(
+            f"{title} {_series(lines, key)[1][0]:.4g} to {_series(lines, key)[1][-1]:.4g}" for key, title, _ in rows
+        )
+        plots.append(svg(canvas, "Gain and retention by step", told, wide=True))
+    gain = dict(zip(*_series(lines, "eval/loss"), strict=True))
+    for name, one in protected.items():
+        at = dict(zip(*_series(lines, f"protected/{name}/{one['metric']}"), strict=True))
+        both = [step for step in gain if step in at]
+        if len(both) > 1:
+            plots.append(
+                _trade(name, name_of(one["metric"]), _limit(one), [(step, gain[step], at[step]) for step in both])
+            )
+    return plots
+
+
+def _limit(one: Mapping[str, Any]) -> float | None:
+    """How far a set's metric may go."""
+    before = one["before"][one["metric"]]["value"]
+    sign = -1 if one["higher_is_better"] else 1
+    return None if before is None else float(before + sign * one["tolerance"])
+
+
+def _trade(name: str, metric: str, limit: float | None, points: Sequence[tuple[int, float, float]]) -> Markup:
+    """Draws a set's metric against validation loss, a point a step, joined in their order; loss falls to the right."""
+    canvas, (axes,) = figure(4.2, 2.6)
+    axes.plot([loss for _, loss, _ in points], [value for *_, value in points], color=AFTER, marker="o", markersize=4)
+    for step, loss, value in points:
+        axes.annotate(str(step + 1), (loss, value), xytext=(4, 4), textcoords="offset points", fontsize=7, color=_MUTED)
+    if limit is not None:
+        axes.axhline(limit, color=BEFORE, linewidth=1.2, linestyle="--")
+    axes.invert_xaxis()
+    axes.set(xlabel="validation loss", ylabel=metric)
+    told = "; ".join(f"step {step + 1}: {loss:.4g}, {value:.4g}" for step, loss, value in points)
+    return svg(canvas, f"Gain against retention: {name}", f"{metric} against validation loss: {told}")
 
 
 _DASHES = ("--", ":", "-.")

@@ -26,7 +26,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import account, fewshot, judge, measure, tasks
+from jaxtune.evals import account, fewshot, judge, measure, protected, retention, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
@@ -55,6 +55,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         taught = partial(sequences.taught, config, workdir, show=show)
         rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
+        sets = protected.read(config, tokenizer, show, reader)
         validation.check_profile(config)
     if config.checkpoint.resume:
         with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
@@ -64,6 +65,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         start.check_length(config, program)
         start.check_export(config, program)
     measure.check(config, held, tokenizer, program)
+    protected.check(sets, tokenizer, program)
     lacking = [] if held else [measure.nothing_held(config)]
     _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
@@ -75,6 +77,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
+        cost = retention.Retention(config, sets, tokenizer, program, show)
+        cost.begin(workdir, rows, {**frozen, **state.params})
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = _resumed(config, workdir, checkpoints, program, state)
@@ -85,20 +89,29 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
             arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
+            cost.log_before(tracker, int(state.step))
             known = (compiling, wall, counted)
-            outcome = loop.train(config, program, *arrays, tracker, checkpoints, workdir, remembered, *known)
-            params = _best(config, checkpoints, program, outcome)
+            outcome = loop.train(
+                config, program, *arrays, tracker, checkpoints, workdir, remembered, *known, guarded=cost.guard()
+            )  # fmt: skip
             tracker.close_console()
+            with wall("evaluation"):
+                params = cost.choose(
+                    checkpoints, frozen, outcome, partial(_best, config, checkpoints, program, outcome)
+                )
             after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)
             with wall("export"):
-                folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
+                parts = (model, tokenizer, program, params, frozen)
+                folder = None if cost.refused else start.write_result(config, workdir, *parts)
             if wall.started:  # at least one step was taken
                 tracker.log(outcome.steps - 1, wall.metrics())
+                cost.log_after(tracker)
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
         found = (rows.splits, rows.train.counts, held, outcome, before, after)
-        account.write(config, workdir, account.Run(model, tokenizer, program, *found, wall, folder, beside))
+        account.write(config, workdir, account.Run(model, tokenizer, program, *found, wall, folder, beside, cost))
+    cost.end()
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> None:
@@ -313,9 +326,15 @@ def _before(
     return result
 
 
-def _best(config: ConfigDict, checkpoints: checkpoint.Checkpoints, program: Program, outcome: loop.Outcome) -> Params:
-    """The trained parameters with the lowest validation loss; the last where none was measured."""
-    best_step = outcome.progress.best_step
+def _best(
+    config: ConfigDict,
+    checkpoints: checkpoint.Checkpoints,
+    program: Program,
+    outcome: loop.Outcome,
+    step: int | None = None,
+) -> Params:
+    """The trained parameters of `step`; by default of that with the lowest validation loss, the last where none was measured."""
+    best_step = outcome.progress.best_step if step is None else step
     best = checkpoints.restore(program.state, best_step) if best_step not in (0, outcome.steps) else None
     return optim.in_use(config.optim, best.state if best else outcome.state)
 

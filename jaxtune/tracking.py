@@ -133,6 +133,12 @@ def check(tracking: ConfigDict) -> None:
         _extra("wandb", "wandb", f"tracking.wandb={tracking.wandb!r}", "tracking.wandb=''")
 
 
+def red(text: str, stream: TextIO) -> str:
+    """The text in red, where `stream` is a terminal that shows colours; as it is where not, or NO_COLOR is set (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain else f"\x1b[31m{text}\x1b[0m"
+
+
 def set_aside(path: Path) -> Path | None:
     """Renames a file with anything in it, `metrics.jsonl` to `metrics.1.jsonl`; returns its new path, or None."""
     if not path.exists() or not path.stat().st_size:
@@ -295,7 +301,7 @@ class _WandB:
         name_file.write_text(self._run.id)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log(dict(metrics), step=max(0, step))  # what was measured before the first step is of step -1
 
     def close(self) -> None:
         self._run.finish()

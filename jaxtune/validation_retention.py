@@ -135,6 +135,10 @@ def _check_protect(config: ConfigDict) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"config.protect.sets has two sets called {twice!r}; expected different names")
+    if options.sets and options.on_broken != "report" and not options.every_steps:
+        raise UserError(
+            f"protect.on_broken={options.on_broken!r} is decided where sets are measured while the run trains: set protect.every_steps"
+        )
     if not options.sets and (options.every_steps or options.on_broken != "report"):
         key = "every_steps" if options.every_steps else "on_broken"
         raise UserError(

@@ -15,6 +15,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import bm25, pipeline, preferences
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, tasks
+from jaxtune.evals.retention import Retention
 from jaxtune.models import reading
 from jaxtune.train import goodput, loop
 from jaxtune.train import state as state_lib
@@ -40,7 +41,8 @@ def table(config: ConfigDict, results: dict[str, tasks.Result]) -> str:
 class Run(NamedTuple):
     """All that an account is made from.
 
-    `data_counts` are rows and tokens by kind; `wall` the process's stopwatch; `folder` holds the result; `beside` is what others make of the same rows.
+    `data_counts` are rows and tokens by kind; `wall` the process's stopwatch; `folder` holds the result, where there is one; `beside` is what others make of the same rows; `cost` what the base
+    model has paid.
     """
 
     model: source.Model
@@ -53,13 +55,15 @@ class Run(NamedTuple):
     before: tasks.Result | None
     after: tasks.Result | None
     wall: Wall
-    folder: Path
+    folder: Path | None
     beside: dict[str, tasks.Result]
+    cost: Retention
 
 
 def write(config: ConfigDict, workdir: Path, run: Run) -> None:
     """Writes report.html and report.json into `workdir`, and prints the before/after table."""
-    before, after, place = run.before, run.after, shown(config.workdir, workdir, run.folder)
+    before, after = run.before, run.after
+    place = shown(config.workdir, workdir, run.folder) if run.folder else ""
     difference = tasks.compare(before, after, **measure.intervals(config)) if before and after else {}
     against = {
         name: tasks.compare(other, after, **measure.intervals(config)) for name, other in run.beside.items() if after
@@ -69,7 +73,9 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
         facts = {
             "name": config.name,
             "about": _about(config, run),
+            "alerts": run.cost.alerts,
             "notices": run.outcome.progress.notices
+            + run.cost.notices
             + _data_notices(Counter(run.splits.counts) + Counter(run.data_counts))
             + _round_notices(workdir / "metrics.jsonl")
             + _searched(run.held)
@@ -83,7 +89,8 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
             "train": _training(run),
             "data": _data(run),
             **_time(run),
-            "how_to": _how_to(config, run.model, place),
+            "how_to": _how_to(config, run.model, place) if place else [],
+            **run.cost.facts(),
             "config": config.to_dict(),
             "examples": _examples(run.held, before, after, run.tokenizer),
         }
@@ -99,7 +106,9 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
             change = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
             print(f"{name}{against_what}: {change}")
     where = f", report in {shown(config.workdir, workdir, workdir / 'report.html')}" if config.tracking.report else ""
-    print(f"result in {place}{where}")
+    if told := run.cost.table():
+        print(told)
+    print(f"result in {place}{where}" if place else f"no result{where}")
 
 
 def compare_runs(config: ConfigDict, first: tuple[Path, str], second: tuple[Path, str]) -> dict[str, dict[str, Any]]:

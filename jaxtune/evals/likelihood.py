@@ -46,7 +46,7 @@ def label_scorer(
     A prompt is run once; its cache serves all of its candidates. Prompts are padded to a multiple of `bucket_tokens`. A
     call's `own` parameters take the place of these.
     """
-    run = jax.jit(partial(_score, graphdef))
+    run = partial(_score, graphdef)
 
     def score(prompts: list[list[int]], candidates: list[list[list[int]]], own: Any = None) -> np.ndarray:
         num_labels = len(candidates[0])
@@ -68,6 +68,8 @@ def label_scorer(
     return score
 
 
+# Jitted here, by graphdef, so that a model that is measured again and again while it trains is compiled once.
+@partial(jax.jit, static_argnums=0)
 def _score(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -189,14 +191,6 @@ def row_nll(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns, each (M,) and over each row's trained tokens: summed nll in nats, how many, and the sum without `special_ids`."""
 
-    @jax.jit
-    def run(params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, masks_2BT: jax.Array) -> jax.Array:
-        model = layers.bind(graphdef, params)
-        index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-        hidden_BTD, _ = model(tokens_BT, index_BT, (index_BT < lengths_B[:, None]).astype(jnp.int32))
-        nll_BT = token_nll(_head(model), hidden_BTD[:, :-1], tokens_BT[:, 1:])
-        return jnp.sum(nll_BT[None] * masks_2BT[:, :, 1:], axis=2)
-
     sums_2M, counts_M = np.zeros((2, len(rows))), np.zeros(len(rows), np.int64)
     groups = _order([int(n) for n in rows.lengths], batch_size)
     for group in progress(groups, len(groups), label):
@@ -208,7 +202,18 @@ def row_nll(
             row = slice(rows.offsets[i], rows.offsets[i + 1])
             tokens_BT[b, : rows.lengths[i]], trained_BT[b, : rows.lengths[i]] = rows.tokens[row], rows.weights[row] != 0
         masks_2BT = np.stack([trained_BT, trained_BT & ~np.isin(tokens_BT, special_ids)]).astype(np.float32)
-        found = run(params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), masks_2BT)
+        found = _summed_nll(graphdef, params, tokens_BT, np.asarray(rows.lengths[filled], np.int32), masks_2BT)
         sums_2M[:, group] = to_host(found)[:, : len(group)]
         counts_M[group] = trained_BT[: len(group), 1:].sum(1)
     return sums_2M[0], counts_M, sums_2M[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _summed_nll(
+    graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, masks_2BT: jax.Array
+) -> jax.Array:
+    model = layers.bind(graphdef, params)
+    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    hidden_BTD, _ = model(tokens_BT, index_BT, (index_BT < lengths_B[:, None]).astype(jnp.int32))
+    nll_BT = token_nll(_head(model), hidden_BTD[:, :-1], tokens_BT[:, 1:])
+    return jnp.sum(nll_BT[None] * masks_2BT[:, :, 1:], axis=2)

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jaxtune import optim, sharding
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import ConfigDict
-from jaxtune.train import goodput, profiling
+from jaxtune.train import goodput, guard, profiling
 from jaxtune.train import step as step_lib
 from jaxtune.train.compiled import Compiling
 from jaxtune.train.goodput import STEP, Wall
@@ -64,6 +64,9 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_row: int = 0
     notices: list[str] = dataclasses.field(default_factory=list)
+    within_step: int = 0  # the last at which every protected set was measured within its tolerance
+    broken_step: int = 0  # the first at which one was not, and which
+    broken_sets: list[str] = dataclasses.field(default_factory=list)
 
 
 class Outcome(NamedTuple):
@@ -95,7 +98,7 @@ class Flops(NamedTuple):
         return {"mfu": self.per_step / seconds / self.peak} if self.per_step and self.peak else {}
 
 
-_UNKNOWN = Flops()
+_UNKNOWN, _UNGUARDED = Flops(), guard.Guard()
 
 
 class _Pending(NamedTuple):
@@ -122,6 +125,7 @@ def train(
     compiling: Compiling | None = None,
     wall: Wall | None = None,
     flops: Flops = _UNKNOWN,
+    guarded: guard.Guard = _UNGUARDED,
 ) -> Outcome:
     """Trains from `state.step` to `config.train.steps`; a run that had stopped early stays as it is.
 
@@ -131,6 +135,7 @@ def train(
       compiling: the step on its way, if that has begun.
       wall: the stopwatch of the process; what follows goes to it.
       flops: of a step, and of the devices.
+      guarded: what else the weights are measured by on the way.
 
     Raises:
       UserError: a step's loss or gradient was not finite, or its loss exploded (with `on_nonfinite="stop"`; with "skip",
@@ -212,8 +217,18 @@ def train(
                 stopped_early = _stops_early(config, progress)
                 if stopped_early:
                     progress.notices.append(_early(config, progress, done))
+            if any(due := guarded.due(config, done, eval_loss is not None)):
+                settle()
+                wall.lap("bookkeeping")
+                guarded.look(due, done, {**frozen, **optim.in_use(config.optim, state)}, tracker, progress)
+                wall.lap("evaluation")
+                clock = time.perf_counter()
+                if not stopped_early and guard.stops(config, progress):
+                    stopped_early = True
+                    progress.notices.append(guard.stopped(config, progress, done))
             interrupted = stop_asked.now(done)
-            if saver.due(done, final=done == last or stopped_early or interrupted, best=progress.best_step == done):
+            worth = done in (progress.best_step, guard.kept(config, progress))
+            if saver.due(done, final=done == last or stopped_early or interrupted, worth=worth):
                 settle()
                 wall.lap("bookkeeping")
                 # One that is not a number would compare as the best.
@@ -241,7 +256,8 @@ def _early(config: ConfigDict, progress: Progress, done: int) -> str:
 
 
 def _stops_early(config: ConfigDict, progress: Progress) -> bool:
-    return bool(config.train.patience) and progress.evals_without_better >= config.train.patience
+    impatient = bool(config.train.patience) and progress.evals_without_better >= config.train.patience
+    return impatient or guard.stops(config, progress)
 
 
 def _outcome(state: State, progress: Progress, steps: int, flops: Flops) -> Outcome:
@@ -362,17 +378,17 @@ def _validate(
 
 
 class _Saver:
-    """Decides when to save: every so many steps, every so many seconds, at a new best, at the end."""
+    """Decides when to save: every so many steps, every so many seconds, at a new best or one to roll back to, at the end."""
 
     def __init__(self, config: ConfigDict):
         self._every_steps, self._every_seconds = config.checkpoint.every_steps, config.checkpoint.every_seconds
         self._last = time.monotonic()
 
-    def due(self, done: int, *, final: bool, best: bool) -> bool:
+    def due(self, done: int, *, final: bool, worth: bool) -> bool:
         by_time = time.monotonic() - self._last >= self._every_seconds
         if jax.process_count() > 1:  # clocks differ: the first process decides, now and then
             by_time = done % 10 == 0 and bool(multihost_utils.broadcast_one_to_all(np.asarray(by_time)))
-        if not (final or best or by_time or (self._every_steps and done % self._every_steps == 0)):
+        if not (final or worth or by_time or (self._every_steps and done % self._every_steps == 0)):
             return False
         self._last = time.monotonic()
         return True

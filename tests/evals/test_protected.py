@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import validation
+from jaxtune import run, validation
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import protected, tasks
 from jaxtune.types import UserError
@@ -19,7 +20,7 @@ from jaxtune.types import UserError
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """General text, a line a row."""
     rng, path = np.random.default_rng(1), tmp_path_factory.mktemp("protected") / "general.txt"
-    words = "the a red blue cat dog bird sat ran flew on under".split()
+    words = "zyx pqj vkk wmz QRS JKX 173 940".split()  # nothing that the chats say
     path.write_text("".join(" ".join(rng.choice(words, 12)) + "\n" for _ in range(24)))
     return path
 
@@ -151,3 +152,71 @@ def test_a_worsening_that_is_no_number_breaks_a_set() -> None:
             "text"
         ].broken
     assert broken
+
+
+def opinions(path: Path, mood: str) -> Path:
+    """Rows whose text says nothing, and whose answer is always the same."""
+    path.write_text("text,mood\n" + "".join(f"the cat {n},{mood}\n" for n in range(32)))
+    return path
+
+
+@pytest.fixture
+def forgetful(tiny_config: ConfigDict, texts: Path, tmp_path: Path) -> ConfigDict:
+    """A run that learns to answer "good", and protected: that the answer is "bad"; and text that it does not make worse."""
+    config = tiny_config
+    config.data.train, config.data.prompt, config.data.label_column = (
+        str(opinions(tmp_path / "good.csv", "good")),
+        "{text}",
+        "mood",
+    )
+    config.data.validation_fraction, config.train.eval_every_steps, config.tracking.report = 0.2, 2, True
+    bad = [
+        ("data.test", str(opinions(tmp_path / "bad.csv", "bad"))),
+        ("data.prompt", "{text}"),
+        ("data.label_column", "mood"),
+    ]
+    bad += [
+        ("eval.labels", ("bad", "good")),
+        ("judged", "label_nll"),
+        ("eval.bootstrap_samples", 50),
+        ("eval.limit", 16),
+    ]
+    config.protect.sets = (
+        general(texts, ("tolerance", 9.0), ("eval.bootstrap_samples", 50)),
+        ("bad", (*bad, ("tolerance", 1.0))),
+    )
+    config.protect.every_steps, config.protect.kl_rows = 2, 8
+    config.optim.learning_rate, config.optim.warmup_steps, config.optim.schedule = 3e-3, 0.0, "constant"
+    return config
+
+
+def logged(config: ConfigDict, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def report(config: ConfigDict) -> dict:
+    return json.loads((Path(config.workdir) / "report.json").read_text())
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_run_says_what_it_cost(forgetful: ConfigDict, capsys) -> None:
+    config = forgetful
+    run.train(config, Path(config.workdir))
+    told, scores = report(config)["protected"]["bad"], logged(config, "protected/bad/label_nll")
+    print(told, scores, logged(config, "base_kl"), logged(config, "protected/general/bits_per_byte"))
+    assert list(scores) == [-1, 1, 3, 5]
+    assert scores[-1] == told["before"]["label_nll"]["value"]
+    assert scores[5] == told["after"]["label_nll"]["value"]
+    gap = told["difference"]["label_nll"]
+    assert gap["value"] == pytest.approx(scores[5] - scores[-1])
+    assert gap["low"] <= gap["value"] <= gap["high"]
+    assert told["broken"]
+    assert not report(config)["protected"]["general"]["broken"]
+    kl = logged(config, "base_kl")
+    assert list(kl) == [1, 3, 5]
+    assert 0 < kl[1] < kl[5]
+    assert report(config)["base_kl"] == kl[5]
+    page = (Path(config.workdir) / "report.html").read_text()
+    assert "Protected set bad is broken: label_nll" in page
+    assert "BROKEN" in capsys.readouterr().out
