@@ -265,7 +265,7 @@ def _dot(points: Sequence[float]) -> str | None:
 
 
 class Panel(NamedTuple):
-    """One plot of points: joined by a line, or not; `marks` are vertical lines with what they stand for."""
+    """One plot of points: joined by a line, or not; `marks` are vertical lines and `levels` horizontal ones, with what they stand for."""
 
     title: str
     x_label: str
@@ -274,6 +274,7 @@ class Panel(NamedTuple):
     y: Sequence[float]
     joined: bool = False
     marks: Sequence[tuple[float, str]] = ()
+    levels: Sequence[tuple[float, str]] = ()
 
 
 def png(path: Path, panels: Sequence[Panel]) -> bool:
@@ -296,6 +297,9 @@ def png(path: Path, panels: Sequence[Panel]) -> bool:
             axes.annotate(
                 meaning, (at, 0.97), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top", fontsize=8
             )
+        for at, meaning in panel.levels:
+            axes.axhline(at, color="0.4", linestyle="--", linewidth=0.9, label=meaning)
+            axes.legend(loc="best", frameon=False, fontsize=8)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(visible=True, linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import report, tracking
+from jaxtune import report, report_plots, tracking
 from jaxtune.config import ConfigDict
 
 # (config, (predictions.jsonl, side in it), the same of another) -> second minus first by metric, paired.
@@ -54,13 +54,6 @@ def write(config: ConfigDict, workdir: Path, uri: str, ended: Ended, compare: Co
     rounds, control = ended.rounds, ended.control
     last, metric = rounds[-1], rounds[-1]["metric"]
     place = workdir / f"round_{last['round']:02d}" / "train"
-    result = (
-        place
-        if not ended.stopped
-        else workdir / f"round_{last['round'] - 1:02d}" / "train"
-        if len(rounds) > 1
-        else None
-    )
     after, before = (place / "predictions.jsonl", "after"), rounds[0]["before"]
     difference, beside = {}, {}
     if before:
@@ -73,19 +66,26 @@ def write(config: ConfigDict, workdir: Path, uri: str, ended: Ended, compare: Co
     estimates = [before[metric]] * bool(before) + [one["after"][metric] for one in rounds]
     reached = control["after"][metric] if control else None
     table = _table(ended, before, metric)
+    plotted = [
+        {"title": metric.replace("_", " "), "names": names, "estimates": estimates, "control": reached},
+        *_beside(ended, names),
+    ]
+    result = _result(workdir, ended)
     if config.tracking.report:
         facts = {
             "name": config.name,
             "about": {"Model": uri, "Method": f"{config.self_training.method}, {len(rounds)} rounds"},
+            "alerts": [f"{_stopped(ended)}."] * bool(ended.stopped),
             "notices": _notices(config, ended), "metric": metric, "before": before, "after": last["after"],
             "difference": difference, "beside": beside, "config": config.to_dict(),
             "rounds": {"table": table, "names": names, "estimates": estimates, "control": reached, "metric": metric,
                        "all": list(rounds), "gold": control, "entropy_before": ended.entropy, "stopped": ended.stopped,
-                       "beside": _beside(ended, names)},
+                       "beside": plotted[1:]},
             "how_to": [("In the terminal", f"python -m jaxtune.launch chat --config={result}/config.json --workdir={result}")] * bool(result),
         }  # fmt: skip
         with tracking.writing(workdir / "report.html"):
             report.write(workdir, facts)
+            _picture(workdir / "rounds.png", plotted, bool(before))
     print(_text(table))
     for what, gaps in {"before": difference, **{name: each["difference"] for name, each in beside.items()}}.items():
         for name, gap in gaps.items():
@@ -149,12 +149,31 @@ def _beside(ended: Ended, names: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
+def _picture(path: Path, plotted: list[dict[str, Any]], has_before: bool) -> None:
+    """Draws what is told by round, side by side, over the number of the round."""
+    panels = [
+        report_plots.Panel(
+            one["title"], "round", "", list(range(1 - has_before, len(one["names"]) + 1 - has_before)),
+            [each["value"] for each in one["estimates"]], joined=True,
+            levels=[(one["control"]["value"], "gold answers alone")] if one["control"] else [],
+        )
+        for one in plotted
+    ]  # fmt: skip
+    report_plots.png(path, panels)
+
+
 def _point(value: float) -> dict[str, float]:
     return {"value": value, "low": value, "high": value}
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
+
+
+def _result(workdir: Path, ended: Ended) -> Path | None:
+    """The run that is the result: the last round's, or the one before where that cost too much; None where there is none."""
+    number = ended.rounds[-1]["round"] - bool(ended.stopped)
+    return workdir / f"round_{number:02d}" / "train" if number else None
 
 
 def _stopped(ended: Ended) -> str:
@@ -166,8 +185,7 @@ def _stopped(ended: Ended) -> str:
 
 def _notices(config: ConfigDict, ended: Ended) -> list[str]:
     rounds, control = ended.rounds, ended.control
-    notices = [f"{_stopped(ended)}."] if ended.stopped else []
-    notices += [
+    notices = [
         f"Round {one['round']}: none of {one['sampled']} rewrites verified; it was trained on gold answers alone."
         for one in rounds
         if one["sampled"] and not one["kept"]

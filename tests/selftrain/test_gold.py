@@ -65,7 +65,8 @@ def test_rewrites_that_verify_are_learned_and_gold_where_none_does(rewriting: Co
     assert [one["title"] for one in beside] == ["entropy, nats a token"]
     assert len(beside[0]["estimates"]) == 2
     assert report["rounds"]["gold"]["steps"] == 2
-    assert "Entropy, nats a token by round" in (workdir / "report.html").read_text()
+    assert "entropy, nats a token by round" in (workdir / "report.html").read_text()
+    assert (workdir / "rounds.png").exists()
 
 
 class Killed(Exception):
@@ -207,7 +208,9 @@ def test_nothing_verifies_and_the_entropy_falls(
     assert "none verified, and it trains on these alone" in said.err
     assert "no result. Round 1 is the last, and the model as it was is the better one" in said.out
     assert not (workdir / "round_02").exists()
-    notices = json.loads((workdir / "report.json").read_text())["notices"]
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["alerts"][0].startswith("Round 1 is the last")
+    notices = report["notices"]
     assert any("none of" in one and "rewrites verified; it was trained on gold answers alone" in one for one in notices)
 
 
