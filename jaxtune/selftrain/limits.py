@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,22 @@ def kept_entropy(file: Path, config: ConfigDict, asked: ConfigDict, task: Task, 
     return json.loads(file.read_text("utf-8"))["entropy"]
 
 
-def broken(config: ConfigDict, untuned: float | None, told: dict[str, Any]) -> str:
-    """Why no round may follow this one, in words; "" where one may. `untuned` is the entropy before the first round."""
+def broken(config: ConfigDict, untuned: float | None, rounds: Sequence[dict[str, Any]]) -> str:
+    """Why no round may follow the last one, in words; "" where one may.
+
+    Sets are held against the untuned model: by the last round's own run where that began with it, else, as measured, by what the
+    first round's had before. `untuned` is the entropy then.
+    """
     if not config.self_distill.stop:
         return ""
-    reasons = []
+    reasons, told = [], rounds[-1]
     for name, one in told["protected"].items():
-        if one["broken"]:
-            before, after = (one[side][one["metric"]]["value"] for side in ("before", "after"))
+        before, after = (
+            each["protected"][name][side][one["metric"]]["value"]
+            for each, side in ((rounds[0], "before"), (told, "after"))
+        )
+        worse = before - after if one["higher_is_better"] else after - before
+        if one["broken"] if config.self_training.from_base else not worse <= one["tolerance"]:
             reasons.append(
                 f"protected set {name} is broken: {one['metric']} {after:.4g}, {before:.4g} before (tolerance {one['tolerance']:g})"
             )

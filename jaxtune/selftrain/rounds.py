@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: Path, hands: Hands, show: Any, say: Callabl
         for number in range(1, config.self_training.rounds + 1):
             rounds.append(_round(config, workdir, task, number, tokenizer, judge, hands, show))
             say(account.told(rounds[-1]))
-            if stopped := limits.broken(config, untuned, rounds[-1]):
+            if stopped := limits.broken(config, untuned, rounds):
                 say(f"no round follows round {number}: {stopped}")
                 break
     control = (

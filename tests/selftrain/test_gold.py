@@ -178,19 +178,26 @@ def test_words_in_common() -> None:
 
 
 def test_a_round_that_costs_too_much_is_the_last(config: ConfigDict) -> None:
-    kept = {"metric": "accuracy", "tolerance": 0.02, "broken": False, "before": {"accuracy": {"value": 0.6}}}
-    told = {"entropy": 0.3, "protected": {"boolq": kept | {"after": {"accuracy": {"value": 0.5}}}}}
-    assert limits.broken(config, 1.0, told) == ""
+    def told(now: float, before: float = 0.6, broken: bool = False) -> dict[str, Any]:
+        kept = {"metric": "accuracy", "tolerance": 0.02, "higher_is_better": True, "broken": broken}
+        kept |= {"before": {"accuracy": {"value": before}}, "after": {"accuracy": {"value": now}}}
+        return {"entropy": 0.3, "protected": {"boolq": kept}}
+
+    assert limits.broken(config, 1.0, [told(0.5)]) == ""
     config.self_distill.entropy_floor = 0.5
-    assert "0.300 nats a token, below self_distill.entropy_floor=0.5 of the untuned model's 1.000" in limits.broken(
-        config, 1.0, told
-    )
-    config.self_distill.entropy_floor, told["protected"]["boolq"]["broken"] = 0.2, True
+    said = limits.broken(config, 1.0, [told(0.6)])
     assert (
-        limits.broken(config, 1.0, told) == "protected set boolq is broken: accuracy 0.5, 0.6 before (tolerance 0.02)"
+        said
+        == "the entropy of its answers is 0.300 nats a token, below self_distill.entropy_floor=0.5 of the untuned model's 1.000"
     )
+    config.self_distill.entropy_floor = 0.2
+    said = limits.broken(config, 1.0, [told(0.5, broken=True)])
+    assert said == "protected set boolq is broken: accuracy 0.5, 0.6 before (tolerance 0.02)"
+    config.self_training.from_base = False
+    creeping = [told(0.59), told(0.575, before=0.59)]
+    assert "accuracy 0.575, 0.6 before" in limits.broken(config, 1.0, creeping), "no round lost much, all of them did"
     config.self_distill.stop = False
-    assert limits.broken(config, 1.0, told) == ""
+    assert limits.broken(config, 1.0, creeping) == ""
 
 
 def test_nothing_verifies_and_the_entropy_falls(
