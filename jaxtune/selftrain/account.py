@@ -144,7 +144,7 @@ def _beside(ended: Ended, names: Sequence[str]) -> list[dict[str, Any]]:
         values = [ended.entropy] * (len(names) - len(rounds)) + [one["entropy"] for one in rounds]
         its = _point(control["entropy"]) if control else None
         found.append(
-            {"title": "entropy, nats a token", "names": names, "estimates": list(map(_point, values)), "control": its}
+            {"title": "Entropy, nats a token", "names": names, "estimates": list(map(_point, values)), "control": its}
         )
     return found
 

@@ -62,10 +62,10 @@ def test_rewrites_that_verify_are_learned_and_gold_where_none_does(rewriting: Co
         assert all(row["messages"][0]["content"] == row["text"] for row in trained), "learned without being told"
         assert 0 < told["entropy"] < 8
     beside = report["rounds"]["beside"]
-    assert [one["title"] for one in beside] == ["entropy, nats a token"]
+    assert [one["title"] for one in beside] == ["Entropy, nats a token"]
     assert len(beside[0]["estimates"]) == 2
     assert report["rounds"]["gold"]["steps"] == 2
-    assert "entropy, nats a token by round" in (workdir / "report.html").read_text()
+    assert "Entropy, nats a token by round" in (workdir / "report.html").read_text()
     assert (workdir / "rounds.png").exists()
 
 
