@@ -55,6 +55,8 @@ def _tune() -> ConfigDict:
         ""  # prompt: the text whose tokens virtual_init="text" takes, again and again until there are enough
     )
     c.init = "auto"  # which LoRA factor starts at 0: b_zero (A uniform, as PEFT) | a_zero (B Gaussian: Adam's first step is then no matter of rounding) | auto (a_zero where the objective has a reference)
+    c.freeze = ()  # regexes, full match, over the paths of parameters that would train otherwise, e.g. (r"embed\..*",)
+    c.train_layers = ()  # numbers of the layers that train, from 0; () = all. What is in no layer (embeddings, norm, head) is not theirs
     return c
 
 

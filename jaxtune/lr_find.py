@@ -16,7 +16,7 @@ import optax
 from jaxtune import optim, report_plots, sharding, tracking
 from jaxtune.config import ConfigDict
 from jaxtune.models import transformer
-from jaxtune.train import references, start, step
+from jaxtune.train import fisher, references, start, step
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import Batch, UserError
@@ -63,6 +63,7 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
     start.check_length(config, program)
     state, frozen = start.load(config, model, program, values, show)
     rows = references.filled(config, None, rows, tokenizer, program, {**frozen, **state.params}, show)
+    frozen = fisher.with_penalties(config, None, model, tokenizer, program, state.params, frozen, show)
     batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps, lambda: {})
     found = find(config, program, state, frozen, show(batches, config.lr_find.num_steps, "learning rates"))
     if jax.process_index() == 0:

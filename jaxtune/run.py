@@ -30,7 +30,7 @@ from jaxtune.evals import account, fewshot, judge, measure, protected, retention
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, goodput, guests, loop, references, rounds, sequences, start
+from jaxtune.train import compiled, fisher, goodput, guests, loop, references, rounds, sequences, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -51,8 +51,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
     with wall("tokenise"):
-        reader = start.reader(config, model, tokenizer)
-        taught = partial(sequences.taught, config, workdir, show=show)
+        reader, taught = start.reader(config, model, tokenizer), partial(sequences.taught, config, workdir, show=show)
         rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         sets = protected.read(config, tokenizer, show, reader)
@@ -74,7 +73,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
-        rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
+        rows, frozen = _compared(config, workdir, model, tokenizer, program, rows, state, frozen, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
         cost = retention.Retention(config, sets, tokenizer, program, show)
@@ -88,12 +87,10 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
+            data = rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall)
             cost.log_before(tracker, int(state.step))
-            known = (compiling, wall, counted)
-            outcome = loop.train(
-                config, program, *arrays, tracker, checkpoints, workdir, remembered, *known, guarded=cost.guard()
-            )  # fmt: skip
+            known = (tracker, checkpoints, workdir, remembered, compiling, wall, counted, cost.guard())
+            outcome = loop.train(config, program, state, frozen, data, *known)
             tracker.close_console()
             with wall("evaluation"):
                 params = cost.choose(
@@ -109,7 +106,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
-        found = (rows.splits, rows.train.counts, held, outcome, before, after)
+        found = (rows.splits, rows_lib.counts(config, rows, outcome.steps), held, outcome, before, after)
         account.write(config, workdir, account.Run(model, tokenizer, program, *found, wall, folder, beside, cost))
     cost.end()
 
@@ -127,7 +124,8 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     print(f"\n{rows_lib.first_row(config, rows, tokenizer, reader)}\n\n{start.summary(model, program)}; they are")
     for path, leaf in program.state.params.items():
         print(f"  {program.labels[path]:<10} {path}  {leaf.shape} {leaf.dtype}")
-    rate, last = optim.schedule(config.optim, config.train.steps), config.train.steps
+    last, rewarm = config.train.steps, config.retain.rewarm
+    rate = optim.schedule(config.optim, last, rewarm)
     print(f"\nlearning rate over {last} steps ({config.optim.schedule}):")
     for at in sorted({0, 1, last // 10, last // 4, last // 2, 3 * last // 4, last - 1}):
         print(f"  step {at:6d}  {float(rate(at)):.3e}")
@@ -307,6 +305,16 @@ def _write(path: Path, text: str) -> None:
         partial_path.unlink(missing_ok=True)
 
 
+def _compared(
+    config: ConfigDict, workdir: Path, model: source.Model, tokenizer: Tokenizer, program: Program, rows: rows_lib.Rows, state: State,
+    frozen: Params, show: Any,
+) -> tuple[rows_lib.Rows, Params]:  # fmt: skip
+    """The rows with what a reference and a teacher say of them, and the frozen parameters with what penalties compare with."""
+    params = {**frozen, **state.params}
+    rows = references.filled(config, workdir, rows, tokenizer, program, params, show)
+    return rows, fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
+
+
 def _before(
     config: ConfigDict, workdir: Path, held: measure.HeldOut | None, tokenizer: Tokenizer, program: Program, params: Params,
     show: Any,
@@ -376,6 +384,10 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
         raise UserError(f"export.checkpoint={wanted!r}; expected 'best', 'latest' or a step number")
     with checkpoint.Checkpoints(config.workdir, config, resuming=False) as checkpoints:
         step = checkpoints.best_step() if wanted == "best" else int(wanted) if wanted.isdigit() else None
+        if step == 0 and wanted == "best":
+            raise UserError(
+                f"{config.workdir}: every checkpoint breaks a protected set; export.checkpoint='latest' takes the last all the same"
+            )
         restored = checkpoints.restore(program.state, step)
     return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
 

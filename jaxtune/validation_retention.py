@@ -6,6 +6,7 @@ import re
 import string
 from typing import Any
 
+from jaxtune import validation_merging, validation_retain
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import UserError, nearest
 
@@ -17,9 +18,12 @@ OF_SETS = ("tolerance", "judged")
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
-    _check_protect(config)
+    _check_lineage(config)
+    validation_retain.validate(config)
+    validation_merging.validate(config)
     _check_keep_layers(config)
     _check_distill(config)
+    _check_protect(config)
     _check_demonstration(config)
     _check_self_distill(config)
 
@@ -248,3 +252,28 @@ def _check_self_distill(config: ConfigDict) -> None:
             "self_training.method='demonstration' teaches a student by itself, and tune.method='prompt' puts virtual tokens before its "
             "prompts: use 'lora' or 'full'"
         )
+
+
+def _check_lineage(config: ConfigDict) -> None:
+    """What a lineage's releases are held to."""
+    lineage = config.lineage
+    for key, allowed in {"on_changed_data": ("refuse", "note"), "decide": ("interval", "estimate")}.items():
+        if lineage[key] not in allowed:
+            raise UserError(
+                f"config.lineage.{key} is {lineage[key]!r}; expected one of {', '.join(map(repr, allowed))}"
+            )
+    for key, low, high in (
+        ("replay_share", 0, 0.95), ("margin", 0, 1e6), ("drift_rows", 0, 5000), ("drift_permutations", 19, 10**6),
+        ("drift_alpha", 1e-6, 0.5), ("rollback", -1, 2**31 - 1),
+    ):  # fmt: skip
+        if not low <= lineage[key] <= high:
+            raise UserError(f"config.lineage.{key} is {lineage[key]}; expected {low} to {high}")
+    for one in lineage.margins:
+        if isinstance(one, str) or len(one) != 2 or not isinstance(one[1], int | float) or not one[1] >= 0:
+            raise UserError(
+                f"config.lineage.margins has {one!r}; expected (name of a stage or protected set, margin of 0 or more)"
+            )
+    if "://" in lineage.folder:
+        raise UserError(f"config.lineage.folder is {lineage.folder!r}; expected a folder of this machine")
+    if lineage.force and not lineage.force.strip():
+        raise UserError("config.lineage.force is blank; expected the reason in words, which the ledger keeps")

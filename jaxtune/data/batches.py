@@ -172,15 +172,19 @@ class BatchSource:
         """Returns some rows of the global batch of a step, by number: those that one host holds."""
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise ValueError(f"step {step} is outside 0 to {self.num_steps}")
-        numbers = [step * self.batch_size + int(row) for row in batch_rows]
-        batch = stack(self.rows, [self._bin_of(number) for number in numbers], self.max_length, self.pad_id)
+        return self.numbered([step * self.batch_size + int(row) for row in batch_rows])
+
+    def numbered(self, numbers: list[int]) -> Batch:
+        """Returns batch rows by their numbers in the endless list of epochs."""
+        batch = stack(self.rows, [self.bin_of(number) for number in numbers], self.max_length, self.pad_id)
         return masked(batch, numbers, self.masking) if self.masking else batch
 
     def bins_of(self, step: int) -> packing.Bins:
         """The rows that each row of a step's global batch holds, by number."""
-        return [self._bin_of(step * self.batch_size + row) for row in range(self.batch_size)]
+        return [self.bin_of(step * self.batch_size + row) for row in range(self.batch_size)]
 
-    def _bin_of(self, number: int) -> tuple[int, ...]:
+    def bin_of(self, number: int) -> tuple[int, ...]:
+        """The rows in a batch row, by its number."""
         epoch, position = divmod(number, self.num_bins)
         return self.bins[int(self._order(epoch)[position])]
 

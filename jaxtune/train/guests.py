@@ -54,9 +54,9 @@ def with_teacher(config: ConfigDict, objective: Objective) -> Objective:
 
 
 def none(config: ConfigDict) -> ConfigDict:
-    """The config of the same model and state for verbs that do not train it: no guest is wanted."""
+    """The config of the same model for verbs that do not train it: no guest is wanted, and nothing that penalties compare with."""
     alone = config.copy_and_resolve_references()
-    alone.distill.mode = "sequence"
+    alone.distill.mode, alone.retain.penalties = "sequence", ()
     return alone
 
 
@@ -71,7 +71,7 @@ def config_of(config: ConfigDict) -> ConfigDict:
     own.model.head, own.model.labels, own.model.chat_template, own.model.keep_layers = "", (), "", ()
     own.tune.method, own.tune.adapter = "lora" if distill.teacher_adapter else "full", distill.teacher_adapter
     own.train.objective, own.train.beside, own.train.neftune_noise_alpha = "sft", (), 0.0
-    own.optim = base().optim
+    own.optim, own.retain, own.tune.freeze, own.tune.train_layers = base().optim, base().retain, (), ()
     return own
 
 

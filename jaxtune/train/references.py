@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxtune import sharding, tracking
-from jaxtune.config import ConfigDict
+from jaxtune.config import ConfigDict, base
 from jaxtune.data import preferences as rows_of
 from jaxtune.data.batches import Rows
 from jaxtune.data.tokenizer import Tokenizer
@@ -120,6 +120,7 @@ def _other(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> tuple[Program
     config.model.source, config.model.tokenizer, config.tune.adapter, config.model.keep_layers = uri, "", "", ()
     config.tune.method, config.tune.rank, config.tune.use_dora = "lora", 1, False
     config.preference.reference = "adapter_off"
+    config.retain, config.tune.freeze, config.tune.train_layers = base().retain, (), ()
     model = source.find(config)
     if model.path is not None:
         source.check_same_tokens(source.find_tokenizer(config, model), tokenizer, f"preference.reference={uri!r}")

@@ -26,7 +26,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import guests, preferences, routers
+from jaxtune.train import guests, preferences, retention, routers
 from jaxtune.types import UserError
 
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
@@ -116,7 +116,7 @@ def abstract(
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
     `adapter` replaces the config's options of one (a run that starts from a PEFT folder takes its); `pooling` is the folder's.
-    A guest's program does not train: all of it is frozen.
+    What does not train, a guest, is frozen as a whole.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -135,11 +135,9 @@ def abstract(
     params = _placed(config, mesh, variables, labels)
     kept = _quantised(quantize, params, run, mesh)
     learned = guests.projections(config, model_config, mesh) if trains else {}
-    layout = _check_sharding(config, mesh, variables, params, kept)
     labels |= dict.fromkeys(learned, "full")
     trainable, frozen = partition.split(params | learned, labels)
     optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
-    state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
     made = Program(
         family=family,
         hf_config=hf_config,
@@ -153,12 +151,12 @@ def abstract(
         labels=labels,
         base={path: value for path, value in params.items() if ".adapter." not in path},
         adapter={path: value for path, value in params.items() if ".adapter." in path},
-        state=state,
-        frozen=frozen,
+        state=_state_shapes(optimizer, trainable, sharding.replicated(mesh)),
+        frozen=frozen | (retention.shapes(config, family, model_config, trainable) if trains else {}),
         pool=_pool(config, model_config, pooling),
         optimizer=optimizer,
         quantised=kept,
-        layout=layout,
+        layout=_check_sharding(config, mesh, variables, params, kept),
     )
     return guests.invited(config, made, abstract) if trains else made
 
@@ -249,7 +247,9 @@ def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any])
     reads_head = any(registry.load("objective", name, OBJECTIVES).OBJECTIVE.reads_head for name in objectives)
     head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
     has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
-    return partition.label(variables, config.tune.method, has_task, headless=not reads_head)
+    labels = partition.label(variables, config.tune.method, has_task, headless=not reads_head)
+    depths = partial(transformer.depths, model_config)
+    return partition.restricted(labels, config.tune.freeze, config.tune.train_layers, model_config.num_layers, depths)
 
 
 def _pool(config: ConfigDict, model_config: Any, of_folder: str) -> str:

@@ -168,7 +168,7 @@ def load(
     the arrays themselves, host memory holds one tensor's shard and a block.
     """
     table = naming.hf_names(family.weights(model_config))
-    source = _with_prefix(source, table)
+    source = with_prefix(source, table)
     arrays: dict[str, jax.Array] = {}
     kernels = packed.kernels if packed else {}
     targets = {**targets, **kernels}
@@ -208,7 +208,7 @@ class Renamed:
         return self._source.read(self._names[name], rows, *rest)
 
 
-def _with_prefix(source: Source, table: Mapping[str, Any]) -> Source:
+def with_prefix(source: Source, table: Mapping[str, Any]) -> Source:
     """The source with the base model's prefix put before its names, or taken off them, where that makes them fit."""
     have = source.names()
     body = [name for name, (weight, _) in table.items() if weight.ours == "embed.table"]

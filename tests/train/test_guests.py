@@ -242,3 +242,17 @@ def test_a_teacher_has_its_adapter_and_its_codes(tiny_config: ConfigDict, tmp_pa
     without = apart()
     assert abs(apart(teacher_adapter=adapter)) < 1e-6 < 1e-3 < without
     assert 1e-6 < apart(teacher_adapter=adapter, teacher_quantize="int8") < 0.2 * without
+
+
+def test_a_teacher_stands_beside_another_objective(tiny_config: ConfigDict, teacher: Path) -> None:
+    """Cross-entropy, and half of what the teacher says beside it."""
+    config = taught(tiny_config, teacher, **{"mesh.fsdp": 1, "distill.alpha": 1.0})
+    alone = metrics_of(config)
+    config.train.objective, config.train.beside = "sft", (("distill", 0.5),)
+    program, current, frozen = made(config)
+    batch = one_batch(config)
+    both = batch | {f"1/{name}": array for name, array in batch.items()}
+    fields = {name: both[name] for name in step.fields(config, program)}
+    arrays = sharding.to_global(fields, program.mesh, config.train.batch_size)
+    _, metrics = step.make(config, program)(current, frozen, arrays)
+    np.testing.assert_allclose(metrics["loss"], alone["nll"] + 0.5 * alone["divergence"], rtol=1e-5)
