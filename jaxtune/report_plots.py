@@ -288,7 +288,8 @@ def _dot(points: Sequence[float]) -> str | None:
 
 
 class Panel(NamedTuple):
-    """One plot of points: joined by a line, or not; `marks` are vertical lines and `levels` horizontal ones, with what they stand for."""
+    """One plot of points: joined by a line, or not; `marks` are vertical lines and `levels` horizontal ones, with what they stand for;
+    `intervals` are (low, high) of each point."""
 
     title: str
     x_label: str
@@ -298,6 +299,7 @@ class Panel(NamedTuple):
     joined: bool = False
     marks: Sequence[tuple[float, str]] = ()
     levels: Sequence[tuple[float, str]] = ()
+    intervals: Sequence[tuple[float, float]] = ()
 
 
 def png(path: Path, panels: Sequence[Panel]) -> bool:
@@ -315,6 +317,10 @@ def png(path: Path, panels: Sequence[Panel]) -> bool:
             axes.set_xticks(range(len(names)), names, rotation=30 if len("".join(names)) > 40 else 0)
         elif x and min(x) > 0 and max(x) >= 8 * min(x):
             axes.set_xscale("log")
+        elif all(isinstance(one, int) for one in x):
+            axes.locator_params(axis="x", integer=True)
+        if panel.intervals:
+            axes.vlines(x, *zip(*panel.intervals, strict=True), linewidth=1.2, alpha=0.6)
         for at, meaning in panel.marks:
             axes.axvline(at, color="0.4", linestyle="--", linewidth=0.9)
             axes.annotate(

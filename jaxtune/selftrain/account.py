@@ -155,6 +155,7 @@ def _picture(path: Path, plotted: list[dict[str, Any]], has_before: bool) -> Non
         report_plots.Panel(
             one["title"], "round", "", list(range(1 - has_before, len(one["names"]) + 1 - has_before)),
             [each["value"] for each in one["estimates"]], joined=True,
+            intervals=[(each["low"], each["high"]) for each in one["estimates"]],
             levels=[(one["control"]["value"], "gold answers alone")] if one["control"] else [],
         )
         for one in plotted
