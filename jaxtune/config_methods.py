@@ -51,7 +51,7 @@ def reward() -> ConfigDict:
 
 def self_training() -> ConfigDict:
     c = ConfigDict()
-    c.method = "star"  # star (arXiv:2203.14465) | rft (arXiv:2308.01825) | rest_em (arXiv:2312.06585)
+    c.method = "star"  # star (arXiv:2203.14465) | rft (arXiv:2308.01825) | rest_em (arXiv:2312.06585) | rewrite (gold answers in its own words, arXiv:2402.13669) | demonstration (its own answers, taught by itself with the gold one in sight, arXiv:2601.19897)
     c.rounds = 3  # of sampling, judging, training and measuring
     c.samples = 4  # answers to each prompt in a round
     c.max_per_prompt = 10  # rft, rest_em: answers kept of a prompt at most; 0 = all

@@ -69,11 +69,25 @@ def distill() -> ConfigDict:
         0.0  # weight of the divergence of their attention, whose maps exist for a pair of layers at a time
     )
     c.on_policy = 0.0  # share of the steps whose answers the student writes itself, as the section rl says how (GKD, arXiv:2306.13649); cross-entropy learns from the others alone
+    c.demonstration = ""  # on_policy=1: the last turn of a prompt as the teacher sees it, a template over the row's columns, {question} (that turn) and {answer} (the gold one); "" = as the student sees it
     return c
 
 
 def self_distill() -> ConfigDict:
-    return ConfigDict()
+    c = ConfigDict()
+    c.rewrite_prompt = "{question}\n\nThe right answer is:\n{answer}\n\nGive this answer in your own words, and nothing else."  # self_training.method="rewrite": how the model is asked to restate a gold answer, in place of a prompt's last turn; a template over the row's columns, {question} (that turn) and {answer} (the gold one)
+    c.demonstration_prompt = "{question}\n\nThis is an example of a good answer:\n{answer}\n\nNow give an answer of your own."  # self_training.method="demonstration": what the teacher sees in its place, likewise
+    c.verifier = "reward"  # a rewrite is kept when it verifies: reward (section reward, from reward.threshold on) | answer (what it says last, by reward.completion_regex, is the gold answer; without that, the gold answer stands in it) | similar
+    c.similarity = (
+        0.5  # similar: share of words that rewrite and gold answer have in common (F1) from which it verifies
+    )
+    c.divergence = (
+        "reverse"  # demonstration: from teacher to student, as distill.divergence, whose other fields count too
+    )
+    c.stop = True  # a round that breaks a protected set (section protect), or falls below entropy_floor, is the last, and the one before is the result
+    c.entropy_prompts = 32  # training prompts that each round answers once at temperature 1: the mean -log p of these tokens estimates its entropy (nats per token), with these two methods or an entropy_floor; 0 = it is not measured
+    c.entropy_floor = 0.0  # share of the untuned model's entropy that no round may fall below; 0 = none
+    return c
 
 
 def merge() -> ConfigDict:

@@ -33,7 +33,7 @@ VERBS = {
     "generate": "answer a file of prompts",
     "chat": "talk to the model in the terminal",
     "export": "write a run's result as a PEFT adapter or a Hugging Face model folder",
-    "self_train": "rounds of sampling, judging and training on what was right (STaR, RFT, ReST-EM)",
+    "self_train": "rounds of sampling, judging and training on what was right (STaR, RFT, ReST-EM), or on gold answers in its own words",
     "plan": "compile the training step for a TPU that is not here, and say what it needs, takes and costs",
     "lr_find": "train a copy at ever higher learning rates, and say which one falls fastest",
     "sweep": "train once for each combination of config.sweep.axes, and compare",

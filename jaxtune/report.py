@@ -45,7 +45,7 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         dropped: {reason: rows}}, where names that end in `_share` are shown as percent; `seconds`: {part: seconds};
         `start`: {seconds: {part: seconds to the first step}, compile_seconds, compile_overlapped_seconds, from_cache};
         `wall`: {cause: seconds of the process}, "training" the productive ones; shown in place of `seconds`;
-        `rounds`: {table: {column: cells}, names, estimates, control, metric} of rounds, the metric's estimates by name, and
+        `rounds`: {table: {column: cells}, names, estimates, control, metric, beside} of rounds, the metric's estimates by name, and
         the control's or None; `tables`: [{title, header, rows, plots}], cells in words, plots as `report_plots` draws them; `how_to`: (title, code) pairs; `config`: the resolved config.
     """
     folder = Path(workdir)
@@ -97,7 +97,7 @@ def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
         "wall": _wall(facts.get("wall", {})),
         "goodput": _goodput(facts.get("wall", {})),
         "rounds": _rounds(facts.get("rounds")),
-        "round_plots": [_round_plot(facts["rounds"])] if has_plots and "rounds" in facts else [],
+        "round_plots": _round_plots(facts["rounds"]) if has_plots and "rounds" in facts else [],
         "tables": facts.get("tables", []),
         "how_to": facts.get("how_to", []),
         "config": json.dumps(facts["config"], indent=2, ensure_ascii=False) if "config" in facts else "",
@@ -206,8 +206,13 @@ def _rounds(rounds: Mapping[str, Any] | None) -> tuple[list[str], list[list[str]
     return list(rounds["table"]), [list(row) for row in zip(*cells, strict=True)]
 
 
-def _round_plot(rounds: Mapping[str, Any]) -> Markup:
-    return report_plots.rounds(rounds["names"], rounds["estimates"], rounds["control"], _name(rounds["metric"]))
+def _round_plots(rounds: Mapping[str, Any]) -> list[Markup]:
+    """What rounds reached, and what they cost."""
+    reached = {**rounds, "title": _name(rounds["metric"])}
+    return [
+        report_plots.rounds(one["names"], one["estimates"], one["control"], one["title"])
+        for one in (reached, *rounds.get("beside", ()))
+    ]
 
 
 def _goodput(wall: Mapping[str, float]) -> str:

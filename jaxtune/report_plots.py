@@ -288,7 +288,8 @@ def _dot(points: Sequence[float]) -> str | None:
 
 
 class Panel(NamedTuple):
-    """One plot of points: joined by a line, or not; `marks` are vertical lines with what they stand for."""
+    """One plot of points: joined by a line, or not; `marks` are vertical lines and `levels` horizontal ones, with what they stand for;
+    `intervals` are (low, high) of each point."""
 
     title: str
     x_label: str
@@ -297,6 +298,8 @@ class Panel(NamedTuple):
     y: Sequence[float]
     joined: bool = False
     marks: Sequence[tuple[float, str]] = ()
+    levels: Sequence[tuple[float, str]] = ()
+    intervals: Sequence[tuple[float, float]] = ()
 
 
 def png(path: Path, panels: Sequence[Panel]) -> bool:
@@ -314,11 +317,18 @@ def png(path: Path, panels: Sequence[Panel]) -> bool:
             axes.set_xticks(range(len(names)), names, rotation=30 if len("".join(names)) > 40 else 0)
         elif x and min(x) > 0 and max(x) >= 8 * min(x):
             axes.set_xscale("log")
+        elif all(isinstance(one, int) for one in x):
+            axes.locator_params(axis="x", integer=True)
+        if panel.intervals:
+            axes.vlines(x, *zip(*panel.intervals, strict=True), linewidth=1.2, alpha=0.6)
         for at, meaning in panel.marks:
             axes.axvline(at, color="0.4", linestyle="--", linewidth=0.9)
             axes.annotate(
                 meaning, (at, 0.97), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top", fontsize=8
             )
+        for at, meaning in panel.levels:
+            axes.axhline(at, color="0.4", linestyle="--", linewidth=0.9, label=meaning)
+            axes.legend(loc="best", frameon=False, fontsize=8)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(visible=True, linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)

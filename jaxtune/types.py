@@ -33,6 +33,8 @@ import numpy as np
 #   returns_BT      float32  what it should have expected
 #   teacher_logps_BTJ  float32  log-probabilities of a teacher's likeliest words, the last of all others together
 #   teacher_ids_BTJ    int32    these words; -1 for all others
+#   teacher_tokens_BT, teacher_segment_ids_BT, teacher_positions_BT  int32  what a teacher reads in the place of these, where that is another text
+#   teacher_at_BT   int32    at which of its row's tokens it predicts `targets_BT`
 #   gold_BT         float32  1 where the targets are the data's, 0 where the student wrote them itself
 #
 # A segment id may hold a branch above its number: `number | branch << BRANCH_BITS`. Branch 0 is a prompt that the other
@@ -62,6 +64,10 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "teacher_logps_BTJ": np.dtype(np.float32),
     "teacher_ids_BTJ": np.dtype(np.int32),
     "gold_BT": np.dtype(np.float32),
+    "teacher_tokens_BT": np.dtype(np.int32),
+    "teacher_segment_ids_BT": np.dtype(np.int32),
+    "teacher_positions_BT": np.dtype(np.int32),
+    "teacher_at_BT": np.dtype(np.int32),
     "query_ids_B": np.dtype(np.int32),
     "passage_tokens_BQU": np.dtype(np.int32),
     "passage_segment_ids_BQU": np.dtype(np.int32),

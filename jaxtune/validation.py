@@ -52,7 +52,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sweep.method": ("grid", "random"),
     "sweep.goal": ("min", "max"),
     "reward.on_error": ("zero", "drop", "stop"),
-    "self_training.method": ("star", "rft", "rest_em"),
+    "self_training.method": ("star", "rft", "rest_em", "rewrite", "demonstration"),
+    "self_distill.verifier": ("reward", "answer", "similar"),
+    "self_distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
     "tune.init": ("auto", "a_zero", "b_zero"),
     "preference.loss_type": ("sigmoid", "hinge", "ipo", "robust"),
     "preference.share_prompts": ("auto", "always", "never"),
@@ -97,7 +99,7 @@ _AT_LEAST: dict[str, float] = {
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
     "retain.fisher_rows": 1, "merge.svd_rank": 0, "frontier.workers": 1,
-    "distill.top_k": 0,
+    "distill.top_k": 0, "self_distill.entropy_prompts": 0,
     "protect.tolerance": 0, "protect.every_steps": 0, "protect.kl_every_steps": 0, "protect.kl_rows": 0,
 }  # fmt: skip
 
@@ -122,6 +124,7 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
+    "self_distill.similarity": (0, 1), "self_distill.entropy_floor": (0, 1),
     "distill.hidden_weight": (0, 1e6), "distill.attention_weight": (0, 1e6),
     "merge.seed": (0, 2**32 - 1), "merge.density": (0, 1),
     "retain.kl_temperature": (1e-3, 1e3), "retain.kl_mix": (0, 1), "retain.fisher_decay": (0, 1e6), "retain.rewarm": (0, 1e6),

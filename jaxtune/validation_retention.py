@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from typing import Any
 
 from jaxtune import validation_merging, validation_retain
@@ -23,6 +24,8 @@ def validate(config: ConfigDict) -> None:
     _check_keep_layers(config)
     _check_distill(config)
     _check_protect(config)
+    _check_demonstration(config)
+    _check_self_distill(config)
 
 
 def _check_keep_layers(config: ConfigDict) -> None:
@@ -191,6 +194,64 @@ def _set(config: ConfigDict, what: str, key: str, value: Any) -> None:
     except (TypeError, ValueError):
         kind = type(lookup(config, key)).__name__
         raise UserError(f"config.{what} has {key}={value!r:.60}; expected a {kind}") from None
+
+
+GOLD = ("rewrite", "demonstration")  # values of self_training.method that start from gold answers
+
+
+def _check_demonstration(config: ConfigDict) -> None:
+    distill, told = config.distill, f"distill.demonstration={config.distill.demonstration!r:.40}"
+    if not distill.demonstration:
+        return
+    _check_tells("distill.demonstration", distill.demonstration)
+    if config.train.objective != "distill" or distill.on_policy != 1:
+        raise UserError(
+            f"{told} is what a teacher sees before the student's own answers: it goes with train.objective='distill' and "
+            f"distill.on_policy=1.0, not with {config.train.objective!r} and {distill.on_policy}"
+        )
+    if distill.layer_map:
+        raise UserError(
+            f"{told} has teacher and student read different texts, whose layers distill.layer_map cannot compare: set one of them to nothing"
+        )
+    if config.data.packing:
+        raise UserError(
+            f"{told} makes the teacher's texts longer than the rows that are packed together: set data.packing=False (the student's answers "
+            "are packed all the same)"
+        )
+
+
+def _check_tells(key: str, template: str) -> None:
+    try:
+        names = {name for _, name, *_ in string.Formatter().parse(template)}
+    except ValueError as error:
+        raise UserError(f"{key} is not a template ({error}); write {{column}}, and {{{{ for a brace") from None
+    if "answer" not in names:
+        raise UserError(f"{key}={template!r:.80} does not tell the gold answer: put {{answer}} in it")
+
+
+def _check_self_distill(config: ConfigDict) -> None:
+    chosen, options = config.self_training, config.self_distill
+    _check_tells("self_distill.rewrite_prompt", options.rewrite_prompt)
+    _check_tells("self_distill.demonstration_prompt", options.demonstration_prompt)
+    if options.entropy_floor and not options.entropy_prompts:
+        raise UserError(
+            f"self_distill.entropy_floor={options.entropy_floor} asks after an entropy that self_distill.entropy_prompts=0 does not measure: "
+            "set the latter, such as 32"
+        )
+    if chosen.method in GOLD and chosen.with_gold:
+        raise UserError(
+            f"self_training.with_gold=True goes with 'star', 'rft' and 'rest_em': {chosen.method!r} starts from gold answers; set it to False"
+        )
+    if chosen.method == "demonstration" and chosen.from_base:
+        raise UserError(
+            "self_training.method='demonstration' has each round taught by what the round before made, from which it goes on: set "
+            "self_training.from_base=False"
+        )
+    if chosen.method == "demonstration" and config.tune.method == "prompt":
+        raise UserError(
+            "self_training.method='demonstration' teaches a student by itself, and tune.method='prompt' puts virtual tokens before its "
+            "prompts: use 'lora' or 'full'"
+        )
 
 
 def _check_lineage(config: ConfigDict) -> None:

@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
 def lay_out(
     prompts: Sequence[Sequence[int]], completions: Sequence[np.ndarray], row_ids: Sequence[int] | np.ndarray, order: np.ndarray, num_minibatches: int,
-    batch_size: int, max_length: int, pad_id: int,
+    batch_size: int, max_length: int, pad_id: int, lengths: Sequence[int] | None = None,
 ) -> Layout:  # fmt: skip
     """Shares completions out among minibatches, equally and in `order`, and packs each minibatch into batch rows.
 
@@ -44,6 +44,8 @@ def lay_out(
       prompts, completions: tokens of each completion's prompt, and its own.
       row_ids: number of each prompt.
       order: a permutation of the completions.
+      lengths: tokens of each completion and its prompt as it is packed; more than it has, where another layout of the same
+        completions, with longer prompts, shall share its rows. None: its own.
       batch_size: rows of a minibatch; those that are not needed stay empty. `validation.py` sees to it that all fit.
     """
     lengths_N = np.asarray([len(completion) for completion in completions])
@@ -54,7 +56,7 @@ def lay_out(
         texts = [np.concatenate([np.asarray(prompts[i], np.int32), completions[i]]) for i in chosen]
         weights = [np.repeat(np.asarray([0, 1], np.float32), [len(prompts[i]), lengths_N[i]]) for i in chosen]
         offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-        bins = packing.pack(np.diff(offsets), max_length)
+        bins = packing.pack(np.diff(offsets) if lengths is None else np.asarray(lengths)[chosen], max_length)
         assert len(bins) <= batch_size, "a step's completions do not fit its rows"
         flat = (np.concatenate(texts), np.concatenate(weights), offsets)
         rows = [packing.assemble(*flat, b, max_length, pad_id) for b in bins + [()] * (batch_size - len(bins))]
@@ -69,3 +71,13 @@ def lay_out(
                 at += len(texts[member])
         made.append({name: np.stack([row[name] for row in rows]) for name in rows[0]})
     return Layout({name: np.stack([one[name] for one in made]) for name in made[0]}, *places)
+
+
+def taught_fields(student: Layout, teacher: Layout) -> Batch:
+    """The fields of a teacher that sees other prompts before the same completions, of one minibatch, whose rows are the student's.
+
+    `teacher_at_BT` says at which of its row's tokens the teacher predicts what the student predicts here.
+    """
+    its = {f"teacher_{name}": teacher.batch(0)[name] for name in ("tokens_BT", "segment_ids_BT", "positions_BT")}
+    assert np.array_equal(student.row_K, teacher.row_K), "laid out by other lengths"
+    return its | {"teacher_at_BT": student.lay(teacher.column_K.astype(np.int32))[0]}

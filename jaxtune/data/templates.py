@@ -145,7 +145,7 @@ def _answered(example: Example, label: str, tokenizer: Tokenizer) -> tuple[list[
         boundary = len(example.prompt.rstrip(" "))
         ids = ids if tokenizer.eos_id is None else [*ids, tokenizer.eos_id]
     else:
-        messages = [*_before_answer(example), {"role": "assistant", "content": label}]
+        messages = [*before_answer(example), {"role": "assistant", "content": label}]
         text = tokenizer.render(messages, example.tools)
         turn = _turn(text, messages, len(messages) - 1, example, tokenizer)
         ids, offsets = tokenizer.encode_with_offsets(text[: turn.stop])
@@ -155,13 +155,14 @@ def _answered(example: Example, label: str, tokenizer: Tokenizer) -> tuple[list[
     return [*virtual, *ids], len(virtual) + sum(end <= boundary for _, end in offsets)
 
 
-def _before_answer(example: Example) -> list[Message]:
+def before_answer(example: Example) -> list[Message]:
+    """A chat's turns before its answer."""
     messages = list(example.messages or ())
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _prompt_text(example: Example, tokenizer: Tokenizer) -> str:
-    return tokenizer.render(_before_answer(example), example.tools, add_generation_prompt=True)
+    return tokenizer.render(before_answer(example), example.tools, add_generation_prompt=True)
 
 
 def _with_bos(

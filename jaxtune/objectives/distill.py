@@ -6,6 +6,9 @@ plus, where layers are paired, hidden_weight x and attention_weight x how far th
 
 `objectives/divergences.py` and `objectives/matching.py` have the formulas. The teacher is a model in the step, or what was kept
 of one.
+
+A teacher in the step may read another text than its student, one that demonstrates the answer (arXiv:2601.19897): then both are
+compared where they predict the same token.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def loss(
     weight, told, beside = jnp.sum(weights_BT), Metrics(), jnp.float32(0)
     if teacher is None or not layer_map:
         hidden_BTD = policy.hidden(batch, key)
-        seen = seen if teacher is None else teacher.hidden(batch, None)
+        seen = seen if teacher is None else _seen(teacher, batch)
     else:
         assert policy.layers is not None
         assert teacher.layers is not None
@@ -64,6 +67,18 @@ def loss(
     total, apart, nll, right = taught(policy.head, hidden_BTD, teacher and teacher.head, seen, *given)
     told |= {"accuracy": (right, weight), "divergence": (apart, weight), "nll": (nll, weight)}
     return total + beside, weight, told
+
+
+# What a teacher with a text of its own reads, and where it predicts what its student does.
+TAUGHT_FIELDS = ("teacher_tokens_BT", "teacher_segment_ids_BT", "teacher_positions_BT", "teacher_at_BT")
+
+
+def _seen(teacher: Policy, batch: dict[str, jax.Array]) -> jax.Array:
+    """The teacher's hidden states (B, T, D) where it predicts `targets_BT`."""
+    if TAUGHT_FIELDS[0] not in batch:
+        return teacher.hidden(batch, None)
+    its = {name.removeprefix("teacher_"): batch[name] for name in TAUGHT_FIELDS[:3]}
+    return jnp.take_along_axis(teacher.hidden(its, None), batch["teacher_at_BT"][..., None], axis=1)
 
 
 OBJECTIVE = Objective(

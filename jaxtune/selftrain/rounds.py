@@ -1,7 +1,8 @@
 """Self-training, told as a story: sample, judge, keep, train, measure; again from what was trained; and gold answers beside it.
 
 A round's folder holds `samples/` (part by part), `kept.jsonl`, `refused.jsonl` (each with its reason), `train/` (a run of its
-own) and, when all is done, `round.json`. Each is whole or not there; a run that goes on makes only what is missing.
+own) and, when all is done, `round.json`. Each is whole or not there; a run that goes on makes only what is missing. Rounds end
+where one costs more than it may (`limits.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
-from jaxtune.selftrain import account, sampling, selection
+from jaxtune.selftrain import account, gold, limits, sampling, selection
 from jaxtune.selftrain import task as task_lib
 from jaxtune.selftrain.selection import Sample
 from jaxtune.selftrain.task import Task
@@ -58,22 +60,30 @@ def run(config: ConfigDict, workdir: Path, hands: Hands, show: Any, say: Callabl
         workdir / "held" / "test.jsonl", [task_lib.line(example, example.answer) for example in task.held]
     )
     say(f"self-training by {config.self_training.method}: {len(task.prompts)} prompts, {len(task.held)} held-out rows")
-    rewarder = None if config.self_training.reward_model else scoring.Rewarder(config.reward)
-    try:
-        judge = sampling.verifier(rewarder) if rewarder else _model_judge(config, hands)
-        rounds = []
+    untuned = limits.kept_entropy(workdir / "entropy_before.json", config, config, task, tokenizer, show)
+    rounds: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        judge = _judge(config, hands, stack)
         for number in range(1, config.self_training.rounds + 1):
             rounds.append(_round(config, workdir, task, number, tokenizer, judge, hands, show))
             say(account.told(rounds[-1]))
-    finally:
-        if rewarder:
-            rewarder.close()
-    control = _control(config, workdir, task, rounds[-1], hands, say) if config.self_training.control else None
-    account.write(config, workdir, model.uri, rounds, control, hands.compare)
+            if stopped := limits.broken(config, untuned, rounds):
+                say(f"no round follows round {number}: {stopped}")
+                break
+    control = (
+        _control(config, workdir, task, rounds, tokenizer, hands, show, say) if config.self_training.control else None
+    )
+    ended = account.Ended(rounds, control, untuned, stopped)
+    account.write(config, workdir, model.uri, ended, hands.compare)
 
 
-def _model_judge(config: ConfigDict, hands: Hands) -> sampling.Judge:
-    return sampling.by_model(hands.judge(config.self_training.reward_model, config))
+def _judge(config: ConfigDict, hands: Hands, stack: ExitStack) -> sampling.Judge:
+    """Who says what is right; reward functions' processes end with the stack."""
+    if gold.judges_itself(config):
+        return gold.judge(config)
+    if config.self_training.reward_model:
+        return sampling.by_model(hands.judge(config.self_training.reward_model, config))
+    return sampling.verifier(stack.enter_context(scoring.Rewarder(config.reward)))
 
 
 def check(config: ConfigDict) -> None:
@@ -100,7 +110,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "self_training.reward_model and reward.functions are both set; one of them judges: empty the other"
         )
-    if not chosen.reward_model:
+    if config.protect.on_broken != "report":
+        raise UserError(
+            f"protect.on_broken={config.protect.on_broken!r} would end a round in its midst: set 'report' (self_distill.stop ends after a round)"
+        )
+    if not chosen.reward_model and not gold.judges_itself(config):
         scoring.names(config.reward)
 
 
@@ -148,23 +162,28 @@ def _round(
         return told
 
     def policy() -> sampling.Answer:
-        asked = _policy(config, workdir, number - 1)
+        asked = _policy(config, _folder(workdir, number - 1))
         model = source.find(asked)
         program, values = start.program(asked, model)
         state, frozen = start.load(asked, model, program, values, show)
         return sampling.answers(config, tokenizer, program, {**frozen, **state.params})
 
-    parts = sampling.parts(config, task, number, folder / "samples", tokenizer, policy, judge, show)
+    taught = config.self_training.method == "demonstration"  # by answers that the run itself samples
+    asked = (config, task, number, folder / "samples", tokenizer, policy, judge, show)
+    parts = [] if taught else sampling.parts(*asked)
     samples = [sample for part in parts for sample in part.samples]
     counts = _keep(config, workdir, task, number, samples)
     errors: Counter[str] = sum((Counter(part.errors) for part in parts), Counter())
     rows = folder / ("trained.jsonl" if counts["gold"] else "kept.jsonl")
     training = _training(config, workdir, task, number, rows)
+    if taught:
+        gold.distilling(config, training)
     _measured_once(workdir, folder)
     hands.train(training, Path(training.workdir))
     first = {kind: message for part in reversed(parts) for kind, message in part.first_errors.items()}
     told = {"round": number, **counts, "errors": {kind: [num, first[kind]] for kind, num in errors.items()}}
     told |= account.of_run(Path(training.workdir))
+    told["entropy"] = limits.entropy(config, _policy(config, folder), task, tokenizer, show)
     task_lib.write(done, json.dumps(told, indent=2) + "\n")
     return told
 
@@ -175,7 +194,7 @@ def _keep(config: ConfigDict, workdir: Path, task: Task, number: int, samples: l
     Raises:
       UserError: there is nothing to train on.
     """
-    folder, chosen, threshold = _folder(workdir, number), config.self_training, config.reward.threshold
+    folder, chosen, threshold = _folder(workdir, number), config.self_training, gold.threshold(config)
     before = folder.with_name(_folder(workdir, number - 1).name) / "kept.jsonl"
     earlier = [Sample(**one["sample"]) for one in task_lib.read_lines(before)] if before.exists() else []
     choice = selection.choose(chosen.method, samples, threshold, chosen.max_per_prompt, earlier)
@@ -188,7 +207,7 @@ def _keep(config: ConfigDict, workdir: Path, task: Task, number: int, samples: l
     task_lib.write_lines(folder / "refused.jsonl", refused)
     reasons = Counter(one["reason"] for one in refused)
     listed = ", ".join(f"{reason} {num}" for reason, num in reasons.most_common())
-    if not choice.kept:
+    if not choice.kept and chosen.method not in gold.GOLD:
         raise UserError(
             f"round {number} kept none of {len(samples)} answers ({listed}; {folder / 'refused.jsonl'} has each): raise "
             "self_training.samples or max_new_tokens, lower reward.threshold, or begin with a model that solves some, in another --workdir"
@@ -198,16 +217,21 @@ def _keep(config: ConfigDict, workdir: Path, task: Task, number: int, samples: l
          "sample": sample._asdict()}
         for sample in choice.kept
     ]  # fmt: skip
-    gold = [task_lib.line(example, example.answer) for example in task.gold] if chosen.with_gold else []
+    learned = {sample.prompt for sample in choice.kept}
+    others = (
+        [example for i, example in enumerate(task.prompts) if i not in learned] if chosen.method in gold.GOLD else []
+    )
+    others = task.gold if chosen.with_gold else others
     task_lib.write_lines(folder / "kept.jsonl", lines)
-    if gold:
-        task_lib.write_lines(folder / "trained.jsonl", lines + gold)
+    if others:
+        task_lib.write_lines(folder / "trained.jsonl", lines + [task_lib.line(one, one.answer) for one in others])
     plain = [sample for sample in samples if not sample.hinted]
     right = [sample for sample in plain if selection.is_right(sample, threshold)]
     return {
-        "sampled": len(samples), "kept": len(choice.kept), "gold": len(gold), "refused": dict(reasons),
+        "sampled": len(samples), "kept": len(choice.kept), "gold": len(others), "refused": dict(reasons),
         "hinted": sum(sample.hinted for sample in choice.kept), "prompts": len(task.prompts),
-        "right_share": len(right) / len(plain), "solved_share": len({s.prompt for s in right}) / len(task.prompts),
+        "right_share": len(right) / len(plain) if plain else None,
+        "solved_share": len({s.prompt for s in right}) / len(task.prompts) if plain else None,
     }  # fmt: skip
 
 
@@ -216,9 +240,12 @@ def _judged(sample: Sample) -> dict[str, Any]:
 
 
 def _control(
-    config: ConfigDict, workdir: Path, task: Task, last: dict[str, Any], hands: Hands, say: Callable[[str], None]
-) -> dict[str, Any] | None:
-    """Trains on gold answers, as many rows as the last round and as many steps; where there are fewer rows, on all of them."""
+    config: ConfigDict, workdir: Path, task: Task, rounds: list[dict[str, Any]], tokenizer: Tokenizer, hands: Hands, show: Any,
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:  # fmt: skip
+    """Trains on gold answers, as many rows as the last round and as many steps as it took from the first model; where there are fewer
+    rows, on all of them."""
+    last = rounds[-1]
     if not task.gold:
         say("the rows have no answers: there is no control on gold answers")
         return None
@@ -227,13 +254,17 @@ def _control(
     if done.exists():
         told: dict[str, Any] = json.loads(done.read_text("utf-8"))
         return told
-    gold = pipeline.limited(task.gold, num)
-    task_lib.write_lines(folder / "gold.jsonl", [task_lib.line(example, example.answer) for example in gold])
+    taken = pipeline.limited(task.gold, num)
+    task_lib.write_lines(folder / "gold.jsonl", [task_lib.line(example, example.answer) for example in taken])
     training = _training(config, workdir, task, 0, folder / "gold.jsonl")
-    training.name, training.train.steps = f"{config.name}, control on gold answers", last["steps"]
+    training.name = f"{config.name}, control on gold answers"
+    training.train.steps = last["steps"] if config.self_training.from_base else sum(one["steps"] for one in rounds)
+    if config.self_training.method == "demonstration":  # whose steps have as many rows
+        training.data.packing = False
     _measured_once(workdir, folder)
     hands.train(training, Path(training.workdir))
-    told = {"gold": len(gold), "wanted": num, **account.of_run(Path(training.workdir))}
+    told = {"gold": len(taken), "wanted": num, **account.of_run(Path(training.workdir))}
+    told["entropy"] = limits.entropy(config, _policy(config, folder), task, tokenizer, show)
     task_lib.write(done, json.dumps(told, indent=2) + "\n")
     return told
 
@@ -242,13 +273,15 @@ def _folder(workdir: Path, number: int) -> Path:
     return workdir / f"round_{number:02d}"
 
 
-def _policy(config: ConfigDict, workdir: Path, number: int) -> ConfigDict:
-    """The config of the model that round `number` trained; of the first one, for 0."""
+def _policy(config: ConfigDict, folder: Path) -> ConfigDict:
+    """The config of the model that was trained in a folder; of the first one, for round 0."""
     config = config.copy_and_resolve_references()
-    if number and config.tune.method == "lora":
-        config.tune.adapter = str(_folder(workdir, number) / "train" / "adapter")
-    elif number:
-        config.model.source, config.model.tokenizer = str(_folder(workdir, number) / "train" / "model"), ""
+    if folder.name == "round_00":
+        return config
+    if config.tune.method == "lora":
+        config.tune.adapter = str(folder / "train" / "adapter")
+    else:
+        config.model.source, config.model.tokenizer = str(folder / "train" / "model"), ""
         config.model.keep_layers = ()
     return config
 
@@ -256,7 +289,7 @@ def _policy(config: ConfigDict, workdir: Path, number: int) -> ConfigDict:
 def _training(config: ConfigDict, workdir: Path, task: Task, number: int, rows: Path) -> ConfigDict:
     """The config of a run on these rows: from the first model, or (`from_base` off) from the one of the round before."""
     restarts = config.self_training.from_base or number == 0
-    made = _policy(config, workdir, 0 if restarts else number - 1)
+    made = _policy(config, _folder(workdir, 0 if restarts else number - 1))
     made.name, made.workdir = f"{config.name}, round {number}", str(rows.parent / "train")
     task_lib.options(made.data, task.prompts[0].messages is not None, rows, workdir / "held" / "test.jsonl")
     if made.eval.metric == "auto" and config.reward.functions:
@@ -267,9 +300,10 @@ def _training(config: ConfigDict, workdir: Path, task: Task, number: int, rows: 
 
 
 def _measured_once(workdir: Path, folder: Path) -> None:
-    """Hands the first round's measurement of the untuned model on, which `train` takes where it asks the same."""
-    known, here = _folder(workdir, 1) / "train" / "before.json", folder / "train" / "before.json"
-    if known.exists() and not here.exists():
-        here.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(known, here.with_name("before.json.partial"))
-        here.with_name("before.json.partial").replace(here)
+    """Hands the first round's measurements of the untuned model on, which `train` takes where it asks the same."""
+    for name in ("before.json", "protected_before.json"):
+        known, here = _folder(workdir, 1) / "train" / name, folder / "train" / name
+        if known.exists() and not here.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(known, here.with_name(f"{name}.partial"))
+            here.with_name(f"{name}.partial").replace(here)

@@ -18,6 +18,7 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.rollout import Roller
 from jaxtune.rewards import scoring
+from jaxtune.selftrain import gold
 from jaxtune.selftrain import task as task_lib
 from jaxtune.selftrain.selection import Sample, is_right
 from jaxtune.selftrain.task import Task
@@ -81,7 +82,7 @@ def _sample(
 
     def ask(numbers: list[int], template: str) -> list[Sample]:
         plain = [task.prompts[i] for i in numbers]
-        asked = [task_lib.hinted(example, template) for example in plain] if template else plain
+        asked = [task_lib.hinted(one, template) if template else gold.asked(config, one) for one in plain]
         ids = [templates.prompt_ids(example, tokenizer) for example in asked]
         entropy = [config.train.seed, number, which.start, int(bool(template))]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])

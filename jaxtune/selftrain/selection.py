@@ -40,15 +40,16 @@ def choose(
     star (arXiv:2203.14465): of each prompt the first right one; one that needed a hint stands in where none did without.
     rft (arXiv:2308.01825): those whose `path` no other kept one of the prompt has, what `earlier` rounds kept included.
     rest_em (arXiv:2312.06585): each right one, alike or not: how often an answer is sampled is its weight.
+    rewrite (arXiv:2402.13669): of each prompt the first that verifies.
 
     Args:
-      method: star | rft | rest_em.
+      method: star | rft | rest_em | rewrite.
       samples: a prompt's are together, those with a hint after those without.
       threshold: reward from which an answer is right.
       most: answers kept of a prompt at most (rft, rest_em); 0 = all.
       earlier: kept by the rounds before, which rft goes on from.
     """
-    most = 1 if method == "star" else most
+    most = 1 if method in ("star", "rewrite") else most
     kept = list(earlier) if method == "rft" else []
     refused: list[tuple[Sample, str]] = []
     num_of, seen = Counter(sample.prompt for sample in kept), {(s.prompt, path(s.completion)) for s in kept}

@@ -14,6 +14,7 @@ from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import Example, fill
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
+from jaxtune.selftrain import gold
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
 
@@ -55,7 +56,8 @@ def read(config: ConfigDict, tokenizer: Tokenizer, max_positions: int, show: Any
         rows = [scoring.row_of(example) for example in everybody]
         scoring.check_rows(config.reward, [example.row_id for example in everybody], rows)
     room = min(max_positions, config.data.max_length) - config.self_training.max_new_tokens
-    fits = [len(templates.prompt_ids(example, tokenizer)) <= room for example in asked]
+    gold.check_rows(config, asked)
+    fits = [len(templates.prompt_ids(gold.asked(config, example), tokenizer)) <= room for example in asked]
     if not any(fits):
         raise UserError(
             f"none of the {len(asked)} prompts leaves room for an answer: data.max_length={config.data.max_length} (of the model's "
@@ -88,14 +90,8 @@ def hinted(example: Example, template: str) -> Example:
     hint = fill(template, scoring.row_of(example), "self_training.hint")
     if example.messages is None:
         return example._replace(prompt=f"{hint.strip()}\n{example.prompt}")
-    asked = before_answer(example)
+    asked = templates.before_answer(example)
     return example._replace(messages=(*asked[:-1], {**asked[-1], "content": asked[-1]["content"] + hint}), answer=None)
-
-
-def before_answer(example: Example) -> list[dict[str, Any]]:
-    """A chat's turns before its answer."""
-    messages = list(example.messages or ())
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def line(example: Example, answer: str | None) -> dict[str, Any]:
@@ -104,7 +100,7 @@ def line(example: Example, answer: str | None) -> dict[str, Any]:
         # templates.prompt_ids leaves the space before an answer for the model to write.
         made: dict[str, Any] = {"prompt": example.prompt.rstrip(" ")}
         return {**(example.row or {}), **made, **({} if answer is None else {"completion": answer})}
-    turns = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in before_answer(example)]
+    turns = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in templates.before_answer(example)]
     made = {"messages": turns + ([] if answer is None else [{"role": "assistant", "content": answer}])}
     return {**(example.row or {}), **made, **({"tools": example.tools} if example.tools else {})}
 

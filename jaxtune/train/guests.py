@@ -16,6 +16,7 @@ from jaxtune import registry, sharding
 from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, taps
+from jaxtune.objectives.distill import TAUGHT_FIELDS
 from jaxtune.objectives.ops import Objective
 from jaxtune.types import UserError
 from jaxtune.validation_retention import SELVES as SELVES
@@ -48,6 +49,7 @@ def with_teacher(config: ConfigDict, objective: Objective) -> Objective:
     name = taught_by(config)
     fields: tuple[str, ...] = ("teacher_logps_BTJ", "teacher_ids_BTJ") if config.distill.mode == "precomputed" else ()
     fields += ("gold_BT",) if config.distill.on_policy else ()
+    fields += TAUGHT_FIELDS if config.distill.demonstration else ()
     return objective._replace(frozen=(name,) if name else (), fields=(*objective.fields, *fields))
 
 

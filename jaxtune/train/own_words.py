@@ -3,6 +3,9 @@
 Such a step takes the prompts of the rows that its batch would have held, and the student of the moment answers them, as
 `rl.temperature`, `rl.top_k`, `rl.top_p`, `rl.min_p`, `rl.max_new_tokens` and `rl.slots` say. Its answers are in
 WORKDIR/rollouts before the step on them, so that a run that was killed goes on exactly. Cross-entropy learns from gold answers alone.
+
+With `distill.demonstration` the teacher reads these answers after another prompt than the student wrote them to: one that tells the
+row's gold answer (arXiv:2601.19897). Teacher and student may then be one model.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import numpy as np
 
 from jaxtune import sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import packing
+from jaxtune.data import contexts, packing, templates
 from jaxtune.data.batches import BatchSource, Rows
-from jaxtune.data.completions import lay_out
+from jaxtune.data.completions import lay_out, taught_fields
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.rollout import Roller
@@ -45,19 +48,23 @@ def for_loop(
     gold = rows_lib.for_loop(config, rows, tokenizer, program)
     source = rows.batches
     assert isinstance(source, BatchSource)
-    return OwnWords(config, workdir, rows.train, source, gold, tokenizer, program, wall).data()
+    shown = _demonstrations(config, rows, tokenizer) if config.distill.demonstration else None
+    return OwnWords(config, workdir, rows.train, source, gold, tokenizer, program, wall, shown).data()
 
 
 class OwnWords:
-    """The batches of one run: `gold` ones, and those that the student writes."""
+    """The batches of one run: `gold` ones, and those that the student writes; `shown` is each row's prompt as the teacher sees it, None
+    where that is the student's."""
 
     def __init__(
         self, config: ConfigDict, workdir: Path, rows: Rows, source: BatchSource, gold: loop.Data, tokenizer: Tokenizer, program: Program,
-        wall: Wall,
+        wall: Wall, shown: list[np.ndarray] | None = None,
     ):  # fmt: skip
         self._config, self._rows, self._source, self._gold, self._wall = config, rows, source, gold, wall
         self._pad_id, self._mine = tokenizer.pad_id, sharding.host_rows(program.mesh, config.train.batch_size)
-        self._starts = _answers(rows)
+        self._starts, self._shown = _answers(rows), shown
+        # Of each row the number of tokens before an answer, where most stand there.
+        self._before = self._starts if shown is None else np.maximum(self._starts, [len(one) for one in shown])
         self._files = RoundFiles(workdir / "rollouts", config, rows.digest)
         given = (tokenizer.stop_ids, tokenizer.pad_id, tokenizer.vocab_size, program.model_config.max_positions)
         self._roller = Roller(program.inference, *given, config.rl.slots, program.mesh)
@@ -88,7 +95,12 @@ class OwnWords:
         prompts: list[Any] = [self._prompt(row) for row in made.prompts_N]
         order = np.arange(len(made.prompts_N))
         shape = (size, config.data.max_length, self._pad_id)
-        batch = lay_out(prompts, made.completions, made.prompts_N, order, 1, *shape).batch(0)
+        lengths = self._before[made.prompts_N] + made.lengths_N
+        layout = lay_out(prompts, made.completions, made.prompts_N, order, 1, *shape, lengths)
+        batch = layout.batch(0)
+        if self._shown is not None:
+            shown = [self._shown[row] for row in made.prompts_N]
+            batch |= taught_fields(layout, lay_out(shown, made.completions, made.prompts_N, order, 1, *shape, lengths))
         self._told[step] = made.told
         self._wall.lap("rollouts")
         own = {name: array[self._mine] for name, array in batch.items()}
@@ -107,12 +119,12 @@ class OwnWords:
         rollouts = self._roller(
             params, [list(map(int, self._prompt(row))) for row in asked], 1, sampling, rl.max_new_tokens, seed
         )
-        cut = [one.tokens[: room - self._starts[row]] for row, one in zip(asked, rollouts, strict=True)]
+        cut = [one.tokens[: room - self._before[row]] for row, one in zip(asked, rollouts, strict=True)]
         ended = np.asarray(
             [one.ended and len(one.tokens) == len(tokens) for one, tokens in zip(rollouts, cut, strict=True)]
         )
         kept = _fitting(
-            [int(self._starts[row]) + len(tokens) for row, tokens in zip(asked, cut, strict=True)],
+            [int(self._before[row]) + len(tokens) for row, tokens in zip(asked, cut, strict=True)],
             room,
             len(self._source.bins_of(step)),
         )
@@ -140,6 +152,30 @@ def _fitting(lengths: list[int], max_length: int, num_rows: int) -> np.ndarray:
     while len(packing.pack(np.asarray(lengths)[kept], max_length)) > num_rows:
         kept = np.delete(kept, np.argmax(np.asarray(lengths)[kept]))
     return kept
+
+
+def _demonstrations(config: ConfigDict, rows: rows_lib.Rows, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Each training row's prompt as the teacher sees it.
+
+    Raises:
+      UserError: it leaves no room for an answer; there are validation rows, which nobody demonstrates.
+    """
+    if rows.validation is not None:
+        raise UserError(
+            "distill.demonstration teaches on the student's own answers, and validation rows have none: set data.validation_fraction=0.0 "
+            "and data.eval=''"
+        )
+    examples = {example.row_id: example for example in rows.splits.train}
+    found, template, room = [], config.distill.demonstration, config.data.max_length - config.rl.max_new_tokens
+    for row_id in rows.train.row_ids:
+        shown = contexts.told(examples[row_id], template, "distill.demonstration")
+        found.append(np.asarray(templates.prompt_ids(shown, tokenizer), np.int32))
+        if len(found[-1]) > room:
+            raise UserError(
+                f"{row_id}: with its demonstration the prompt has {len(found[-1])} tokens, and rl.max_new_tokens={config.rl.max_new_tokens} "
+                f"more exceed data.max_length={config.data.max_length}: raise that, or leave the row out"
+            )
+    return found
 
 
 def _answers(rows: Rows) -> np.ndarray:

@@ -72,7 +72,8 @@ def load(config: ConfigDict, tokenizer: Tokenizer, show: Any, answers: bool = Tr
       UserError: as `paths`, `pipeline.load` and `tasks.arrange`.
     """
     column = config.meta.task_column if tasks.wanted(config.meta) else None
-    splits = pipeline.load(config.data, paths(config), tokenizer, show, judged(config), answers, column)
+    keep_rows = judged(config) or bool(config.distill.demonstration)  # whose columns a template may name
+    splits = pipeline.load(config.data, paths(config), tokenizer, show, keep_rows, answers, column)
     return tasks.arrange(splits, config.meta, config.train.seed)
 
 
