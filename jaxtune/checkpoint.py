@@ -29,7 +29,7 @@ FREE = (
     "name", "workdir", "mesh.", "tracking.", "eval.", "generate.", "export.", "plan.", "checkpoint.", "model.attention",
     "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.save", "train.offload",
     "train.loss_chunk_tokens", "train.on_nonfinite", "train.max_skipped_steps", "compile_cache", "lr_find.", "sweep.", "optim.use_ema",
-    "reward.", "protect.", "self_training.", "meta.shots", "meta.ways", "meta.draws", "meta.adapt_", "retain.fisher_rows",
+    "reward.", "protect.", "self_training.", "lineage.", "meta.shots", "meta.ways", "meta.draws", "meta.adapt_", "retain.fisher_rows",
 )  # fmt: skip
 _REWARDS = ("reward.",)  # but where rewards are what is learned from
 # May differ where a checkpoint is only used.

@@ -106,8 +106,23 @@ def frontier() -> ConfigDict:
     return c
 
 
-def update() -> ConfigDict:
-    return ConfigDict()
+def lineage() -> ConfigDict:
+    c = ConfigDict()
+    c.folder = ""  # `update`: folder that holds a model's releases and their ledger; one that is not there begins with the base
+    c.replay_share = (
+        0.2  # share of each batch's rows that are earlier stages' training rows, alike for each stage; 0 = none
+    )
+    c.on_changed_data = "refuse"  # an earlier stage's file that is no longer what the ledger says: refuse | note (go on with what it holds now)
+    c.margin = 0.05  # by how much a candidate may be worse than the released model on any stage's held-out rows, in units of its metric (0.05 accuracy = 5 points)
+    c.margins = ()  # of sets by name in its place, stages or protected: ((name, margin), …); a protected set has its own tolerance otherwise
+    c.decide = "interval"  # what must be no worse than -margin: interval (the lower end of the paired difference: non-inferiority) | estimate (the difference itself)
+    c.force = ""  # a written reason to release what the gate refuses; the ledger keeps it
+    c.rollback = -1  # make this release the current one again, and train nothing; 0 = the base; -1 = none
+    c.drift_rows = 200  # training rows drawn of each side to compare new data with old; 0 = do not compare
+    c.drift_permutations = 1000  # behind the p of the embeddings' test
+    c.drift_alpha = 0.05  # a shift is told as such below this p, corrected for the number of tests (Holm)
+    c.embedder = ""  # model whose mean-pooled states stand for a text, by URI; "" = the base's own
+    return c
 
 
 SECTIONS = {
@@ -117,5 +132,5 @@ SECTIONS = {
     "self_distill": self_distill,
     "merge": merge,
     "frontier": frontier,
-    "update": update,
+    "lineage": lineage,  # of the verb `update`; a ConfigDict has a method of that name
 }

@@ -39,9 +39,10 @@ VERBS = {
     "sweep": "train once for each combination of config.sweep.axes, and compare",
     "merge": "put adapters or tuned models together, or a share of one with the base; no training",
     "frontier": "train by each of config.frontier.methods at each strength, and draw gain against what it cost",
+    "update": "make the next release of config.lineage.folder from new data, or refuse it where it is worse than the last",
 }
 _FILES = {
-    verb: f"jaxtune.{verb}" for verb in ("lr_find", "sweep", "merge", "frontier")
+    verb: f"jaxtune.{verb}" for verb in ("lr_find", "sweep", "merge", "frontier", "update")
 }  # verbs that run.py does not hold
 USAGE = (
     "usage: python -m jaxtune.launch [VERB] --config=configs/X.py [--config.a.b=value] [--workdir=DIR] [--dry_run]\n"
@@ -126,7 +127,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, options, values = _parse(arguments)
     _without_accelerator()
     validation.validate(options)
-    if verb not in ("sweep", "frontier"):  # which only start runs, each a process of its own
+    if verb not in ("sweep", "frontier", "update"):  # which start runs, each a process of its own
         hosts.join(values.coordinator, values.num_processes, values.process_id, options.mesh.heartbeat_seconds)
     from jaxtune import run
     from jaxtune.train import compiled, goodput

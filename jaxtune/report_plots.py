@@ -204,6 +204,29 @@ def heat_map(counts_CC: np.ndarray, labels: Sequence[str], side: str) -> Markup:
     )
 
 
+def stages(values_MC: np.ndarray, models: Sequence[str], names: Sequence[str], higher: Sequence[bool]) -> Markup:
+    """Draws a stage matrix: models down, stages across; a cell is as dark as it is good among those of its column; NaN is left out."""
+    num_models, num_stages = values_MC.shape
+    canvas, (axes,) = figure(min(8.0, 2.4 + 1.5 * num_stages), 1.0 + 0.5 * num_models)
+    good_MC = np.where(higher, values_MC, -values_MC)
+    for i, j in np.ndindex(num_models, num_stages):
+        if np.isnan(values_MC[i, j]):
+            continue
+        low, high = np.nanmin(good_MC[:, j]), np.nanmax(good_MC[:, j])
+        shade = 0.06 + 0.5 * ((good_MC[i, j] - low) / (high - low) if high > low else 1.0)
+        axes.add_patch(_rectangle((j - 0.48, i - 0.46), 0.96, 0.92, facecolor=AFTER, edgecolor="none", alpha=shade))
+        weight = "bold" if i == j + 1 else "normal"  # what the model has just learnt
+        axes.text(j, i, f"{values_MC[i, j]:.3f}", ha="center", va="center", color=INK, fontweight=weight)
+    axes.set(xlim=(-0.5, num_stages - 0.5), ylim=(num_models - 0.5, -0.5), xlabel="held-out rows of", ylabel="after")
+    axes.set_xticks(range(num_stages), names)
+    axes.set_yticks(range(num_models), models)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    last = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values_MC[-1], strict=True))
+    return svg(canvas, "Scores by stage", f"Stage matrix; after {models[-1]}: {last}", wide=num_stages > 3)
+
+
 def figure(width_inches: float, height_inches: float, rows: int = 1) -> tuple[Any, list[Any]]:
     """Returns an empty figure and its axes, one below another."""
     import matplotlib

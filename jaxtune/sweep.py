@@ -47,18 +47,19 @@ class Run(NamedTuple):
 
 def in_a_process(
     config: Path, workdir: Path, resume: bool, log: Path, verb: str = "train", environment: Mapping[str, str] | None = None,
-    started: Callable[[subprocess.Popen[bytes]], None] = lambda process: None,
+    started: Callable[[subprocess.Popen[bytes]], None] = lambda process: None, keep: Sequence[int] = (),
 ) -> int:  # fmt: skip
     """Trains, or follows another verb, in a process of its own, whose output goes to `log`; returns its exit code.
 
     A SIGTERM of this process is passed on, if this is its main thread; from another, `started` gets the process. `environment`
-    is set beside this process's own.
+    is set beside this process's own. `keep`: file descriptors that it holds open too, such as a lock that must outlive this
+    process.
     """
     command = [sys.executable, "-m", "jaxtune.launch", verb, f"--config={config}", f"--workdir={workdir}"]
     command += ["--config.checkpoint.resume=True"] if resume else []
     with log.open("a") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}, pass_fds=keep
         )
     started(process)
     is_main = threading.current_thread() is threading.main_thread()  # no other may handle signals

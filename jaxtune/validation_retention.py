@@ -17,6 +17,7 @@ OF_SETS = ("tolerance", "judged")
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
+    _check_lineage(config)
     validation_retain.validate(config)
     validation_merging.validate(config)
     _check_keep_layers(config)
@@ -190,3 +191,28 @@ def _set(config: ConfigDict, what: str, key: str, value: Any) -> None:
     except (TypeError, ValueError):
         kind = type(lookup(config, key)).__name__
         raise UserError(f"config.{what} has {key}={value!r:.60}; expected a {kind}") from None
+
+
+def _check_lineage(config: ConfigDict) -> None:
+    """What a lineage's releases are held to."""
+    lineage = config.lineage
+    for key, allowed in {"on_changed_data": ("refuse", "note"), "decide": ("interval", "estimate")}.items():
+        if lineage[key] not in allowed:
+            raise UserError(
+                f"config.lineage.{key} is {lineage[key]!r}; expected one of {', '.join(map(repr, allowed))}"
+            )
+    for key, low, high in (
+        ("replay_share", 0, 0.95), ("margin", 0, 1e6), ("drift_rows", 0, 5000), ("drift_permutations", 19, 10**6),
+        ("drift_alpha", 1e-6, 0.5), ("rollback", -1, 2**31 - 1),
+    ):  # fmt: skip
+        if not low <= lineage[key] <= high:
+            raise UserError(f"config.lineage.{key} is {lineage[key]}; expected {low} to {high}")
+    for one in lineage.margins:
+        if isinstance(one, str) or len(one) != 2 or not isinstance(one[1], int | float) or not one[1] >= 0:
+            raise UserError(
+                f"config.lineage.margins has {one!r}; expected (name of a stage or protected set, margin of 0 or more)"
+            )
+    if "://" in lineage.folder:
+        raise UserError(f"config.lineage.folder is {lineage.folder!r}; expected a folder of this machine")
+    if lineage.force and not lineage.force.strip():
+        raise UserError("config.lineage.force is blank; expected the reason in words, which the ledger keeps")

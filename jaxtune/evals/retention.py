@@ -57,7 +57,7 @@ class Retention:
         kept = json.loads(file.read_text("utf-8")) if resumes else {}
         found = {name: tasks.from_json(kept[name], how) for name, how in asked.items() if name in kept}
         missing = [one for one in self._sets if found.get(one.name) is None]
-        made = protected.measure(missing, self._tokenizer, self._program, params, self._show, "before")
+        made = self._scores(missing, params, "before") if missing else {}
         known = {name: result for name, result in found.items() if result is not None} | made
         self.before = {one.name: known[one.name] for one in self._sets}
         if jax.process_index() == 0 and made:
@@ -90,8 +90,11 @@ class Retention:
         return Seen(_metrics(results), broken, tuple(_lines(verdicts, f"step {steps}", sys.stderr)))
 
     def _measured(self, params: Params, what: str) -> tuple[Results, dict[str, Verdict]]:
-        results = protected.measure(self._sets, self._tokenizer, self._program, params, self._show, what)
+        results = self._scores(self._sets, params, what)
         return results, protected.judge(self._sets, self.before, results, self._config.protect.judge_by)
+
+    def _scores(self, sets: list[Protected], params: Params, what: str) -> Results:
+        return protected.measure(sets, self._tokenizer, self._program, params, self._show, what)
 
     def choose(self, checkpoints: Checkpoints, frozen: Params, outcome: Any, trained: Callable[..., Params]) -> Params:
         """Measures the trained weights that are to be exported; returns them, or those that the run is rolled back to.

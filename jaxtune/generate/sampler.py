@@ -51,13 +51,9 @@ class Sampler:
     ):  # fmt: skip
         self._params, self._decode, self._stop_ids, self._pad_id = params, decode, tuple(stop_ids), pad_id
         self._max_positions = max_positions
-        self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="slots")
-        self._step = jax.jit(
-            partial(_decode_block, graphdef, self._stop_ids, pad_id, vocab_size),
-            static_argnames=("sampling", "count"),
-            donate_argnames="at",
-        )
-        self._first = jax.jit(partial(_first_token, self._stop_ids, vocab_size), static_argnames="sampling")
+        self._prefill = partial(_prefill, graphdef)
+        self._step = partial(_decode_block, graphdef, self._stop_ids, pad_id, vocab_size)
+        self._first = partial(_first_token, self._stop_ids, vocab_size)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int, seed: int = 0, rows: Sequence[int] | None = None,
@@ -165,6 +161,8 @@ def prefill(model: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int) 
     return cache, hidden_BTD[:, -1]
 
 
+# These are jitted here, by graphdef, so that samplers over one model's changing parameters share what was compiled.
+@partial(jax.jit, static_argnames=("graphdef", "slots"))
 def _prefill(
     graphdef: nnx.GraphDef, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int
 ) -> tuple[Any, jax.Array]:
@@ -187,12 +185,16 @@ def _next(
     return token_B, jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32))
 
 
+@partial(jax.jit, static_argnames=("stop_ids", "vocab_size", "sampling"))
 def _first_token(
     stop_ids: tuple[int, ...], vocab_size: int, logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling
 ) -> Any:
     return _next(stop_ids, vocab_size, logits_BV, sampling, keys_B, jnp.int32(0))
 
 
+@partial(
+    jax.jit, static_argnames=("graphdef", "stop_ids", "pad_id", "vocab_size", "sampling", "count"), donate_argnames="at"
+)
 def _decode_block(
     graphdef: nnx.GraphDef, stop_ids: tuple[int, ...], pad_id: int, vocab_size: int, params: Any, at: _Decoding, keys_B: jax.Array,
     sampling: Sampling, count: int,

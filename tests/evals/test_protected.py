@@ -220,3 +220,117 @@ def test_a_run_says_what_it_cost(forgetful: ConfigDict, capsys) -> None:
     page = (Path(config.workdir) / "report.html").read_text()
     assert "Protected set bad is broken: label_nll" in page
     assert "BROKEN" in capsys.readouterr().out
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float]) -> list[str]:
+    """Has sets measured by what a script says of each moment, in nats per byte; returns when they were."""
+    asked: list[str] = []
+
+    def measure(sets: list[protected.Protected], *rest: object) -> dict[str, tasks.Result]:
+        asked.append(str(rest[-1]))
+        return {one.name: of_bytes([losses[asked[-1]]] * 4) for one in sets}
+
+    monkeypatch.setattr(protected, "measure", measure)
+    return asked
+
+
+@pytest.fixture
+def judged(tiny_config: ConfigDict, texts: Path) -> ConfigDict:
+    """Six steps, looked at after every other one; bits per byte may rise by 1, which are ln 2 nats."""
+    config = tiny_config
+    config.protect.sets = (general(texts, ("tolerance", 1.0), ("eval.bootstrap_samples", 20)),)
+    config.protect.every_steps, config.protect.kl_rows, config.tracking.report = 2, 0, True
+    return config
+
+
+def exported(config: ConfigDict) -> bytes:
+    return (Path(config.workdir) / "adapter/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_broken_set_ends_the_run_and_so_it_stays(judged: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, workdir = judged, Path(judged.workdir)
+    config.protect.on_broken = "stop"
+    asked = scripted(monkeypatch, {"before": 1.0, "step 2": 1.5, "step 4": 2.0, "after": 2.0})
+    run.train(config, workdir)
+    assert asked == ["before", "step 2", "step 4"]  # what is exported is what was looked at last
+    assert sorted(logged(config, "loss")) == [0, 1, 2, 3]
+    assert (
+        "Stopped after step 4 of 6, for there it broke a protected set beyond its tolerance: general"
+        in report(config)["notices"][0]
+    )
+    result = exported(config)
+    config.checkpoint.resume = True
+    run.train(config, workdir)
+    assert asked[3:] == ["after"]  # before was kept; no further step was taken
+    assert sorted(logged(config, "loss")) == [0, 1, 2, 3]
+    assert exported(config) == result
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_broken_set_rolls_the_run_back(judged: ConfigDict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config, workdir = judged, Path(judged.workdir)
+    config.protect.on_broken, config.checkpoint.every_seconds = (
+        "rollback",
+        0.0,
+    )  # every step is saved, the latest two kept
+    config.protect.every_steps, config.train.steps = 1, 6
+    asked = scripted(monkeypatch, {"before": 1.0, "step 1": 1.5, "step 2": 2.0, "after": 1.5})
+    run.train(config, workdir)
+    assert asked == ["before", "step 1", "step 2", "after"]
+    told = report(config)
+    assert "Rolled back to step 1" in told["notices"][1]
+    assert not told["protected"]["general"]["broken"]
+    result = exported(config)
+    config.export.output, config.export.checkpoint = str(tmp_path / "again"), "best"
+    run.export(config, workdir)  # what is best is what the run was rolled back to
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == result
+    config.export.checkpoint, config.export.output = "latest", str(tmp_path / "latest")
+    run.export(config, workdir)
+    assert (tmp_path / "latest/adapter_model.safetensors").read_bytes() != result
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_without_a_step_within_tolerance_nothing_is_exported(
+    judged: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workdir = judged, Path(judged.workdir)
+    config.protect.on_broken = "rollback"
+    scripted(monkeypatch, {"before": 1.0, "step 2": 2.0, "after": 2.0})
+    with pytest.raises(
+        UserError, match="nothing is exported: every measured checkpoint breaks a protected set.*general"
+    ):
+        run.train(config, workdir)
+    assert not (workdir / "adapter").exists()
+    assert "Nothing is exported" in report(config)["alerts"][1]
+    with pytest.raises(UserError, match="export.checkpoint='latest' takes the last all the same"):
+        run.export(config, workdir)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_killed_run_gives_the_same_verdicts(
+    judged: ConfigDict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Cut off after the step that was within tolerance was saved; the run that resumes is rolled back to it."""
+    config, workdir = judged, Path(judged.workdir)
+    config.protect.on_broken, config.train.steps = "rollback", 6
+    losses = {"before": 1.0, "step 2": 1.5, "step 4": 2.0, "after": 1.5}
+    asked, killed = scripted(monkeypatch, losses), protected.measure
+
+    def cut_off(*given: object) -> dict[str, tasks.Result]:
+        if given[-1] == "step 4":
+            raise KeyboardInterrupt
+        return killed(*given)
+
+    monkeypatch.setattr(protected, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(config, workdir)
+    monkeypatch.setattr(protected, "measure", killed)
+    config.checkpoint.resume = True
+    run.train(config, workdir)
+    assert asked == ["before", "step 2", "step 4", "after"]
+    resumed, told = exported(config), report(config)["protected"]
+    config.checkpoint.resume, config.workdir = False, str(tmp_path / "whole")
+    run.train(config, Path(config.workdir))
+    assert exported(config) == resumed
+    assert report(config)["protected"] == told
