@@ -96,7 +96,7 @@ def get_config():
     config.protect.kl_rows = 48
 
     config.frontier.methods = (
-        ("plain", (), ("optim.learning_rate", (1e-3, 3e-3, 1e-2))),
+        ("plain", (), ("optim.learning_rate", (3e-4, 1e-3, 3e-3))),
         ("rank", (("tune.alpha", 4.0),), ("tune.rank", (1, 2, 4))),
         ("layers", (), ("tune.train_layers", (tuple(range(10)), tuple(range(10, 20)), tuple(range(20, 30))))),
         ("kl_base", (), ("retain.penalties", ((("kl_base", 0.1),), (("kl_base", 1.0),), (("kl_base", 10.0),)))),

@@ -338,7 +338,7 @@ def png(path: Path, panels: Sequence[Panel]) -> bool:
 
 
 class Dot(NamedTuple):
-    """A point with its intervals, (value, low, high) each; `series` colours it, a faded one is grey, a marked one ringed and named."""
+    """A point with its intervals, (value, low, high) each; `series` gives its colour and shape, a faded one is grey, a marked one ringed and named."""
 
     x: tuple[float, float, float]
     y: tuple[float, float, float]
@@ -366,6 +366,7 @@ def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
         return False
     series = list(dict.fromkeys(dot.series for cloud in drawings for dot in cloud.dots))
     colors = {name: colormaps["tab10"](number % 10) for number, name in enumerate(series)}
+    shapes = {name: "osD^vP*X<>"[number % 10] for number, name in enumerate(series)}  # which a faded one keeps
     drawn = Figure(figsize=(1.2 + 5 * len(drawings), 4.4), dpi=130, layout="constrained")
     for axes, cloud in zip(drawn.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
         for dot in cloud.dots:
@@ -376,7 +377,7 @@ def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
                 dot.y[0],
                 spans[1],
                 spans[0],
-                fmt="o",
+                fmt=shapes[dot.series],
                 color=color,
                 markersize=5,
                 linewidth=0.8,
@@ -393,8 +394,8 @@ def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
         axes.grid(visible=True, linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)
     for name, color in colors.items():
-        axes.plot([], [], "o", color=color, label=name)
-    drawn.legend(loc="outside lower center", ncols=min(len(series), 6), frameon=False, fontsize=8)
+        axes.plot([], [], shapes[name], color=color, label=name)
+    drawn.legend(loc="outside lower center", ncols=min(len(series), 8), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path)
     return True

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import frontier, report_plots, validation
+from jaxtune import frontier, launch, report_plots, validation
 from jaxtune.train.loop import Preempted
 from jaxtune.types import UserError
 
@@ -217,3 +217,28 @@ def test_a_frontier_that_cannot_be_is_refused_before_it_begins(config: ConfigDic
     with pytest.raises(UserError, match=says):
         refused()
     assert not fake.started
+
+
+def test_real_runs_and_a_share_of_one(
+    tiny_config: ConfigDict, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line: a run trains, half of what it learnt is measured, the pick's config merges by itself."""
+    tiny_config.train.steps, tiny_config.data.test_fraction, tiny_config.eval.bootstrap_samples = 3, 0.2, 50
+    tiny_config.tracking.report = tiny_config.eval.before_after = True
+    tiny_config.protect.sets = (
+        ("chats", (("data.test", str(chats)), ("eval.metric", "perplexity"), ("tolerance", 9.0))),
+    )
+    methods = (("plain", (), ("optim.learning_rate", (1e-2,))), ("half", (), ("merge.sweep", (0.5,))))
+    tiny_config.frontier.methods = methods
+    path, workdir = tmp_path / "config.json", tmp_path / "frontier"
+    path.write_text(config_lib.to_json(tiny_config))
+    assert launch.main(["frontier", f"--config={path}", f"--workdir={workdir}"]) == 0
+    told = json.loads((workdir / "frontier.json").read_text())
+    whole, half = told["points"]
+    assert (whole["name"], half["name"]) == ("plain,learning_rate=0.01", "half,share=0.5")
+    assert 0 < half["base_kl"] < whole["base_kl"]
+    assert 0 < half["gain"]["value"] != whole["gain"]["value"]
+    assert "picked by 'within'" in capsys.readouterr().out
+    picked = config_lib.from_json((workdir / "picked.json").read_text())
+    assert not picked.frontier.methods
+    assert (picked.merge.adapters == ()) == (told["picked"] == whole["name"])

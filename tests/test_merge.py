@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import merge, validation
+from jaxtune import config as config_lib
+from jaxtune import launch, merge, validation
 from jaxtune.adapters import arithmetic, lora
 from jaxtune.models import llama, naming
 from jaxtune.types import UserError
@@ -89,6 +90,19 @@ def test_cat_is_the_exact_sum_of_what_adapters_do(
     told = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
     assert (told["r"], told["lora_alpha"], told["use_rslora"]) == (7, 7.0, False)
     assert "layers.mlp.up_proj is of 1 of the 2 alone" in capsys.readouterr().out
+
+
+def test_adapters_of_some_layers_make_one_of_their_layers(
+    make_adapter: Any, tiny_model: Path, tiny_config: ConfigDict
+) -> None:
+    first = make_adapter("first", ("attn.q_proj",), layers=(0,))
+    tiny_config.merge.adapters, workdir = ((str(first), 2.0),), Path(tiny_config.workdir)
+    merge.merge(tiny_config, workdir)
+    told = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
+    assert told["layers_to_transform"] == [0]
+    one, merged = (updates(folder, tiny_model)["layers.attn.q_proj"] for folder in (first, workdir / "adapter"))
+    np.testing.assert_allclose(merged[0], 2.0 * one[0], atol=1e-6)
+    assert not merged[1].any()
 
 
 def test_slerp_turns_one_update_into_the_other() -> None:
@@ -212,3 +226,16 @@ def test_a_model_of_another_shape_is_refused(make_model: Any, tiny_config: Confi
     tiny_config.merge.adapters = ((str(other), 1.0),)
     with pytest.raises(UserError, match=r"(gate|up|down)_proj.* of shape .*104.*, and the base .*96"):
         merge.merge(tiny_config, Path(tiny_config.workdir))
+
+
+def test_the_command_line_says_what_was_wrong(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(config_lib.to_json(tiny_config))
+    given = ["merge", f"--config={path}", f"--workdir={tmp_path / 'merged'}"]
+    assert launch.main([*given, f"--config.merge.adapters=(('{tmp_path}/nowhere', 1.0),)"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert launch.main([*given, "--config.merge.adapters=a,b"]) == 2
+    assert "expected (URI, weight)" in capsys.readouterr().err
+    assert not (tmp_path / "merged" / "adapter").exists()

@@ -102,6 +102,7 @@ def one_adapter(
     """
     merged, partly = arithmetic.adapters([part.factors() for part in parts], weights, options)
     most = max(update.rank for update in merged.values())
+    layers = [set(part.options.layers) for part in parts if part.options is not None]
     own = {linear: update.rank for linear, update in merged.items() if update.rank != most}
     made = lora.Options(
         targets="|".join(sorted(merged)).replace(".", r"\."),
@@ -110,6 +111,7 @@ def one_adapter(
         dtype=jnp.float32,
         rank_pattern=tuple(own.items()),
         alpha_pattern=tuple((linear, float(rank)) for linear, rank in own.items()),
+        layers=tuple(sorted(set.union(*layers))) if all(layers) else (),
     )
     arrays = {}
     for linear, update in merged.items():
