@@ -77,8 +77,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
     with wall("evaluation"):
         before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
-        cost = retention.Retention(config, sets, tokenizer, program, show)
-        cost.begin(workdir, rows, {**frozen, **state.params})
+        cost = retention.Retention(config, sets, tokenizer, show)
+        cost.begin(workdir, rows, program, {**frozen, **state.params})
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = _resumed(config, workdir, checkpoints, program, state)
@@ -134,7 +134,10 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> None:
-    """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
+    """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`).
+
+    Protected sets are measured beside, against the base.
+    """
     show, model = _progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = rows_lib.load(config, tokenizer, show, answers=config.train.objective not in validation_methods.ON_POLICY)
@@ -144,17 +147,19 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
         )
-    program, params, what = _ready(config, model)
+    cost = retention.Retention(config, protected.read(config, tokenizer, show, reader), tokenizer, show)
+    program, params, what = _ready(config, model, partial(cost.measure_base, workdir))
     measure.check(config, held, tokenizer, program)
     result = measure.measure(config, held, tokenizer, program, params, show, what)
+    cost.measure_tuned(params)
     tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
     _write(
         workdir / "evaluation.json",
-        json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics}, indent=2) + "\n",
+        json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts(), indent=2) + "\n",
     )
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
-    print(account.table(config, {what: result} | measure.beside(config, held)))
+    print("\n".join([account.table(config, {what: result} | measure.beside(config, held)), *cost.lines()]))
     if config.meta.shots:
         trained, frozen = partition.split(params, program.labels)
         found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show, reader)
@@ -384,10 +389,11 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
     return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
 
 
-def _ready(config: ConfigDict, model: source.Model) -> tuple[Program, Params, str]:
-    """A model ready to be used: (program, parameters, what it is in words)."""
+def _ready(config: ConfigDict, model: source.Model, first: Any = lambda *_: None) -> tuple[Program, Params, str]:
+    """A model ready to be used: (program, parameters, what it is in words). `first` sees what training started from."""
     program, values = start.program(config, model)
     state, frozen = start.load(config, model, program, values, _progress(config))
+    first(program, {**frozen, **state.params})
     restored = _trained(config, program)
     if restored:
         return program, {**frozen, **restored[1]}, f"{config.name} after step {restored[0]}"
