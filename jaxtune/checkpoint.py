@@ -29,10 +29,13 @@ FREE = (
     "name", "workdir", "mesh.", "tracking.", "eval.", "generate.", "export.", "plan.", "checkpoint.", "model.attention",
     "data.prefetch_batches", "train.log_every_steps", "train.eval_", "train.patience", "train.remat", "train.save", "train.offload",
     "train.loss_chunk_tokens", "train.on_nonfinite", "train.max_skipped_steps", "compile_cache", "lr_find.", "sweep.", "optim.use_ema",
-    "reward.", "protect.", "self_training.", "meta.shots", "meta.ways", "meta.draws", "meta.adapt_",
+    "reward.", "protect.", "self_training.", "lineage.", "meta.shots", "meta.ways", "meta.draws", "meta.adapt_", "retain.fisher_rows",
 )  # fmt: skip
 _REWARDS = ("reward.",)  # but where rewards are what is learned from
-_STEERING = ("data.", "optim.", "train.", "meta.")  # may differ where a checkpoint is only used
+# May differ where a checkpoint is only used.
+_STEERING = (
+    "data.", "optim.", "train.", "meta.", "retain.penalties", "retain.kl_", "retain.fisher", "retain.replay", "retain.rewarm",
+)  # fmt: skip
 _LATEST = 2  # so that a damaged newest one has another before it
 
 

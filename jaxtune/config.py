@@ -31,6 +31,7 @@ def _model() -> ConfigDict:
     c.quantize = ""  # storage of the frozen weights of linear layers: "" (param_dtype) | int8 | int4 | nf4 (QLoRA, arXiv:2305.14314)
     c.quantize_block = 64  # inputs that share a scale (fewer where it does not divide them); 0 = all of an output's
     c.quantize_targets = r"layers\.(?!.*\brouter\b).*"  # regex, full match, over the paths of linear layers; none but those of blocks are quantised
+    c.keep_layers = ()  # a student of some layers: their numbers in the base, from 0, ascending, e.g. (0, 3, 6, 9); () = all
     return c
 
 
@@ -54,6 +55,8 @@ def _tune() -> ConfigDict:
         ""  # prompt: the text whose tokens virtual_init="text" takes, again and again until there are enough
     )
     c.init = "auto"  # which LoRA factor starts at 0: b_zero (A uniform, as PEFT) | a_zero (B Gaussian: Adam's first step is then no matter of rounding) | auto (a_zero where the objective has a reference)
+    c.freeze = ()  # regexes, full match, over the paths of parameters that would train otherwise, e.g. (r"embed\..*",)
+    c.train_layers = ()  # numbers of the layers that train, from 0; () = all. What is in no layer (embeddings, norm, head) is not theirs
     return c
 
 

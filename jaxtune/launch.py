@@ -1,4 +1,4 @@
-"""Entry: `python -m jaxtune.launch [train|evaluate|generate|chat|export|self_train|plan|lr_find|sweep] --config=FILE [--config.a.b=v] [--workdir=DIR]`.
+"""Entry: `python -m jaxtune.launch [VERB] --config=FILE [--config.a.b=v] [--workdir=DIR]`.
 
 Reads the verb and the config, starts the distributed runtime where there is one, and hands over to `run.py`. A user's
 mistake ends in one line on stderr and exit code 2; code 75 says "saved, run me again to resume".
@@ -37,8 +37,13 @@ VERBS = {
     "plan": "compile the training step for a TPU that is not here, and say what it needs, takes and costs",
     "lr_find": "train a copy at ever higher learning rates, and say which one falls fastest",
     "sweep": "train once for each combination of config.sweep.axes, and compare",
+    "merge": "put adapters or tuned models together, or a share of one with the base; no training",
+    "frontier": "train by each of config.frontier.methods at each strength, and draw gain against what it cost",
+    "update": "make the next release of config.lineage.folder from new data, or refuse it where it is worse than the last",
 }
-_FILES = {"lr_find": "jaxtune.lr_find", "sweep": "jaxtune.sweep"}  # verbs that run.py does not hold
+_FILES = {
+    verb: f"jaxtune.{verb}" for verb in ("lr_find", "sweep", "merge", "frontier", "update")
+}  # verbs that run.py does not hold
 USAGE = (
     "usage: python -m jaxtune.launch [VERB] --config=configs/X.py [--config.a.b=value] [--workdir=DIR] [--dry_run]\n"
     + "\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())
@@ -122,7 +127,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, options, values = _parse(arguments)
     _without_accelerator()
     validation.validate(options)
-    if verb != "sweep":  # which only starts runs, each a process of its own
+    if verb not in ("sweep", "frontier", "update"):  # which start runs, each a process of its own
         hosts.join(values.coordinator, values.num_processes, values.process_id, options.mesh.heartbeat_seconds)
     from jaxtune import run
     from jaxtune.train import compiled, goodput
@@ -137,9 +142,9 @@ def _dispatch(arguments: list[str]) -> int:
     action = run.dry_run if values.dry_run else getattr(room, verb)
     if action is run.train:
         action = partial(run.train, began=goodput.process_began())
-    elsewhere = verb in ("plan", "sweep")  # compiled for devices that are not here, or in other processes
+    elsewhere = verb in ("plan", "sweep", "frontier")  # compiled for devices that are not here, or in other processes
     keeping = nullcontext() if elsewhere else compiled.kept(options)
-    resuming = verb == "sweep" or (verb in ("train", "self_train") and options.checkpoint.resume)
+    resuming = verb in ("sweep", "frontier") or (verb in ("train", "self_train") and options.checkpoint.resume)
     with keeping, workdir.Folder(options.workdir, resume=resuming) as folder:
         action(options, folder.path)
     return 0

@@ -16,8 +16,8 @@ import optax
 from jaxtune import optim, report_plots, sharding, tracking
 from jaxtune.config import ConfigDict
 from jaxtune.models import transformer
+from jaxtune.train import fisher, references, start, step
 from jaxtune.train import rows as rows_lib
-from jaxtune.train import start, step
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import Batch, UserError
 from jaxtune.validation_methods import ON_POLICY
@@ -49,6 +49,11 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
             f"lr_find ramps over rows, and the model writes those of train.objective={config.train.objective!r} itself: compare rates "
             "with sweep"
         )
+    if config.train.objective == "distill" and (config.distill.mode != "online" or config.distill.on_policy):
+        raise UserError(
+            f"lr_find ramps over the rows that are there, and distill.mode={config.distill.mode!r} with distill.on_policy="
+            f"{config.distill.on_policy} makes others: set 'online' and 0.0 for it, or compare rates with sweep"
+        )
     show = partial(tracking.progress, mode=config.tracking.progress if jax.process_index() == 0 else "off")
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
@@ -57,6 +62,8 @@ def lr_find(config: ConfigDict, workdir: Path) -> None:
     program, values = start.program(config, model)
     start.check_length(config, program)
     state, frozen = start.load(config, model, program, values, show)
+    rows = references.filled(config, None, rows, tokenizer, program, {**frozen, **state.params}, show)
+    frozen = fisher.with_penalties(config, None, model, tokenizer, program, state.params, frozen, show)
     batches = rows_lib.for_loop(config, rows, tokenizer, program).train(0, config.lr_find.num_steps, lambda: {})
     found = find(config, program, state, frozen, show(batches, config.lr_find.num_steps, "learning rates"))
     if jax.process_index() == 0:

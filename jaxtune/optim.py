@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,8 @@ _MATRICES = ("kernel", "table", "lora_a", "lora_b")
 Depths = Callable[[str], np.ndarray]
 
 
-def schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine, linear, constant or wsd. `warmup_steps` below 1 is a share of all steps.
+def schedule(optim: ConfigDict, num_steps: int, low: float = 0.0) -> optax.Schedule:
+    """Linear warm-up from `low` to the peak, then cosine, linear, constant or wsd. `warmup_steps` below 1 is a share of all steps.
 
     wsd (warm-up, stable, decay; arXiv:2404.06395) stays at the peak for `stable_share` of the steps after the warm-up, then
     falls to `final_ratio` of it: linearly, as half a cosine, exponentially, or as 1 - sqrt (arXiv:2405.18392).
@@ -35,7 +35,7 @@ def schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
         after = optax.join_schedules([optax.constant_schedule(peak), _decay(optim, max(rest - stable, 1))], [stable])
     else:
         after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    return optax.join_schedules([optax.linear_schedule(low, peak, warmup), after], [warmup]) if warmup else after
 
 
 def _decay(optim: ConfigDict, num_steps: int) -> optax.Schedule:
@@ -62,7 +62,7 @@ def make(
         for `optim.layer_decay`.
       rate: in place of the config's schedule.
     """
-    optim, rate = config.optim, rate or schedule(config.optim, num_steps)
+    optim, rate = config.optim, rate or schedule(config.optim, num_steps, config.retain.rewarm)
     trained = {path: name for path, name in labels.items() if name != "frozen"}
     if optim.name == "muon":
         trained = {path: f"{name}:matrix" if _is_hidden_matrix(path) else name for path, name in trained.items()}
@@ -74,13 +74,20 @@ def make(
             optim, (lambda step: rate(step) * ratio) if ratio != 1.0 else rate
         )
 
+    layers = config.tune.train_layers
+    assert depths is not None or not (layers or optim.layer_decay != 1), (
+        "what layers have of their own needs their depths"
+    )
     groups = {name: group(name) for name in sorted(set(trained.values()))}
     chain = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
     chain.append(optax.partition(groups, trained))
+    of_path = {path: depths(path) for path in labels} if depths else {}
+    kept = {path: layers_of(path, layers, depths) for path in trained} if depths else {}
+    some = {path: mine for path, mine in kept.items() if mine is not None}
     if optim.layer_decay != 1:
-        assert depths is not None, "layer-wise rates need the layers' depths"
-        chain.append(_by_depth(optim.layer_decay, {path: depths(path) for path in labels}))
-    return optax.chain(*chain, *([average(optim.ema_decay)] if optim.ema_decay else []))
+        chain.append(_by_depth(optim.layer_decay, of_path, some))
+    whole = of_layers(optax.chain(*chain), some) if some else optax.chain(*chain)
+    return optax.chain(whole, average(optim.ema_decay)) if optim.ema_decay else whole
 
 
 def _adamw(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -141,15 +148,43 @@ def _decaying(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _by_depth(decay: float, depths: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
-    """Updates times decay^(n + 1 - depth): the head's whole, the last layer's `decay`, the embeddings' least (arXiv:2003.10555)."""
+def _by_depth(
+    decay: float, depths: Mapping[str, np.ndarray], some: Mapping[str, np.ndarray]
+) -> optax.GradientTransformation:
+    """Updates times decay^(n + 1 - depth): the head's whole, the last layer's `decay`, the embeddings' least (arXiv:2003.10555).
+
+    `some` says of a stack which of its layers updates have, where they have not all.
+    """
     top = max(int(depth.max()) for depth in depths.values())
 
     def one(path: str, update: jax.Array) -> jax.Array:
-        factors = np.asarray(decay, np.float64) ** (top - depths[path])
+        factors = np.asarray(decay, np.float64) ** (top - depths[path][some.get(path, ...)])
         return update * factors.reshape(factors.shape + (1,) * (update.ndim - factors.ndim)).astype(update.dtype)
 
     return optax.stateless(lambda updates, _: {path: one(path, update) for path, update in updates.items()})
+
+
+def layers_of(path: str, layers: Sequence[int], depths: Depths) -> np.ndarray | None:
+    """Where in its stack the layers lie that train, ascending; None where all of a parameter trains."""
+    numbers = depths(path) - 1
+    if not layers or not numbers.ndim:
+        return None
+    mine: np.ndarray = np.flatnonzero(np.isin(numbers, np.asarray(layers)))
+    return None if len(mine) == len(numbers) else mine
+
+
+def of_layers(inner: optax.GradientTransformation, some: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+    """`inner` on some layers of stacked parameters, by their path; it sees no others, keeps no state of them, and they stay as they are."""
+
+    def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: leaf[some[path]] if path in some else leaf for path, leaf in tree.items()}
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        found, state = inner.update(cut(updates), state, None if params is None else cut(params))
+        whole = {path: jnp.zeros_like(updates[path]).at[mine].set(found[path]) for path, mine in some.items()}
+        return {**found, **whole}, state
+
+    return optax.GradientTransformation(lambda params: inner.init(cut(params)), update)
 
 
 def each_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:

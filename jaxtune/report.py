@@ -46,12 +46,13 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
         `start`: {seconds: {part: seconds to the first step}, compile_seconds, compile_overlapped_seconds, from_cache};
         `wall`: {cause: seconds of the process}, "training" the productive ones; shown in place of `seconds`;
         `rounds`: {table: {column: cells}, names, estimates, control, metric} of rounds, the metric's estimates by name, and
-        the control's or None; `how_to`: (title, code) pairs; `config`: the resolved config.
+        the control's or None; `tables`: [{title, header, rows, plots}], cells in words, plots as `report_plots` draws them; `how_to`: (title, code) pairs; `config`: the resolved config.
     """
     folder = Path(workdir)
     plain = _plain(facts)
     keys: dict[str, Any] = {"before": {}, "after": {}, "difference": {}, "train": {}, "data": {}}
-    _replace(folder / "report.json", json.dumps(keys | plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    told = keys | {name: fact for name, fact in plain.items() if name != "tables"}  # which are the page's alone
+    _replace(folder / "report.json", json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     template = resources.files("jaxtune").joinpath("report_template.html").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -97,6 +98,7 @@ def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
         "goodput": _goodput(facts.get("wall", {})),
         "rounds": _rounds(facts.get("rounds")),
         "round_plots": [_round_plot(facts["rounds"])] if has_plots and "rounds" in facts else [],
+        "tables": facts.get("tables", []),
         "how_to": facts.get("how_to", []),
         "config": json.dumps(facts["config"], indent=2, ensure_ascii=False) if "config" in facts else "",
     }

@@ -204,6 +204,29 @@ def heat_map(counts_CC: np.ndarray, labels: Sequence[str], side: str) -> Markup:
     )
 
 
+def stages(values_MC: np.ndarray, models: Sequence[str], names: Sequence[str], higher: Sequence[bool]) -> Markup:
+    """Draws a stage matrix: models down, stages across; a cell is as dark as it is good among those of its column; NaN is left out."""
+    num_models, num_stages = values_MC.shape
+    canvas, (axes,) = figure(min(8.0, 2.4 + 1.5 * num_stages), 1.0 + 0.5 * num_models)
+    good_MC = np.where(higher, values_MC, -values_MC)
+    for i, j in np.ndindex(num_models, num_stages):
+        if np.isnan(values_MC[i, j]):
+            continue
+        low, high = np.nanmin(good_MC[:, j]), np.nanmax(good_MC[:, j])
+        shade = 0.06 + 0.5 * ((good_MC[i, j] - low) / (high - low) if high > low else 1.0)
+        axes.add_patch(_rectangle((j - 0.48, i - 0.46), 0.96, 0.92, facecolor=AFTER, edgecolor="none", alpha=shade))
+        weight = "bold" if i == j + 1 else "normal"  # what the model has just learnt
+        axes.text(j, i, f"{values_MC[i, j]:.3f}", ha="center", va="center", color=INK, fontweight=weight)
+    axes.set(xlim=(-0.5, num_stages - 0.5), ylim=(num_models - 0.5, -0.5), xlabel="held-out rows of", ylabel="after")
+    axes.set_xticks(range(num_stages), names)
+    axes.set_yticks(range(num_models), models)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    last = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values_MC[-1], strict=True))
+    return svg(canvas, "Scores by stage", f"Stage matrix; after {models[-1]}: {last}", wide=num_stages > 3)
+
+
 def figure(width_inches: float, height_inches: float, rows: int = 1) -> tuple[Any, list[Any]]:
     """Returns an empty figure and its axes, one below another."""
     import matplotlib
@@ -299,6 +322,69 @@ def png(path: Path, panels: Sequence[Panel]) -> bool:
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(visible=True, linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path)
+    return True
+
+
+class Dot(NamedTuple):
+    """A point with its intervals, (value, low, high) each; `series` colours it, a faded one is grey, a marked one ringed and named."""
+
+    x: tuple[float, float, float]
+    y: tuple[float, float, float]
+    series: str
+    name: str = ""
+    faded: bool = False
+    marked: bool = False
+
+
+class Cloud(NamedTuple):
+    """A plot of points between the ends of their intervals."""
+
+    title: str
+    x_label: str
+    y_label: str
+    dots: Sequence[Dot]
+
+
+def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
+    """Draws the clouds side by side into a picture file; returns False, and draws nothing, without matplotlib (extra: report)."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    series = list(dict.fromkeys(dot.series for cloud in drawings for dot in cloud.dots))
+    colors = {name: colormaps["tab10"](number % 10) for number, name in enumerate(series)}
+    drawn = Figure(figsize=(1.2 + 5 * len(drawings), 4.4), dpi=130, layout="constrained")
+    for axes, cloud in zip(drawn.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+        for dot in cloud.dots:
+            color = "0.75" if dot.faded else colors[dot.series]
+            spans = [[[max(0.0, value - low)], [max(0.0, high - value)]] for value, low, high in (dot.x, dot.y)]
+            axes.errorbar(
+                dot.x[0],
+                dot.y[0],
+                spans[1],
+                spans[0],
+                fmt="o",
+                color=color,
+                markersize=5,
+                linewidth=0.8,
+                zorder=1 if dot.faded else 2,
+            )
+            if dot.marked:
+                axes.plot(dot.x[0], dot.y[0], "o", color="none", markeredgecolor="black", markersize=11, zorder=3)
+            if dot.name:
+                axes.annotate(
+                    dot.name, (dot.x[0], dot.y[0]), xytext=(5, 4), textcoords="offset points", fontsize=6.5, color=color
+                )
+        axes.axhline(0, color="0.6", linewidth=0.7)
+        axes.set(title=cloud.title, xlabel=cloud.x_label, ylabel=cloud.y_label)
+        axes.grid(visible=True, linewidth=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    for name, color in colors.items():
+        axes.plot([], [], "o", color=color, label=name)
+    drawn.legend(loc="outside lower center", ncols=min(len(series), 6), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path)
     return True

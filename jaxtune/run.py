@@ -26,11 +26,11 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import account, fewshot, judge, measure, protected, retention, tasks
+from jaxtune.evals import account, fewshot, judge, kept, measure, protected, retention, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, goodput, loop, references, rounds, start
+from jaxtune.train import compiled, fisher, goodput, guests, loop, references, rounds, sequences, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -51,65 +51,52 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)
     with wall("tokenise"):
-        reader = start.reader(config, model, tokenizer)
-        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer))
+        reader, taught = start.reader(config, model, tokenizer), partial(sequences.taught, config, workdir, show=show)
+        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         sets = protected.read(config, tokenizer, show, reader)
         validation.check_profile(config)
-    if config.checkpoint.resume:
-        with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
-            checkpoints.check()
+    _check_resumed(config, rows)
     with wall("program"):
         program, values = start.program(config, model)
         start.check_length(config, program)
         start.check_export(config, program)
-    if held:
-        measure.check(config, held, tokenizer, program)
+    measure.check(config, held, tokenizer, program)
     protected.check(sets, tokenizer, program)
-    lacking = [] if held else [measure.nothing_held(config)]
-    _say(config, "\n".join([start.summary(model, program), rows_lib.summary(config, rows), *lacking]))
+    told = [start.summary(model, program), rows_lib.summary(config, rows)]
+    _say(config, "\n".join(told if held else [*told, measure.nothing_held(config)]))
     compiling = compiled.Compiling(config, program, rows.validation is not None)
     with wall("program"):  # while a thread compiles, as what follows
         counted = utilisation.of(config, program)
     with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
-        rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
+        rows, frozen = _compared(config, workdir, model, tokenizer, program, rows, state, frozen, show)
     with wall("evaluation"):
-        before = _before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
-        cost = retention.Retention(config, sets, tokenizer, show)
-        cost.begin(workdir, rows, program, {**frozen, **state.params})
+        before, cost = _before(config, workdir, rows, held, sets, tokenizer, program, {**frozen, **state.params}, show)
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = _resumed(config, workdir, checkpoints, program, state)
         if is_main:
-            _write(workdir / "config.json", given + "\n")
+            kept.write(workdir / "config.json", given + "\n")
         with tracking.Tracker(
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
         ) as tracker:  # fmt: skip
-            arrays = (state, frozen, rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall))
+            data = rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall)
             cost.log_before(tracker, int(state.step))
-            known = (compiling, wall, counted)
-            outcome = loop.train(
-                config, program, *arrays, tracker, checkpoints, workdir, remembered, *known, guarded=cost.guard()
-            )  # fmt: skip
+            known = (tracker, checkpoints, workdir, remembered, compiling, wall, counted, cost.guard())
+            outcome = loop.train(config, program, state, frozen, data, *known)
             tracker.close_console()
-            with wall("evaluation"):
-                params = cost.choose(
-                    checkpoints, frozen, outcome, partial(_best, config, checkpoints, program, outcome)
-                )
-            after, beside = _after(config, held, tokenizer, program, {**frozen, **params}, show, wall)
-            with wall("export"):
-                parts = (model, tokenizer, program, params, frozen)
-                folder = None if cost.refused else start.write_result(config, workdir, *parts)
+            made = (model, tokenizer, program, frozen, checkpoints, outcome, held, cost)
+            folder, after, beside = _result(config, workdir, *made, show, wall)
             if wall.started:  # at least one step was taken
                 tracker.log(outcome.steps - 1, wall.metrics())
                 cost.log_after(tracker)
     if is_main:
         if after:
             tasks.write_predictions(workdir / "predictions.jsonl", before, after)
-        found = (rows.splits, rows.train.counts, held, outcome, before, after)
+        found = (rows.splits, rows_lib.counts(config, rows, outcome.steps), held, outcome, before, after)
         account.write(config, workdir, account.Run(model, tokenizer, program, *found, wall, folder, beside, cost))
     cost.end()
 
@@ -119,7 +106,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     reader = start.reader(config, model, tokenizer)
-    rows = rows_lib.read(config, tokenizer, _progress(config), reader)
+    rows = rows_lib.read(config, tokenizer, _progress(config), reader, start.beside(config, model, tokenizer))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     start.check_export(config, program)
@@ -127,7 +114,8 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     print(f"\n{rows_lib.first_row(config, rows, tokenizer, reader)}\n\n{start.summary(model, program)}; they are")
     for path, leaf in program.state.params.items():
         print(f"  {program.labels[path]:<10} {path}  {leaf.shape} {leaf.dtype}")
-    rate, last = optim.schedule(config.optim, config.train.steps), config.train.steps
+    last, rewarm = config.train.steps, config.retain.rewarm
+    rate = optim.schedule(config.optim, last, rewarm)
     print(f"\nlearning rate over {last} steps ({config.optim.schedule}):")
     for at in sorted({0, 1, last // 10, last // 4, last // 2, 3 * last // 4, last - 1}):
         print(f"  step {at:6d}  {float(rate(at)):.3e}")
@@ -154,7 +142,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     cost.measure_tuned(params)
     tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
-    _write(
+    kept.write(
         workdir / "evaluation.json",
         json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts(), indent=2) + "\n",
     )
@@ -163,7 +151,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     if config.meta.shots:
         trained, frozen = partition.split(params, program.labels)
         found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show, reader)
-        _write(workdir / "fewshot.json", fewshot.to_json(config, found))
+        kept.write(workdir / "fewshot.json", fewshot.to_json(config, found))
         print(fewshot.table(config, found))
 
 
@@ -186,7 +174,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
         {"row_id": e.row_id, "prompt": tokenizer.decode(p, skip_special=False), "generation": t}
         for e, p, t in zip(examples, prompts, texts, strict=True)
     ]
-    _write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    kept.write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"{len(lines)} answers by {what} in {shown(config.workdir, workdir, output)}")
 
 
@@ -229,7 +217,7 @@ def export(config: ConfigDict, workdir: Path) -> None:
     """Writes a checkpoint of the workdir as a PEFT adapter, or (`export.merge`, full fine-tuning) as a model folder."""
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
-    program, values = start.program(config, model)
+    program, values = start.program(guests.none(config), model)
     _, frozen = start.load(config, model, program, values, _progress(config))
     restored = _trained(config, program)
     if restored is None:
@@ -273,7 +261,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         if config.plan.topologies:
             result, text = account.ranking(*given, show, say)
         elif config.plan.search:
-            result, text = account.best(*given, show, say, lambda name, text: _write(workdir / name, text))
+            result, text = account.best(*given, show, say, lambda name, text: kept.write(workdir / name, text))
         else:
             result, text = account.one(*given)
         lines.append(text)
@@ -284,7 +272,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         }  # no price of chips hides a service's
         result = {**result, **found, **known, "api": found}
         lines.append(account.api_table(found))
-    _write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
+    kept.write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
     print("\n\n".join(lines))
 
 
@@ -300,35 +288,24 @@ def _say(config: ConfigDict, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with tracking.writing(path):
-            partial_path.write_text(text, encoding="utf-8")
-            partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
+def _compared(
+    config: ConfigDict, workdir: Path, model: source.Model, tokenizer: Tokenizer, program: Program, rows: rows_lib.Rows, state: State,
+    frozen: Params, show: Any,
+) -> tuple[rows_lib.Rows, Params]:  # fmt: skip
+    """The rows with what a reference and a teacher say of them, and the frozen parameters with what penalties compare with."""
+    rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
+    return rows, fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
 
 
 def _before(
-    config: ConfigDict, workdir: Path, held: measure.HeldOut | None, tokenizer: Tokenizer, program: Program, params: Params,
-    show: Any,
-) -> tasks.Result | None:  # fmt: skip
-    """The untuned model's result: measured once, kept in the workdir for a run that resumes and asks the same."""
-    if held is None or not config.eval.before_after:
-        return None
-    file, asked = workdir / "before.json", measure.asked(config, held)
-    if config.checkpoint.resume and jax.process_count() == 1 and file.exists():  # hosts may not see the same files
-        kept = tasks.from_json(file.read_text(), asked)
-        if kept is not None:
-            return kept
-        _say(config, "what is measured has changed since the run began: the untuned model is measured again")
-    result = measure.measure(config, held, tokenizer, program, params, show, "before")
-    if jax.process_index() == 0:
-        _write(file, tasks.to_json(result, asked))
-    return result
+    config: ConfigDict, workdir: Path, rows: rows_lib.Rows, held: measure.HeldOut | None, sets: list[protected.Protected],
+    tokenizer: Tokenizer, program: Program, params: Params, show: Any,
+) -> tuple[tasks.Result | None, retention.Retention]:  # fmt: skip
+    """The untuned model's result on the held-out rows; and what measures its retention, which has begun."""
+    before = kept.before(config, workdir, held, tokenizer, program, params, show, partial(_say, config))
+    cost = retention.Retention(config, sets, tokenizer, show)
+    cost.begin(workdir, rows, program, params)
+    return before, cost
 
 
 def _best(
@@ -344,16 +321,29 @@ def _best(
     return optim.in_use(config.optim, best.state if best else outcome.state)
 
 
-def _after(
-    config: ConfigDict, held: measure.HeldOut | None, tokenizer: Tokenizer, program: Program, params: Params, show: Any,
+def _result(
+    config: ConfigDict, workdir: Path, model: source.Model, tokenizer: Tokenizer, program: Program, frozen: Params,
+    checkpoints: checkpoint.Checkpoints, outcome: loop.Outcome, held: measure.HeldOut | None, cost: retention.Retention, show: Any,
     wall: goodput.Wall,
-) -> tuple[tasks.Result | None, dict[str, tasks.Result]]:  # fmt: skip
-    """The trained model's result on the held-out rows, and what others make of them."""
-    if held is None:
-        return None, {}
+) -> tuple[Path | None, tasks.Result | None, dict[str, tasks.Result]]:  # fmt: skip
+    """Writes what was trained, or what the run is rolled back to; its result on the held-out rows, and what others make of them."""
+    after, beside = None, {}
     with wall("evaluation"):
-        after = measure.measure(config, held, tokenizer, program, params, show, "after")
-        return after, measure.beside(config, held)
+        params = cost.choose(checkpoints, frozen, outcome, partial(_best, config, checkpoints, program, outcome))
+        if held:
+            after = measure.measure(config, held, tokenizer, program, {**frozen, **params}, show, "after")
+            beside = measure.beside(config, held)
+    with wall("export"):
+        parts = (model, tokenizer, program, params, frozen)
+        folder = None if cost.refused else start.write_result(config, workdir, *parts)
+    return folder, after, beside
+
+
+def _check_resumed(config: ConfigDict, rows: rows_lib.Rows) -> None:
+    """Refuses, before anything is loaded, a run that the newest checkpoint does not belong to."""
+    if config.checkpoint.resume:
+        with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
+            checkpoints.check()
 
 
 def _resumed(
@@ -391,7 +381,7 @@ def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
 
 def _ready(config: ConfigDict, model: source.Model, first: Any = lambda *_: None) -> tuple[Program, Params, str]:
     """A model ready to be used: (program, parameters, what it is in words). `first` sees what training started from."""
-    program, values = start.program(config, model)
+    program, values = start.program(guests.none(config), model)
     state, frozen = start.load(config, model, program, values, _progress(config))
     first(program, {**frozen, **state.params})
     restored = _trained(config, program)

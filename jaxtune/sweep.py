@@ -12,13 +12,14 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +28,10 @@ import numpy as np
 from jaxtune import checkpoint, report_plots, tracking, validation
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
+from jaxtune.evals import tradeoff
 from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError
+from jaxtune.validation_methods import ON_POLICY, is_range
 from jaxtune.workdir import shown
 
 Start = Callable[[Path, Path, bool, Path], int]  # (config file, workdir, resume, log) -> exit code
@@ -42,12 +45,23 @@ class Run(NamedTuple):
     config: ConfigDict
 
 
-def in_a_process(config: Path, workdir: Path, resume: bool, log: Path) -> int:
-    """Trains in a process of its own, whose output goes to `log`; a SIGTERM of this one is passed on. Returns its exit code."""
-    command = [sys.executable, "-m", "jaxtune.launch", "train", f"--config={config}", f"--workdir={workdir}"]
+def in_a_process(
+    config: Path, workdir: Path, resume: bool, log: Path, verb: str = "train", environment: Mapping[str, str] | None = None,
+    started: Callable[[subprocess.Popen[bytes]], None] = lambda process: None, keep: Sequence[int] = (),
+) -> int:  # fmt: skip
+    """Trains, or follows another verb, in a process of its own, whose output goes to `log`; returns its exit code.
+
+    A SIGTERM of this process is passed on, if this is its main thread; from another, `started` gets the process. `environment`
+    is set beside this process's own. `keep`: file descriptors that it holds open too, such as a lock that must outlive this
+    process.
+    """
+    command = [sys.executable, "-m", "jaxtune.launch", verb, f"--config={config}", f"--workdir={workdir}"]
     command += ["--config.checkpoint.resume=True"] if resume else []
     with log.open("a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}, pass_fds=keep
+        )
+    started(process)
     is_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if is_main else None
     try:
@@ -68,11 +82,11 @@ def sweep(config: ConfigDict, workdir: Path, start: Start = in_a_process) -> Non
       Preempted: a run was stopped, and saved.
     """
     runs = combinations(config, workdir)
-    rows = _known(workdir, runs)
+    rows = known(workdir, runs, "sweep")
     for number, run in enumerate(runs, 1):
         if rows[run.name].get("status") == "done":
             continue
-        _say(config, f"run {number} of {len(runs)}: {run.name}")
+        say(config, f"run {number} of {len(runs)}: {run.name}")
         began, folder, log = time.monotonic(), workdir / "runs" / run.name, workdir / "logs" / f"{run.name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         code = start(workdir / "configs" / f"{run.name}.json", folder, checkpoint.is_used(str(folder)), log)
@@ -80,18 +94,21 @@ def sweep(config: ConfigDict, workdir: Path, start: Start = in_a_process) -> Non
             raise Preempted(f"stopped in run {number} of {len(runs)}, {run.name}; saved")
         row: dict[str, Any] = {"name": run.name, "values": run.values, "seconds": round(time.monotonic() - began, 1)}
         if code:
-            last = (
-                [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-            )
-            row |= {"status": "failed", "code": code, "error": last[-1] if last else f"exit code {code}", "metrics": {}}
-            _say(config, f"  failed: {row['error']}")
+            row |= {"status": "failed", "code": code, "error": last_words(log, code), "metrics": {}}
+            say(config, f"  failed: {row['error']}")
         else:
-            row |= {"status": "done", "metrics": measured(folder, config.sweep.goal)}
+            row |= {"status": "done", "metrics": measured(folder, config.sweep.goal, config.sweep.metric)}
             value = row["metrics"].get(config.sweep.metric)
-            _say(config, f"  {config.sweep.metric} {'–' if value is None else f'{value:.4f}'}")
+            say(config, f"  {config.sweep.metric} {'–' if value is None else f'{value:.4f}'}")
         rows[run.name] = row
-        _write(workdir / "sweep.json", json.dumps(_told(config, rows), indent=2) + "\n")
+        write(workdir / "sweep.json", json.dumps(_told(config, rows), indent=2) + "\n")
     _report(config, workdir, runs, rows)
+
+
+def last_words(log: Path, code: int) -> str:
+    """The last line that a failed run printed."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    return lines[-1] if lines else f"exit code {code}"
 
 
 def combinations(config: ConfigDict, workdir: Path) -> list[Run]:
@@ -119,6 +136,12 @@ def combinations(config: ConfigDict, workdir: Path) -> list[Run]:
         )
         chosen = list(dict.fromkeys(pick))
     runs = [_run(config, workdir, dict(zip(keys, values, strict=True))) for values in chosen]
+    rewarded = next((run.config.train.objective for run in runs if run.config.train.objective in ON_POLICY), None)
+    if rewarded and sweep.metric.startswith("eval/"):
+        raise UserError(
+            f"sweep.metric={sweep.metric!r}: train.objective={rewarded!r} has no validation loss; set sweep.metric='reward' and "
+            "sweep.goal='max', or a metric that is measured after training"
+        )
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -128,7 +151,7 @@ def combinations(config: ConfigDict, workdir: Path) -> list[Run]:
 
 def _picked(config: ConfigDict, key: str, values: Sequence[Any], share: float) -> Any:
     """The value at a share, 0 to 1, of a list or a range; numbers of a range have four digits that count."""
-    if values[0] not in ("linear", "log"):
+    if not is_range(values):
         return values[int(share * len(values))]
     low, high = values[1:]
     found = low * (high / low) ** share if values[0] == "log" else low + (high - low) * share
@@ -137,64 +160,76 @@ def _picked(config: ConfigDict, key: str, values: Sequence[Any], share: float) -
 
 
 def _run(config: ConfigDict, workdir: Path, values: dict[str, Any]) -> Run:
-    one = config.copy_and_resolve_references()
-    one.sweep, one.checkpoint.resume = config_lib.base().sweep, False
+    tails = [key.rpartition(".")[2] for key in values]
+    told = [tail if tails.count(tail) == 1 else key for key, tail in zip(values, tails, strict=True)]
+    name = ",".join(f"{key}={brief(value)}" for key, value in zip(told, values.values(), strict=True))
+    return made(config, workdir, name, values, "config.sweep.axes", "sweep")
+
+
+def made(config: ConfigDict, workdir: Path, name: str, values: Mapping[str, Any], where: str, what: str) -> Run:
+    """A run of this name: the config, without a comparison of its own, with `values` by key, checked.
+
+    Args:
+      where: the config key that says so, for errors.
+      what: it makes a run of.
+
+    Raises:
+      UserError: a value that its key cannot have.
+    """
+    one, plain = config.copy_and_resolve_references(), config_lib.base()
+    one.sweep, one.frontier, one.checkpoint.resume = plain.sweep, plain.frontier, False
     for key, value in values.items():
         section, _, field = key.rpartition(".")
         try:
             (config_lib.lookup(one, section) if section else one)[field] = value
         except (TypeError, ValueError):
             now = config_lib.lookup(config, key)
-            raise UserError(
-                f"config.sweep.axes: {key} takes a {type(now).__name__} (now {now!r}), not {value!r}"
-            ) from None
-    tails = [key.rpartition(".")[2] for key in values]
-    told = [tail if tails.count(tail) == 1 else key for key, tail in zip(values, tails, strict=True)]
-    name = ",".join(f"{key}={_brief(value)}" for key, value in zip(told, values.values(), strict=True))
+            raise UserError(f"{where}: {key} takes a {type(now).__name__} (now {now!r}), not {value!r}") from None
     try:
         validation.validate(one)
     except UserError as error:
-        raise UserError(f"run {name} of the sweep: {error}") from None
+        raise UserError(f"run {name} of the {what}: {error}") from None
     one.name, one.workdir = f"{config.name} {name}", str(workdir / "runs" / name)
-    return Run(name, values, one)
+    return Run(name, dict(values), one)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value as a part of a folder's name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^\w.+-]+", "_", text)[:60].strip("_") or "none"
 
 
-def _known(workdir: Path, runs: list[Run]) -> dict[str, dict[str, Any]]:
-    """What an earlier start of this sweep found, by name; writes the configs.
+def known(workdir: Path, runs: list[Run], what: str) -> dict[str, dict[str, Any]]:
+    """What an earlier start of this `what` ("sweep") found, by name; writes the configs.
 
     Raises:
       UserError: the workdir's runs are of another config.
     """
-    file = workdir / "sweep.json"
+    file = workdir / f"{what}.json"
     told = json.loads(file.read_text())["runs"] if file.exists() else []
-    known: dict[str, dict[str, Any]] = {row["name"]: row for row in told}
+    found: dict[str, dict[str, Any]] = {row["name"]: row for row in told}
     for run in runs:
         path, text = workdir / "configs" / f"{run.name}.json", config_lib.to_json(run.config) + "\n"
         if path.exists() and json.loads(path.read_text()) | {"workdir": ""} != json.loads(text) | {"workdir": ""}:
             raise UserError(
-                f"workdir {workdir} holds a sweep whose run {run.name} has another config: choose another --workdir"
+                f"workdir {workdir} holds a {what} whose run {run.name} has another config: choose another --workdir"
             )
-        _write(path, text)
-    return {run.name: known.get(run.name, {}) for run in runs}
+        write(path, text)
+    return {run.name: found.get(run.name, {}) for run in runs}
 
 
-def measured(folder: Path, goal: str) -> dict[str, float]:
-    """A finished run's figures: the best of each `eval/…` by `goal` (losses: the lowest), its training loss over the last tenth of
-    the steps, and what was measured after training, by name.
+def measured(folder: Path, goal: str, metric: str) -> dict[str, float]:
+    """A finished run's figures: the best of each `eval/…` by `goal` (losses: the lowest), its training loss and `metric`, where
+    that is of the steps too (as `reward` is), over the last tenth of them, and what was measured after training, by name.
     """
     lines = []
     for line in (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []:
         lines.append(json.loads(line))
     found: dict[str, float] = {}
-    losses = [line["loss"] for line in lines if "loss" in line]
-    if losses:
-        found["loss"] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    for name in ("loss", metric):
+        values = [line[name] for line in lines if isinstance(line.get(name), int | float)]
+        if values:
+            found[name] = float(np.mean(values[-max(1, len(values) // 10) :]))
     for name in sorted({key for line in lines for key in line if key.startswith("eval/")}):
         values = [line[name] for line in lines if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
         if values:
@@ -233,8 +268,8 @@ def _report(config: ConfigDict, workdir: Path, runs: list[Run], rows: dict[str, 
     ]
     buffer = io.StringIO()
     csv.writer(buffer).writerows([header, *table])
-    _write(workdir / "sweep.csv", buffer.getvalue())
-    print(_text(header, table))
+    write(workdir / "sweep.csv", buffer.getvalue())
+    print(tradeoff.columns(header, table))
     for row in told:
         if row["status"] != "done":
             print(f"failed: {row['name']}: {row['error']} (logs/{row['name']}.txt)")
@@ -253,23 +288,12 @@ def _report(config: ConfigDict, workdir: Path, runs: list[Run], rows: dict[str, 
     print(f"best: {points[0]['name']}; table in {where}" + (", plot beside it" if drawn else ""))
 
 
-def _text(header: list[str], table: list[list[Any]]) -> str:
-    """Columns, aligned."""
-
-    def cell(value: Any) -> str:
-        return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-    lines = [header, *([cell(value) for value in row] for row in table)]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def _say(config: ConfigDict, text: str) -> None:
+def say(config: ConfigDict, text: str) -> None:
     if config.tracking.progress != "off":
         print(text, file=sys.stderr, flush=True)
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with tracking.writing(path):

@@ -31,6 +31,9 @@ import numpy as np
 #   advantages_BT   float32  how much better than expected the token's completion was
 #   old_values_BT   float32  what a critic expected before the token, when it was sampled
 #   returns_BT      float32  what it should have expected
+#   teacher_logps_BTJ  float32  log-probabilities of a teacher's likeliest words, the last of all others together
+#   teacher_ids_BTJ    int32    these words; -1 for all others
+#   gold_BT         float32  1 where the targets are the data's, 0 where the student wrote them itself
 #
 # A segment id may hold a branch above its number: `number | branch << BRANCH_BITS`. Branch 0 is a prompt that the other
 # branches of its number go on from; they do not see each other.
@@ -56,6 +59,9 @@ BATCH_FIELDS: dict[str, np.dtype] = {
     "advantages_BT": np.dtype(np.float32),
     "old_values_BT": np.dtype(np.float32),
     "returns_BT": np.dtype(np.float32),
+    "teacher_logps_BTJ": np.dtype(np.float32),
+    "teacher_ids_BTJ": np.dtype(np.int32),
+    "gold_BT": np.dtype(np.float32),
     "query_ids_B": np.dtype(np.int32),
     "passage_tokens_BQU": np.dtype(np.int32),
     "passage_segment_ids_BQU": np.dtype(np.int32),

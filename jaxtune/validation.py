@@ -62,6 +62,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rl.kl_in": ("loss", "reward"),
     "rl.scale_rewards": ("group", "batch", "none"),
     "rl.old_logps": ("auto", "sampler", "policy"),
+    "retain.kl_direction": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "retain.kl_to": ("base", "start"),
+    "retain.fisher_labels": ("sampled", "data"),
+    "merge.majority_sign": ("total", "frequency"),
+    "merge.pick": ("within", "gain", "knee"),
+    "frontier.pick": ("within", "gain", "knee"),
+    "distill.mode": ("online", "precomputed", "sequence"),
+    "distill.divergence": ("forward", "reverse", "js", "skew_forward", "skew_reverse"),
+    "distill.hidden_loss": ("mse", "cosine"),
+    "distill.teacher_quantize": ("", "int8", "int4", "nf4"),
     "protect.judge_by": ("estimate", "interval"),
     "protect.on_broken": ("report", "stop", "rollback"),
 }
@@ -86,6 +96,8 @@ _AT_LEAST: dict[str, float] = {
     "self_training.top_k": 0, "self_training.max_new_tokens": 1, "self_training.part_prompts": 1, "self_training.slots": 1,
     "rl.prompts_per_round": 1, "rl.group_size": 1, "rl.minibatches": 1, "rl.passes": 1, "rl.top_k": 0, "rl.max_prompt_length": 1,
     "rl.max_new_tokens": 1, "rl.slots": 1, "rl.resample": 0, "rl.keep_rounds": 0, "rl.samples": 0,
+    "retain.fisher_rows": 1, "merge.svd_rank": 0, "frontier.workers": 1,
+    "distill.top_k": 0,
     "protect.tolerance": 0, "protect.every_steps": 0, "protect.kl_every_steps": 0, "protect.kl_rows": 0,
 }  # fmt: skip
 
@@ -110,6 +122,10 @@ _BETWEEN: dict[str, tuple[float, float]] = {
     "rl.temperature": (1e-3, 1e3), "rl.top_p": (1e-6, 1), "rl.min_p": (0, 1), "rl.clip_low": (0, 1), "rl.clip_high": (0, 1e6),
     "rl.delta": (0, 1e6), "rl.beta": (0, 1e6), "rl.entropy_weight": (0, 1e6), "rl.gamma": (0, 1), "rl.gae_lambda": (0, 1),
     "rl.value_weight": (0, 1e6), "rl.value_clip": (0, 1e6),
+    "distill.hidden_weight": (0, 1e6), "distill.attention_weight": (0, 1e6),
+    "merge.seed": (0, 2**32 - 1), "merge.density": (0, 1),
+    "retain.kl_temperature": (1e-3, 1e3), "retain.kl_mix": (0, 1), "retain.fisher_decay": (0, 1e6), "retain.rewarm": (0, 1e6),
+    "distill.alpha": (0, 1), "distill.on_policy": (0, 1), "distill.mix": (0, 1), "distill.temperature": (1e-3, 1e3),
 }  # fmt: skip
 
 
@@ -123,6 +139,7 @@ _ABOVE_ZERO = {
     "optim.eps": "a gradient of 0 is divided by 0", "lr_find.low": "no factor takes it anywhere",
     "preference.beta": "no answer is preferred to another",
     "meta.inner_rate": "no task takes a step of its own",
+    "merge.density": "nothing of an update is kept",
 }  # fmt: skip
 
 
@@ -251,6 +268,7 @@ def _check_forms(config: ConfigDict) -> None:
         ("data.split_regex", config.data.split_regex),
         ("model.quantize_targets", config.model.quantize_targets),
         *(("mesh.rules", rule[0]) for rule in rules),
+        *(("tune.freeze", pattern) for pattern in config.tune.freeze),
     ]:
         try:
             re.compile(pattern)

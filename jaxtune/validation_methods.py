@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtune.config import ConfigDict, base, keys
@@ -73,6 +74,16 @@ def _check_rl(config: ConfigDict) -> None:
             f"tune.dropout={config.tune.dropout}: {name} compares a token's probability with the one that it was drawn with, and dropout "
             "would make it another model's; set tune.dropout=0.0"
         )
+    if train.neftune_noise_alpha:
+        raise UserError(
+            f"train.neftune_noise_alpha={train.neftune_noise_alpha}: {name} compares a token's probability with the one that it was drawn "
+            "with, and noise would make it another model's; set it to 0.0"
+        )
+    if train.explode_factor:
+        raise UserError(
+            f"train.explode_factor={train.explode_factor}: the loss of {name} is about 0, above and below, and no multiple of its mean "
+            "says that it explodes; set it to 0.0"
+        )
     longest = rl.max_prompt_length + rl.max_new_tokens
     fit = train.batch_size * (config.data.max_length // longest)
     if fit < number // parts:
@@ -104,6 +115,10 @@ def _check_losses(config: ConfigDict) -> None:
             raise UserError(
                 f"config.train.beside has {one!r}; expected (objective, weight above 0) or (objective, weight, URI of its training rows)"
             )
+        if one[0] in ON_POLICY:
+            raise UserError(
+                f"config.train.beside has {one[0]!r}, which writes its own batches and stands beside nothing: make it train.objective"
+            )
     if optim.schedule == "wsd" and optim.decay_shape == "exponential" and not optim.final_ratio:
         raise UserError(
             "optim.decay_shape='exponential' never reaches optim.final_ratio=0.0: set optim.final_ratio above 0 (e.g. 0.1), or "
@@ -130,7 +145,7 @@ def _check_sweep(config: ConfigDict) -> None:
             )
         if not values:
             raise UserError(f"config.sweep.axes: {key!r} has no values; expected at least one")
-        if values[0] in ("linear", "log"):
+        if is_range(values):
             low_high = values[1:]
             if sweep.method != "random":
                 raise UserError(
@@ -149,6 +164,11 @@ def _check_sweep(config: ConfigDict) -> None:
         raise UserError(f"config.sweep.axes names a key twice; expected each once: {', '.join(names)}")
     if sweep.method == "random" and sweep.axes and not sweep.num_runs:
         raise UserError("sweep.method='random' draws sweep.num_runs combinations, and that is 0: set sweep.num_runs")
+
+
+def is_range(values: Sequence[Any]) -> bool:
+    """Whether a sweep's values are a range, ("linear" | "log", low, high), and no list of words that begins alike."""
+    return values[0] in ("linear", "log") and not all(isinstance(value, str) for value in values)
 
 
 def check_rewards(functions: tuple[Any, ...]) -> None:

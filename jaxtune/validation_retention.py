@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from jaxtune import validation_merging, validation_retain
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import UserError, nearest
 
+SELVES = ("adapter_off", "start")  # what `distill.teacher` may be beside another model's URI
 # Sections whose fields a named set of rows may set for itself, and what such a set says beside them.
 OF_ROWS = ("data", "eval", "generate", "reward")
 OF_SETS = ("tolerance", "judged")
@@ -15,7 +17,110 @@ OF_SETS = ("tolerance", "judged")
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` naming the first field whose value is outside what it may be."""
+    _check_lineage(config)
+    validation_retain.validate(config)
+    validation_merging.validate(config)
+    _check_keep_layers(config)
+    _check_distill(config)
     _check_protect(config)
+
+
+def _check_keep_layers(config: ConfigDict) -> None:
+    keep = tuple(config.model.keep_layers)
+    if not all(isinstance(one, int) and one >= 0 for one in keep) or list(keep) != sorted(set(keep)):
+        raise UserError(
+            f"config.model.keep_layers is {keep}; expected numbers of layers, from 0, ascending, none twice"
+        )
+    if keep and config.tune.method in ("lora", "prompt") and not config.export.merge:
+        raise UserError(
+            f"model.keep_layers makes a model that no folder holds, and an adapter by tune.method={config.tune.method!r} would have no base: "
+            "set export.merge=True, or tune.method='full'"
+        )
+
+
+def objectives(config: ConfigDict) -> tuple[str, ...]:
+    """The run's objectives, the main one first."""
+    return (config.train.objective, *(one[0] for one in config.train.beside))
+
+
+def _check_on_policy(config: ConfigDict) -> None:
+    distill, told = config.distill, f"distill.on_policy={config.distill.on_policy}"
+    if not distill.on_policy:
+        return
+    if config.train.objective != "distill" or config.train.beside:
+        raise UserError(
+            f"{told} goes with train.objective='distill' alone, not with {config.train.objective!r} and train.beside="
+            f"{config.train.beside}: set it to 0.0"
+        )
+    if distill.mode != "online":
+        raise UserError(
+            f"{told}: what the student will write is not known before training, and distill.mode={distill.mode!r} asks the teacher then: "
+            "set distill.mode='online'"
+        )
+    if not distill.alpha:
+        raise UserError(
+            f"{told} with distill.alpha=0.0: no step on its own answers would teach anything; raise distill.alpha"
+        )
+
+
+def _check_layer_map(config: ConfigDict) -> None:
+    distill = config.distill
+    for pair in distill.layer_map:
+        if not (
+            isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(one, int) and one >= 0 for one in pair)
+        ):
+            raise UserError(
+                f"config.distill.layer_map has {pair!r}; expected (number of a student's layer, number of a teacher's), from 0"
+            )
+    weighs = bool(distill.hidden_weight or distill.attention_weight)
+    if weighs != bool(distill.layer_map):
+        raise UserError(
+            f"distill.layer_map={tuple(distill.layer_map)} with distill.hidden_weight={distill.hidden_weight} and attention_weight="
+            f"{distill.attention_weight}: pairs of layers need a weight, and a weight needs pairs, such as ((0, 0), (5, 11))"
+        )
+    if weighs and distill.mode != "online":
+        raise UserError(
+            f"distill.layer_map needs the teacher's layers in the step, and distill.mode={distill.mode!r} has none: set 'online', or "
+            "leave it ()"
+        )
+
+
+def _check_distill(config: ConfigDict) -> None:
+    if "distill" not in objectives(config):
+        if config.distill.on_policy:
+            _check_on_policy(config)
+        return
+    distill, method = config.distill, config.tune.method
+    _check_on_policy(config)
+    _check_layer_map(config)
+    if not distill.teacher:
+        raise UserError(
+            "train.objective='distill' learns from a teacher, and distill.teacher is empty: name a model's URI, 'adapter_off' or 'start'"
+        )
+    if distill.teacher == "adapter_off" and method != "lora":
+        raise UserError(
+            f"distill.teacher='adapter_off' with tune.method={method!r}: there is no adapter to switch off; set 'start' or another "
+            "model's URI"
+        )
+    if method == "prompt" and distill.mode != "sequence":
+        raise UserError(
+            "tune.method='prompt' puts virtual tokens before each text that no teacher knows: use 'lora' or 'full', or "
+            "distill.mode='sequence'"
+        )
+    if distill.teacher in SELVES and (distill.teacher_adapter or distill.teacher_tokenizer or distill.teacher_quantize):
+        raise UserError(
+            f"distill.teacher={distill.teacher!r} is this model itself: leave distill.teacher_adapter, teacher_tokenizer and "
+            "teacher_quantize empty"
+        )
+    if distill.mode != "online" and config.train.objective != "distill":
+        raise UserError(
+            f"distill.mode={distill.mode!r} prepares the rows of train.objective='distill', not of one in train.beside: set 'online'"
+        )
+    if distill.mode == "precomputed" and not distill.top_k:
+        raise UserError(
+            "distill.mode='precomputed' keeps the teacher's likeliest words of each token, and distill.top_k=0 would keep the whole "
+            "vocabulary: set how many, such as distill.top_k=64"
+        )
 
 
 def _check_protect(config: ConfigDict) -> None:
@@ -86,3 +191,28 @@ def _set(config: ConfigDict, what: str, key: str, value: Any) -> None:
     except (TypeError, ValueError):
         kind = type(lookup(config, key)).__name__
         raise UserError(f"config.{what} has {key}={value!r:.60}; expected a {kind}") from None
+
+
+def _check_lineage(config: ConfigDict) -> None:
+    """What a lineage's releases are held to."""
+    lineage = config.lineage
+    for key, allowed in {"on_changed_data": ("refuse", "note"), "decide": ("interval", "estimate")}.items():
+        if lineage[key] not in allowed:
+            raise UserError(
+                f"config.lineage.{key} is {lineage[key]!r}; expected one of {', '.join(map(repr, allowed))}"
+            )
+    for key, low, high in (
+        ("replay_share", 0, 0.95), ("margin", 0, 1e6), ("drift_rows", 0, 5000), ("drift_permutations", 19, 10**6),
+        ("drift_alpha", 1e-6, 0.5), ("rollback", -1, 2**31 - 1),
+    ):  # fmt: skip
+        if not low <= lineage[key] <= high:
+            raise UserError(f"config.lineage.{key} is {lineage[key]}; expected {low} to {high}")
+    for one in lineage.margins:
+        if isinstance(one, str) or len(one) != 2 or not isinstance(one[1], int | float) or not one[1] >= 0:
+            raise UserError(
+                f"config.lineage.margins has {one!r}; expected (name of a stage or protected set, margin of 0 or more)"
+            )
+    if "://" in lineage.folder:
+        raise UserError(f"config.lineage.folder is {lineage.folder!r}; expected a folder of this machine")
+    if lineage.force and not lineage.force.strip():
+        raise UserError("config.lineage.force is blank; expected the reason in words, which the ledger keeps")

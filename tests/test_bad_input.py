@@ -467,7 +467,7 @@ _DATA = [
 _PAIRS = [
     row("preferences of another objective", _preferred("sft"), r"rows\.jsonl:1: the row compares two answers", r"'dpo'"),
     row("no preferences for dpo", "--config.train.objective=dpo", r"rows\.jsonl:\d+: .*compares answers, and the row has one", "'chosen'"),
-    row("chosen is rejected", _preferred("dpo", rejected="a cat"), "no training rows left of", r"chosen_equals_rejected 16"),
+    row("chosen is rejected", _preferred("dpo", rejected="a cat"), "no training rows left of", r"chosen_equals_rejected 16", "were dropped, for the reason counted"),
     row("an empty answer", _preferred("dpo", chosen=" "), r"empty_completion 16"),
     row("no reference", _preferred("dpo", "tune.method=full", "preference.reference=adapter_off"), "there is no adapter to switch off", "set 'start'"),
     row("reference none", _preferred("kto", "preference.reference=none"), "needs a reference", "'simpo', 'cpo', 'orpo'"),

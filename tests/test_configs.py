@@ -28,6 +28,8 @@ def test_config_file(path: Path) -> None:
     config = launch._config_file([f"--config={path}"])
     validation.validate(config)
     assert config.is_locked
+    if config.distill.teacher:
+        config.distill.teacher = f"preset:{shapes(config.distill.teacher)}"
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     program = state.abstract(config, with_head(hf_preset(shapes(config.model.source)), config), mesh, 10)
     batch = step.abstract_batch(config, program)

@@ -23,7 +23,9 @@ FLOORS = [
         "archives",
         "indexes",
         "validation",
+        "validation_merging",
         "validation_methods",
+        "validation_retain",
         "validation_retention",
         "workdir",
     },
@@ -32,7 +34,7 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "lr_find", "sweep"},
+    {"run", "lr_find", "sweep", "merge", "frontier", "lineage", "update"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -42,12 +44,16 @@ TOGETHER = {
     "config": {"config_methods", "config_retention", "types"},
     "validation": {"config", "types", "validation_methods", "validation_retention"},
     "validation_methods": {"config", "types"},
-    "validation_retention": {"config", "types"},
+    "validation_retain": {"config", "types", "validation_methods"},
+    "validation_merging": {"config", "types"},
+    "validation_retention": {"config", "types", "validation_merging", "validation_retain"},
     "registry": {"types"},
     "archives": {"types"},
     "workdir": {"types"},
     "hosts": {"types"},
+    "update": {"lineage", "sweep"},
     "chips": {"types"},
+    "frontier": {"sweep"},
 }
 
 

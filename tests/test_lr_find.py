@@ -30,6 +30,27 @@ def test_a_ramp_is_read_where_it_falls_fastest() -> None:
         lr_find.suggest([1e-7], [1.0], [1.0], True)
 
 
+def test_a_ramp_has_the_reference_that_is_computed_before(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, workdir = tmp_path / "pairs.jsonl", Path(tiny_config.workdir)
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"who {i}", "chosen": "cat", "rejected": "dog"}) + "\n" for i in range(20))
+    )
+    tiny_config.data.train, tiny_config.train.objective, tiny_config.tune.method = str(rows), "dpo", "full"
+    given: list[Any] = []
+
+    def find(config: ConfigDict, program: Any, state: Any, frozen: Any, batches: Any) -> lr_find.Found:
+        given.append(next(iter(batches)))
+        return lr_find.Found([1e-3], [1.0], [1.0], None, 1e-3, False)
+
+    monkeypatch.setattr(lr_find, "find", find)
+    lr_find.lr_find(tiny_config, workdir)
+    trained = given[0]["weights_BT"] != 0
+    assert (given[0]["reference_logps_BT"][trained] < 0).all()
+    assert not (workdir / "reference.npz").exists()
+
+
 def test_the_verb_finds_a_rate_and_touches_nothing(
     tiny_config: ConfigDict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxtune import registry
+from jaxtune.adapters import lora
 from jaxtune.generate import logits as logits_lib
 from jaxtune.generate import rollout
 from jaxtune.generate.logits import Sampling, choose, restrict
@@ -40,9 +41,12 @@ class Tiny(NamedTuple):
         return Roller(self.graphdef, STOPS, 0, VOCAB, 64, slots)
 
 
-def make(name: str) -> Tiny:
+def make(name: str, adapter: lora.Options | None = None) -> Tiny:
     family = registry.load("model_type", CASES[name]["model_type"], FAMILIES)
-    graphdef, variables = layers.flatten(family.Model(family.from_hf(CASES[name]), Runtime(), nnx.Rngs(0)))
+    model = family.Model(family.from_hf(CASES[name]), Runtime(), nnx.Rngs(0))
+    if adapter:
+        lora.attach(model, adapter)
+    graphdef, variables = layers.flatten(model)
     own = np.random.default_rng(0)
     return Tiny(
         graphdef,
@@ -98,6 +102,33 @@ def test_log_probabilities_are_those_of_the_model(name: str, monkeypatch: pytest
 
 def test_of_a_llama_too(llama: Tiny, usual: list[Rollout]) -> None:
     check(llama, usual)
+
+
+def test_adapters_are_in_the_weights_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "_unrolled", lambda model: True)
+    options = lora.Options(rank=2, alpha=8.0, targets=r"layers\..*(q_proj|down_proj)", use_dora=True)
+    tiny = make("llama", options)
+    made = tiny.roller(4)(tiny.params, PROMPTS, GROUP, WARM, MOST, seed=3)
+    check(tiny, made)
+    bare = {path: value for path, value in tiny.params.items() if ".adapter." not in path}
+    other = Tiny(make("llama").graphdef, bare).roller(4)(bare, PROMPTS, GROUP, WARM, MOST, seed=3)
+    assert any(one.tokens.tolist() != two.tokens.tolist() for one, two in zip(made, other, strict=True))
+
+
+def test_the_ring_grows_in_the_midst_of_its_rows(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions of forty tokens, of which none ends early: from 32 slots to 64."""
+
+    def rolled() -> tuple[list[Rollout], int]:
+        roller, grown = Roller(llama.graphdef, (), 0, VOCAB, 64, 4), []
+        longer = roller._longer
+        monkeypatch.setattr(roller, "_longer", lambda rows, ring: (grown.append(ring), longer(rows, ring=ring))[1])
+        return roller(llama.params, PROMPTS, 1, WARM, 40, seed=3), len(grown)
+
+    whole, at_once = rolled()
+    monkeypatch.setattr(rollout, "_BLOCK_STEPS", 4)
+    parts, times = rolled()
+    assert (at_once, times) == (0, 1)
+    same(parts, whole)
 
 
 def test_completions_end_where_they_should(usual: list[Rollout]) -> None:

@@ -110,6 +110,30 @@ def test_random_choices_are_the_seeds(tiny_config: ConfigDict) -> None:
     assert {one["optim.name"] for one in found} == {"lion", "sgd"}
 
 
+def test_runs_are_compared_by_their_rewards(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    lines = [{"step": i, "loss": 0.0} | ({"reward": i / 20} if i % 2 == 0 else {}) for i in range(20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sweep.measured(tmp_path, "max", "reward") == {"loss": 0.0, "reward": pytest.approx(0.9)}
+    tiny_config.train.objective, tiny_config.reward.functions = "grpo", (("length", 1.0),)
+    tiny_config.rl.update({"prompts_per_round": 2, "group_size": 4, "max_prompt_length": 20, "max_new_tokens": 12})
+    tiny_config.sweep.axes = (("optim.learning_rate", (1e-4, 1e-3)),)
+    with pytest.raises(
+        UserError, match=r"sweep\.metric='eval/loss': .*'grpo' has no validation loss; set sweep\.metric='reward'"
+    ):
+        sweep.combinations(tiny_config, tmp_path)
+    tiny_config.sweep.metric = "reward"
+    assert len(sweep.combinations(tiny_config, tmp_path)) == 2
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_words_that_begin_as_a_range_are_words(tiny_config: ConfigDict, method: str) -> None:
+    words = ("linear", "cosine")
+    tiny_config.sweep.update({"axes": (("optim.schedule", words),), "method": method, "num_runs": 8})
+    validation.validate(tiny_config)
+    runs = sweep.combinations(tiny_config, Path(tiny_config.workdir))
+    assert sorted(run.config.optim.schedule for run in runs) == sorted(words)
+
+
 @pytest.mark.parametrize(
     ("axes", "more", "says"),
     [

@@ -8,6 +8,7 @@ import jax
 
 from jaxtune.adapters import lora, prompt
 from jaxtune.config import ConfigDict
+from jaxtune.types import UserError
 
 Options = lora.Options | prompt.Options
 
@@ -16,7 +17,16 @@ def from_config(tune: ConfigDict, given: Options | None = None, a_zero: bool = F
     """The options of `tune.method`, or those `given` in their place; None where it trains the model's own weights.
 
     `a_zero`: a new LoRA starts with A = 0.
+
+    Raises:
+      UserError: layers are to train that a given LoRA is not on.
     """
+    if tune.method == "lora" and isinstance(given, lora.Options):
+        lacking = sorted(set(tune.train_layers) - set(given.layers)) if given.layers else []
+        if lacking:
+            raise UserError(
+                f"tune.train_layers has {lacking[0]}, where tune.adapter={tune.adapter!r} is not: it is on the layers {given.layers}"
+            )
     if tune.method == "lora":
         return given or lora.Options.from_config(tune)._replace(zero="a" if a_zero else "b")
     return given or prompt.Options.from_config(tune) if tune.method == "prompt" else None

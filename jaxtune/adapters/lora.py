@@ -22,7 +22,8 @@ from jaxtune.types import UserError, nearest
 class Options(NamedTuple):
     """`rank_pattern` and `alpha_pattern` map a linear's path to its own rank or alpha (PEFT has the same).
 
-    `zero` is the factor that starts at 0, a or b: see `initial`.
+    `zero` is the factor that starts at 0, a or b: see `initial`. `layers` are the numbers of the layers that it is on, () = all:
+    the factors of the others are there, in the stack, and stay as they are.
     """
 
     targets: str
@@ -35,11 +36,13 @@ class Options(NamedTuple):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     zero: str = "b"
+    layers: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, tune: ConfigDict) -> Options:
+        layers, dtype = tuple(sorted(tune.train_layers)), jnp.dtype(tune.dtype)
         return cls(
-            tune.targets, tune.rank, tune.alpha, tune.dropout, tune.use_rslora, tune.use_dora, jnp.dtype(tune.dtype)
+            tune.targets, tune.rank, tune.alpha, tune.dropout, tune.use_rslora, tune.use_dora, dtype, layers=layers
         )
 
     def scale(self, path: str) -> float:

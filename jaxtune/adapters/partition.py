@@ -6,10 +6,13 @@ tokens), "full", "frozen".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxtune.types import UserError
+import numpy as np
+
+from jaxtune.types import UserError, nearest
 
 LoraLabels = ("lora_a", "lora_b", "magnitude")
 HEAD_PATHS = ("lm_head.kernel", "lm_head.bias")
@@ -57,3 +60,40 @@ def split(params: Mapping[str, Leaf], labels: Mapping[str, str]) -> tuple[dict[s
     trainable = {path: value for path, value in params.items() if labels[path] != "frozen"}
     frozen = {path: value for path, value in params.items() if labels[path] == "frozen"}
     return trainable, frozen
+
+
+def restricted(
+    labels: Mapping[str, str], freeze: Sequence[str], layers: Sequence[int], num_layers: int, depths: Callable[[str], np.ndarray]
+) -> dict[str, str]:  # fmt: skip
+    """Labels with "frozen" for what a regex of `freeze` names, and for stacks without any of `layers` (none given: all train).
+
+    Of a stack that has some, the others are frozen layer by layer: `optim.layers_of`. `depths` is `models.transformer`'s.
+
+    Raises:
+      UserError: a regex that names nothing, a layer that the model has not, or nothing is left to train.
+    """
+    for pattern in freeze:
+        if not any(re.fullmatch(pattern, path) for path in labels):
+            known = list(labels)
+            raise UserError(
+                f"tune.freeze has {pattern!r}, which matches no parameter{nearest(pattern, known) or '.'} A regex must match a whole path, "
+                f"such as {known[0]!r}"
+            )
+    beyond = [number for number in layers if not 0 <= number < num_layers]
+    if beyond:
+        raise UserError(
+            f"tune.train_layers has {beyond[0]}; this model's {num_layers} layers are 0 to {num_layers - 1}"
+        )
+
+    def one(path: str, name: str) -> str:
+        named, numbers = any(re.fullmatch(pattern, path) for pattern in freeze), depths(path) - 1
+        left_out = bool(layers) and numbers.ndim > 0 and not np.isin(numbers, np.asarray(layers)).any()
+        return "frozen" if named or left_out else name
+
+    found = {path: one(path, name) for path, name in labels.items()}
+    if all(name == "frozen" for name in found.values()):
+        raise UserError(
+            f"tune.freeze={tuple(freeze)} and tune.train_layers={tuple(layers)} leave nothing to train: name less in the first, or more in "
+            "the second"
+        )
+    return found

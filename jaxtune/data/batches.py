@@ -44,6 +44,45 @@ class Passages:
 
 
 @dataclass(frozen=True)
+class TeacherWords:
+    """A teacher's likeliest words of each token that trains, which may lie in files: (tokens, J), and where each token's are."""
+
+    logps: np.ndarray  # float32; the last is of all other words together
+    ids: np.ndarray  # int32; the last is -1
+    at: np.ndarray  # int64, of each token of the rows; -1 = none
+
+    def of(self, offsets: np.ndarray, bins: packing.Bins, max_length: int) -> Batch:
+        """Returns the fields of the rows that `bins` hold; a token's stand where it is the target."""
+        shape = (len(bins), max_length, self.logps.shape[1])
+        made = {"teacher_logps_BTJ": np.zeros(shape, np.float32), "teacher_ids_BTJ": np.zeros(shape, np.int32)}
+        for b, t, found in self._places(offsets, bins):
+            made["teacher_logps_BTJ"][b, t], made["teacher_ids_BTJ"][b, t] = self.logps[found], self.ids[found]
+        return made
+
+    def take(self, said: Any, offsets: np.ndarray, bins: packing.Bins) -> None:
+        """Writes what was said of the batch that holds `bins`, (logps, ids) as its fields: `of`, backwards."""
+        logps_BTJ, ids_BTJ = said
+        for b, t, found in self._places(offsets, bins):
+            self.logps[found], self.ids[found] = logps_BTJ[b, t], ids_BTJ[b, t]
+
+    def flush(self) -> None:
+        """Sees to it that what was taken is in the files."""
+        for array in (self.logps, self.ids):
+            if isinstance(array, np.memmap):
+                array.flush()
+
+    def _places(self, offsets: np.ndarray, bins: packing.Bins) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(batch row, tokens there, their places in the arrays) of each row."""
+        for b, bin_rows in enumerate(bins):
+            first = 0
+            for index in bin_rows:
+                start, end = int(offsets[index]), int(offsets[index + 1])
+                found = self.at[start + 1 : end]
+                yield b, first + np.flatnonzero(found >= 0), found[found >= 0]
+                first += end - start
+
+
+@dataclass(frozen=True)
 class Rows:
     """Tokenised rows end to end: row r is `tokens[offsets[r]:offsets[r + 1]]`, `weights` likewise."""
 
@@ -59,6 +98,7 @@ class Rows:
         None  # int32, of each token: 0 is what the row's other branches share (`data/preferences.py`)
     )
     reference_logps: np.ndarray | None = None  # float32, log-probability of each token as a target, by another model
+    teacher: TeacherWords | None = None  # what a teacher gives each token as a target
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -132,11 +172,19 @@ class BatchSource:
         """Returns some rows of the global batch of a step, by number: those that one host holds."""
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise ValueError(f"step {step} is outside 0 to {self.num_steps}")
-        numbers = [step * self.batch_size + int(row) for row in batch_rows]
-        batch = stack(self.rows, [self._bin_of(number) for number in numbers], self.max_length, self.pad_id)
+        return self.numbered([step * self.batch_size + int(row) for row in batch_rows])
+
+    def numbered(self, numbers: list[int]) -> Batch:
+        """Returns batch rows by their numbers in the endless list of epochs."""
+        batch = stack(self.rows, [self.bin_of(number) for number in numbers], self.max_length, self.pad_id)
         return masked(batch, numbers, self.masking) if self.masking else batch
 
-    def _bin_of(self, number: int) -> tuple[int, ...]:
+    def bins_of(self, step: int) -> packing.Bins:
+        """The rows that each row of a step's global batch holds, by number."""
+        return [self.bin_of(step * self.batch_size + row) for row in range(self.batch_size)]
+
+    def bin_of(self, number: int) -> tuple[int, ...]:
+        """The rows in a batch row, by its number."""
         epoch, position = divmod(number, self.num_bins)
         return self.bins[int(self._order(epoch)[position])]
 
@@ -155,6 +203,7 @@ def stack(rows: Rows, bins: packing.Bins, max_length: int, pad_id: int) -> Batch
     )
     made = [packing.assemble(*arrays, b, max_length, pad_id, *more) for b in bins]
     batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    batch |= {} if rows.teacher is None else rows.teacher.of(rows.offsets, bins, max_length)
     return batch if rows.passages is None else batch | rows.passages.of(bins, pad_id)
 
 

@@ -91,7 +91,11 @@ def load(
     if not train:
         raise UserError(
             f"no training rows left of {sum(map(len, read.values()))} read ({_listed(dropped) or 'none dropped'}): "
-            "all fell into validation or test; lower data.validation_fraction or data.test_fraction"
+            + (
+                "all fell into validation or test; lower data.validation_fraction or data.test_fraction"
+                if read["train"]
+                else f"all of {paths['train']} were dropped, for the reason counted; mend them, or name other rows"
+            )
         )
     counts = {"train": len(train), "validation": len(splits["eval"]), "test": len(splits["test"])}
     counts |= {"beyond_limit": len(splits["train"]) - len(train)} | dict(dropped)

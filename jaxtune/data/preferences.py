@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,14 +192,34 @@ def _cut(row: Answers, row_id: str, reader: Reader, data: ConfigDict, counts: Co
 
 
 def _with_mismatched(rows: list[Answers], group: int) -> list[Answers]:
-    """Each row with the answer of the row before it too, the first of a group with its last's: for KTO's estimate of the KL."""
+    """Each row with the answer of a row before it too, the first of a group with its last's: for KTO's estimate of the KL."""
     made = []
-    for start in range(0, len(rows), group):
-        mine = rows[start : start + group]
-        for row, other in zip(mine, mine[-1:] + mine[:-1], strict=True):
-            completions, weights = row.completions + other.completions[:1], row.weights + other.weights[:1]
-            made.append(Answers(row.prompt, (*row.branches, MISMATCHED), completions, weights))
+    for at, row in enumerate(rows):
+        other = rows[_mismatched(rows, at, group)]
+        completions, weights = row.completions + other.completions[:1], row.weights + other.weights[:1]
+        made.append(Answers(row.prompt, (*row.branches, MISMATCHED), completions, weights))
     return made
+
+
+def _mismatched(rows: list[Answers], at: int, group: int) -> int:
+    """The row whose answer row `at` gets: the nearest before it, in its group and round its start, of another prompt.
+
+    Answers to one prompt stand together where pairs are taken apart: the second takes the second nearest, and so on, so that
+    good and bad ones are handed round alike. A group of one prompt looks among all rows; where there is no other prompt at
+    all, it is the row before.
+    """
+    start, mine = at - at % group, rows[at].prompt
+    num = min(group, len(rows) - start)
+    before = [start + (at - start - back) % num for back in range(1, num + 1)]
+    alike = 0
+    while alike < num - 1 and at - alike > start and np.array_equal(rows[at - alike - 1].prompt, mine):
+        alike += 1
+    everywhere = ((at - back) % len(rows) for back in range(1, len(rows)))
+    for where in (before, everywhere):
+        others = list(islice((i for i in where if not np.array_equal(rows[i].prompt, mine)), alike + 1))
+        if others:
+            return others[-1]
+    return before[0]
 
 
 def _never_stop(rows: list[Answers], reader: Reader, tokenizer: Tokenizer) -> int:

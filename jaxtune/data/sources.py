@@ -44,9 +44,10 @@ def folder_files(folder: Path, pattern: str = "") -> list[Path]:
 def read_rows(path: Path, columns: tuple[str, ...] = (), lone_object: bool = False) -> Iterator[tuple[int, Row]]:
     """Yields `(number, row)` of a data file; the number is the 1-based line, or the entry of a list or Parquet table.
 
-    Formats by suffix, each optionally `.gz`: .jsonl, .json (a list of objects), .csv, .tsv, .txt, .parquet. Without
-    `columns` the first row of a .csv or .tsv names them, and a .txt holds one `{"text": …}` per line; with `columns` a
-    table has no header row and a .txt is tab-separated. Tab-separated fields have no quoting. Blank lines are skipped.
+    Formats by suffix, each optionally `.gz`: .jsonl, .json (a list of objects, or an object of objects, a row each), .csv,
+    .tsv, .txt, .parquet. Without `columns` the first row of a .csv or .tsv names them, and a .txt holds one `{"text": …}`
+    per line; with `columns` a table has no header row and a .txt is tab-separated. Tab-separated fields have no quoting.
+    Blank lines are skipped.
     With `lone_object` a .json may also hold one object, which is one row.
 
     Raises:
@@ -117,7 +118,9 @@ def _json_list(path: Path, file: BinaryIO, lone_object: bool) -> Iterator[tuple[
         raise UserError(f"{path.name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path.name}: not JSON that can be read ({error})") from None
-    if lone_object and isinstance(rows, dict):
+    if isinstance(rows, dict) and rows and all(isinstance(value, dict) for value in rows.values()):
+        rows = list(rows.values())  # by name: {"a": {…}, "b": {…}}
+    elif lone_object and isinstance(rows, dict):
         rows = [rows]
     if not isinstance(rows, list):
         raise UserError(f"{path.name}: holds a JSON {_kind(rows)}; expected a list of objects, or rename it to .jsonl")

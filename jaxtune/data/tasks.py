@@ -59,31 +59,39 @@ def arrange(splits: Splits, meta: ConfigDict, seed: int) -> Splits:
     counts |= {"rows_of_held_out_tasks": len(support)} if held else {}
     if meta.demonstrations:
         number = meta.contexts or len(train)
-        train = contexts(train, meta.demonstrations, number, seed)
-        validation = contexts(validation, meta.demonstrations, len(validation), seed) if validation else []
+        rows, train = train, contexts(train, meta.demonstrations, number, seed)
+        validation = contexts(validation, meta.demonstrations, len(validation), seed, rows) if validation else []
     return Splits(train, validation, test, counts, support)
 
 
-def contexts(examples: Sequence[Example], num_demonstrations: int, number: int, seed: int) -> list[Example]:
+def contexts(
+    examples: Sequence[Example], num_demonstrations: int, number: int, seed: int, shown: Sequence[Example] = ()
+) -> list[Example]:
     """Returns `number` questions, each after so many demonstrations of its own task (MetaICL, arXiv:2110.15943, 3.1).
 
-    Context i draws its task, all being equally likely, and its rows, all different, from (seed, i).
+    Context i draws its task, all being equally likely, and its rows, all different, from (seed, i). Demonstrations are of the
+    task's rows in `shown`, as few questions may be held out; where it has none there, they are of `examples` too.
 
     Raises:
       UserError: a task has too few rows.
     """
-    tasks, made = list(by_name(examples).values()), []
-    for of_task in tasks:
-        if len(of_task) <= num_demonstrations:
+    tasks, pools, made = by_name(examples), by_name(shown), []
+    for name, of_task in tasks.items():
+        if len(pools.get(name, of_task[1:])) < num_demonstrations:
             raise UserError(
-                f"task {of_task[0].task!r} has {len(of_task)} rows; expected more than meta.demonstrations={num_demonstrations}: lower "
+                f"task {name!r} has {len(pools.get(name, of_task))} rows; expected more than meta.demonstrations={num_demonstrations}: lower "
                 "it, or leave the task out"
             )
     for index in range(number):
         bits = np.random.Philox(key=[seed % 2**64, index])
-        of_task = tasks[int(bits.random_raw(1)[0] % len(tasks))]
-        rows = np.argsort(bits.random_raw(len(of_task)), kind="stable")[: num_demonstrations + 1]
-        *demonstrations, question = [of_task[row] for row in rows]
+        name = list(tasks)[int(bits.random_raw(1)[0] % len(tasks))]
+        questions, pool = tasks[name], pools.get(name, tasks[name])
+        rows = np.argsort(bits.random_raw(len(pool)), kind="stable")[: num_demonstrations + 1]
+        if name in pools:
+            question = questions[int(bits.random_raw(1)[0] % len(questions))]
+            demonstrations = [pool[row] for row in rows[:num_demonstrations]]
+        else:
+            *demonstrations, question = [pool[row] for row in rows]
         made.append(demonstrated(demonstrations, question))
     return made
 

@@ -18,6 +18,7 @@ from jaxtune.evals import measure, tasks
 from jaxtune.evals.retention import Retention
 from jaxtune.models import reading
 from jaxtune.train import goodput, loop
+from jaxtune.train import rows as rows_lib
 from jaxtune.train import state as state_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.state import Program
@@ -171,7 +172,12 @@ def _data(run: Run) -> dict[str, Any]:
         "validation_rows": len(run.splits.validation),
         "measured_rows": len(run.after.rows) if run.after else 0,
         "padding_share": run.outcome.padding_share,
-        "dropped": {name.replace("_", " "): n for name, n in lost.items() if n and name not in _NOT_DROPPED},
+        **{name: number for name, number in counts.items() if name.startswith(rows_lib.REPLAY)},
+        "dropped": {
+            name.replace("_", " "): n
+            for name, n in lost.items()
+            if n and name not in _NOT_DROPPED and not name.startswith(rows_lib.REPLAY)
+        },
     }
 
 

@@ -23,6 +23,7 @@ from jaxtune.rewards import scoring
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
+from jaxtune.validation_methods import ON_POLICY
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 _MANY_LABELS = 50
@@ -226,15 +227,18 @@ def sampler(tokenizer: Tokenizer, program: Program, params: Params) -> Sampler:
     )
 
 
-def check(config: ConfigDict, held: HeldOut, tokenizer: Tokenizer, program: Program) -> None:
-    """Refuses held-out rows that cannot be measured: before anything is trained, for afterwards it would cost the result.
+def check(config: ConfigDict, held: HeldOut | None, tokenizer: Tokenizer, program: Program) -> None:
+    """Refuses held-out rows that cannot be measured, and rewards that cannot be run: before anything is trained, for afterwards it
+    would cost the result.
 
     Raises:
       UserError: naming the first row that is too long for the model, or why none is left.
     """
-    ids = [row["row_id"] for row in held.rows]
-    if held.metric == "reward":
+    if config.train.objective in ON_POLICY if held is None else held.metric == "reward":
         scoring.check(config.reward)
+    if held is None:
+        return None
+    ids = [row["row_id"] for row in held.rows]
     if held.metric in ("exact_match", "reward"):
         return check_prompts(config, program, ids, [row["prompt_ids"] for row in held.rows])
     if held.metric == "perplexity":

@@ -41,6 +41,12 @@ _METRICS = {
 }
 
 
+def metrics_of(held: measure_lib.HeldOut) -> tuple[str, ...]:
+    """What held-out rows may be judged by; the first is what they are judged by unless another is named."""
+    headed = held.reader.kind != "next"
+    return _METRICS["labels of a head" if headed and held.metric == "labels" else held.metric]
+
+
 class Protected(NamedTuple):
     """A set of rows on which a model may become worse by `tolerance` of `metric`, in its unit, and by no more.
 
@@ -109,7 +115,7 @@ def _read(config: ConfigDict, name: str, given: Any, tokenizer: Tokenizer, show:
     held = measure_lib.held_out(own, _splits(own, tokenizer, show), tokenizer, reader if headed else NEXT)
     if held is None:
         raise UserError(f"has no rows of eval.split={own.eval.split!r}: name a file with some as data.test")
-    names = _METRICS["labels of a head" if headed and held.metric == "labels" else held.metric]
+    names = metrics_of(held)
     metric = beside.get("judged", names[0])
     if metric not in names:
         raise UserError(f"is judged by {metric!r}; expected one of {', '.join(names)}{nearest(str(metric), names)}")

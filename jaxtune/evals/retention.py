@@ -14,7 +14,7 @@ from jaxtune import tracking
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import measure, protected, tasks
+from jaxtune.evals import kept, measure, protected, tasks
 from jaxtune.evals.protected import Protected, Verdict
 from jaxtune.train import base_kl
 from jaxtune.train import rows as rows_lib
@@ -61,19 +61,15 @@ class Retention:
         file = workdir / "protected_before.json"
         asked = {one.name: measure.asked(one.config, one.held) for one in self._sets}
         known_file = not again and jax.process_count() == 1 and file.exists()  # hosts may not see the same files
-        kept = json.loads(file.read_text("utf-8")) if known_file else {}
-        found = {name: tasks.from_json(kept[name], how) for name, how in asked.items() if name in kept}
+        saved = json.loads(file.read_text("utf-8")) if known_file else {}
+        found = {name: tasks.from_json(saved[name], how) for name, how in asked.items() if name in saved}
         missing = [one for one in self._sets if found.get(one.name) is None]
         made = self._scores(missing, params, "before") if missing else {}
         known = {name: result for name, result in found.items() if result is not None} | made
         self.before = {one.name: known[one.name] for one in self._sets}
         if jax.process_index() == 0 and made:
             texts = {name: tasks.to_json(result, asked[name]) for name, result in self.before.items()}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tracking.writing(file):
-                partial = file.with_name(file.name + ".partial")
-                partial.write_text(json.dumps(texts), "utf-8")
-                partial.replace(file)
+            kept.write(file, json.dumps(texts))
 
     def measure_tuned(self, params: Params) -> None:
         """Measures the sets on these weights, and judges them."""

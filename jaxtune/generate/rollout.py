@@ -6,7 +6,8 @@ prefilled once, whatever the number of its completions.
 
 The cache is a ring with one clock for all rows: at each step every row writes the same slot, and a row that starts lays its
 prompt into the slots just behind the clock. A row's tokens thus stand in order, wherever it began; segment 0 hides what
-earlier rows left, and once a row is done its slots cost nothing to reuse. All but a prompt's last token is prefilled: that
+earlier rows left, and once a row is done its slots cost nothing to reuse. As every step reads the whole ring, it is only as
+long as the oldest row needs, and grows between blocks. All but a prompt's last token is prefilled: that
 one goes through the loop like any other, so a first token is drawn as every token is.
 """
 
@@ -23,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune import sharding
+from jaxtune.adapters import lora
 from jaxtune.generate.jobs import NOBODY, Made, Progress, Queue, Rollout, Waiting, rounded
 from jaxtune.generate.logits import Sampling, choose
 from jaxtune.generate.sampler import left_padded, prefill
@@ -90,14 +92,16 @@ class Roller:
         self._shards = 1 if mesh is None else sharding.num_batch_shards(mesh)
         self._slots = -(-slots // self._shards) * self._shards
         constrain = layers.unconstrained if mesh is None else sharding.constrain_on(mesh)
-        self._empty = jax.jit(partial(_empty, graphdef, constrain), static_argnums=(1, 2, 3))
+        self._apart = jax.jit(partial(_layers_apart, graphdef))
+        self._empty = jax.jit(partial(_empty, constrain), static_argnums=(0, 2, 3, 4))
         self._prefill = jax.jit(partial(_prefill, graphdef), donate_argnums=1)
         self._block = jax.jit(
-            partial(_block, graphdef, constrain, self._stop_ids, vocab_size),
-            static_argnames=("sampling", "max_new_tokens"),
+            partial(_block, constrain, self._stop_ids, vocab_size),
+            static_argnames=("graphdef", "sampling", "max_new_tokens"),
             donate_argnames="rows",
         )
         self._fewer = jax.jit(partial(_fewer, constrain), static_argnames="num")
+        self._longer = jax.jit(partial(_longer, constrain), static_argnames="ring")
 
     def __call__(
         self, params: dict[str, jax.Array], prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling, max_new_tokens: int,
@@ -118,7 +122,9 @@ class Roller:
         slots = self._slots
         while slots // 2 >= num_jobs and self._may_be(slots // 2):
             slots //= 2
-        rows, pool = self._empty(params, slots, rounded(longest + max_new_tokens), rounded(longest))
+        graphdef, standing = self._decoding(params)
+        ring = _ring(longest, 0, max_new_tokens)
+        rows, pool = self._empty(graphdef, standing, slots, ring, rounded(longest))
         waiting = Waiting(prompts, group_size, slots)
         made, key = Made(num_jobs, self._stop_ids, max_new_tokens, progress), jax.random.key(seed)
         while True:
@@ -127,8 +133,8 @@ class Roller:
                 last_R = np.asarray([prompts[i][-1] for i in batch.prompts], np.int32)
                 pool = self._prefill(params, pool, tokens_RT, lengths_R, last_R, batch.entries_R)
             smaller = slots // 2 if self._may_be(slots // 2) else 0
-            rows, log, started = self._block(
-                params, rows=rows, pool=pool, queue=waiting.queue(), enough=smaller, key=key, sampling=sampling,
+            rows, log, started, reach = self._block(
+                graphdef=graphdef, params=standing, rows=rows, pool=pool, queue=waiting.queue(), enough=smaller, key=key, sampling=sampling,
                 max_new_tokens=max_new_tokens,
             )  # fmt: skip
             waiting.take(int(started))
@@ -137,6 +143,18 @@ class Roller:
                 return made.rollouts(group_size)
             if waiting.num == 0 and num_jobs - made.num <= smaller:
                 slots, rows = smaller, self._fewer(rows, num=smaller)
+            ring = _ring(longest, int(reach) - longest, max_new_tokens)
+            if ring > rows.cache.segment_ids_BS.shape[1]:
+                rows = self._longer(rows, ring=ring)
+
+    def _decoding(self, params: dict[str, jax.Array]) -> tuple[nnx.GraphDef, dict[str, jax.Array]]:
+        """The model as it decodes. On a CPU each layer stands by itself, for there a scan copies each layer's part of the cache; as
+        that is a copy of the layers' weights, it has adapters in it.
+        """
+        if not _unrolled(layers.bind(self._graphdef, params)):
+            return self._graphdef, params
+        graphdef, apart = self._apart(params)
+        return graphdef, {path: value for path, value in params.items() if not path.startswith("layers.")} | apart
 
     def _may_be(self, slots: int) -> bool:
         return slots >= _FEWEST_ROWS and slots % self._shards == 0
@@ -161,18 +179,29 @@ class Roller:
 # ---- what is compiled ----
 
 
-def _bind(graphdef: nnx.GraphDef, params: Any) -> Any:
-    """The model for decoding. On a CPU each layer stands by itself, for there a scan copies each layer's part of the cache."""
-    model = layers.bind(graphdef, params)
-    return _apart(model) if _unrolled(model) else model
+def _ring(longest: int, made: int, max_new_tokens: int) -> int:
+    """Slots for rows that began with at most `longest` tokens and have `made` more, during a block: a few sizes, each compiled once."""
+    room = _BLOCK_STEPS
+    while room < min(made + _BLOCK_STEPS, max_new_tokens):
+        room *= 2
+    return rounded(longest + min(room, max_new_tokens))
 
 
 def _unrolled(model: Any) -> bool:
     return bool(model.run.platform == "cpu")
 
 
-def _apart(model: Any) -> Any:
-    """The same model with a stack for each of its layers."""
+def _layers_apart(graphdef: nnx.GraphDef, params: dict[str, jax.Array]) -> tuple[nnx.GraphDef, dict[str, jax.Array]]:
+    """The same model with a stack for each of its layers, and the parameters of these; adapters are folded into float32 kernels."""
+    model = layers.bind(graphdef, params)
+    for path, linear in lora.linears(model).items():
+        adapter = linear.adapter
+        plain = isinstance(linear.kernel, nnx.Variable) and linear.kernel[...].dtype == jnp.float32
+        if path.startswith("layers.") and isinstance(adapter, lora.LowRank) and plain:
+            magnitude = None if adapter.magnitude is None else adapter.magnitude[...]
+            factors = (adapter.lora_a[...], adapter.lora_b[...], magnitude)
+            linear.kernel[...] = lora.merged(linear.kernel[...], *factors, adapter.scale)
+            linear.adapter = nnx.data(None)
     stacks = [model.layers] if len(model.c.blocks) == 1 else list(model.layers)
     alone = {}
     for (block, numbers), stacked in zip(model.c.blocks, stacks, strict=True):
@@ -182,7 +211,8 @@ def _apart(model: Any) -> Any:
     ordered = [alone[number] for number in range(len(alone))]
     model.c = model.c._replace(groups=tuple(spec.Group((block,), 1) for block, _ in ordered))
     model.layers = ordered[0][1] if len(ordered) == 1 else nnx.List([layer for _, layer in ordered])
-    return model
+    made, variables = layers.flatten(model)
+    return made, {path: value[...] for path, value in variables.items() if path.startswith("layers.")}
 
 
 def _caches_apart(c: spec.Config, stacks: tuple[Cache, ...]) -> tuple[Cache, ...]:
@@ -207,10 +237,10 @@ def _spread(constrain: Any, rows: _Rows) -> _Rows:
 
 
 def _empty(
-    graphdef: nnx.GraphDef, constrain: Any, params: Any, slots: int, ring: int, width: int
+    constrain: Any, graphdef: nnx.GraphDef, params: Any, slots: int, ring: int, width: int
 ) -> tuple[_Rows, _Pool]:
     """Idle rows, and a pool of as many places for prompts of `width` tokens."""
-    model = _bind(graphdef, params)
+    model = layers.bind(graphdef, params)
     cache = model.empty_cache(slots, ring)._replace(
         used=jnp.int32(ring)
     )  # the clock: every slot has been written, if by nobody
@@ -274,13 +304,13 @@ def _begin(pool: _Pool, queue: Queue, began: jax.Array, rows: _Rows) -> _Rows:
 
 
 def _block(
-    graphdef: nnx.GraphDef, constrain: Any, stop_ids: tuple[int, ...], vocab_size: int, params: Any, rows: _Rows, pool: _Pool,
+    constrain: Any, stop_ids: tuple[int, ...], vocab_size: int, graphdef: nnx.GraphDef, params: Any, rows: _Rows, pool: _Pool,
     queue: Queue, enough: jax.Array, key: jax.Array, sampling: Sampling, max_new_tokens: int,
-) -> tuple[_Rows, _Log, jax.Array]:  # fmt: skip
+) -> tuple[_Rows, _Log, jax.Array, jax.Array]:  # fmt: skip
     """Steps until the host has something to do: a block is full, the queue is empty and the host has more, or no job waits
-    anywhere and `enough` rows or fewer are busy. Returns also how many jobs began.
+    anywhere and `enough` rows or fewer are busy. Returns also how many jobs began, and the tokens of the longest row.
     """
-    model = _bind(graphdef, params)
+    model = layers.bind(graphdef, params)
     B = rows.job_B.shape[0]
     none_TB = jnp.full((_BLOCK_STEPS, B), NOBODY, jnp.int32)
     log = _Log(none_TB, none_TB, jnp.zeros((_BLOCK_STEPS, B), jnp.float32))
@@ -305,7 +335,7 @@ def _block(
     view, whole = (partial(_shaped, model, one=each) for each in (lambda x: x[0], lambda x: x[None]))
     advance = partial(_advance, model, constrain, stop_ids, vocab_size, key, sampling, max_new_tokens)
     _, began, rows, log = jax.lax.while_loop(wanted, one, (jnp.int32(0), jnp.int32(0), view(rows), log))
-    return whole(rows), log, began
+    return whole(rows), log, began, jnp.max(jnp.where(rows.job_B == NOBODY, 0, rows.position_B))
 
 
 def _shaped(model: Any, rows: _Rows, one: Callable[[jax.Array], jax.Array]) -> _Rows:
@@ -341,3 +371,20 @@ def _fewer(constrain: Any, rows: _Rows, num: int) -> _Rows:
     stacks = jax.tree.map(lambda x_LB: jnp.take(x_LB, kept_B, axis=1), rows.cache.stacks)
     cache = KVCache(stacks, rows.cache.segment_ids_BS[kept_B], rows.cache.used)
     return _spread(constrain, _Rows(cache, *(each[kept_B] for each in rows[1:])))
+
+
+def _longer(constrain: Any, rows: _Rows, ring: int) -> _Rows:
+    """The same rows in a longer ring: what was written last stands at its end, where the clock begins anew."""
+    cache = rows.cache
+    old = cache.segment_ids_BS.shape[1]
+
+    def laid(value: jax.Array, dim: int) -> jax.Array:
+        wider = [(0, 0)] * value.ndim
+        wider[dim] = (ring - old, 0)
+        return jnp.pad(jnp.roll(value, -(cache.used % old), axis=dim), wider)
+
+    stacks = tuple(
+        {name: laid(value, SLOTS_DIM[name]) if name in SLOTS_DIM else value for name, value in each.items()}
+        for each in cache.stacks
+    )
+    return _spread(constrain, rows._replace(cache=KVCache(stacks, laid(cache.segment_ids_BS, 1), jnp.int32(ring))))

@@ -100,7 +100,11 @@ def _dense(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * rule.scale
+    if T == 1:  # without that dim, XLA's CPU compiler reads keys and values as a cache keeps them, by its fast matmul
+        scores_BKGS = jnp.einsum("bkgh,bskh->bkgs", q_BTKGH[:, 0], k_BSKH, preferred_element_type=jnp.float32)
+        scores_BKGTS = scores_BKGS[:, :, :, None] * rule.scale
+    else:
+        scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * rule.scale
     if rule.softcap:
         scores_BKGTS = jnp.tanh(scores_BKGTS / rule.softcap) * rule.softcap
     behind_TS = offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]  # how far a key lies behind its query
@@ -123,7 +127,10 @@ def _dense(
     else:
         sinks_BKGT1 = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1), (B, K, N // K, T, 1))
         probs_BKGTS = jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks_BKGT1], -1), axis=-1)[..., :-1]
-    return jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, -1)
+    probs_BKGTS = probs_BKGTS.astype(v_BSKH.dtype)
+    if T == 1:
+        return jnp.einsum("bkgs,bskh->bkgh", probs_BKGTS[:, :, :, 0], v_BSKH).reshape(B, T, N, -1)
+    return jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BSKH).reshape(B, T, N, -1)
 
 
 def _use_splash(run: Runtime, rule: Rule, num_tokens: int) -> bool:

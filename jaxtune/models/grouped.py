@@ -144,8 +144,8 @@ def attend_cached(
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Attention over the tokens themselves or, with a cache, over all slots once these tokens are written to theirs.
 
-    Returns its output and the cache; without one, the keys and values themselves, in case a later layer reuses them. A
-    single token goes on where the slots end: they are a ring.
+    Returns its output and the cache; without one, the keys and values themselves, in case a later layer reuses
+    them, and the queries. A single token goes on where the slots end: they are a ring.
     """
     options: dict[str, Any] = {"window_index": at.window, "sinks_N": sinks_N}
     segments_BT = where.segment_ids_BT
@@ -153,7 +153,7 @@ def attend_cached(
     if cache is None:
         k_BTKH, v_BTKH = (k_BTKH, v_BTKH) if at.kv is None else _by_token(*at.kv)
         out = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT, rule, run, **options)
-        return out, dict(zip("kv", _by_head(k_BTKH, v_BTKH), strict=True))
+        return out, {"q": q_BTNH} | dict(zip("kv", _by_head(k_BTKH, v_BTKH), strict=True))
     assert where.key_segments_BS is not None
     assert where.used is not None
     first = where.used % where.key_segments_BS.shape[1]

@@ -315,12 +315,14 @@ def _policy(run: Runtime) -> Any:
 def run_stack(
     stacks: Sequence[nnx.Module],
     x: jax.Array,
-    body: Callable[[Sequence[Any], jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
+    body: Callable[[Sequence[Any], jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any, Any]],
     carry: Any,
     xs: Any,
     run: Runtime,
-) -> tuple[jax.Array, Any]:
-    """Runs stacked layers in order: `x, carry = body(one layer of each stack, x, index, carry, xs[index])`, again and again.
+) -> tuple[jax.Array, Any, Any]:
+    """Runs stacked layers in order: `x, carry, told = body(one layer of each stack, x, index, carry, xs[index])`, again and again.
+
+    Returns (x, carry, what each round told, stacked).
 
     One round is compiled, whatever the depth. `carry` is any pytree of arrays that crosses layers (a KV cache); `xs` is a
     pytree of arrays with what differs between layers. The residual x is what a rematerialised step keeps per round.
@@ -328,20 +330,23 @@ def run_stack(
     graphdefs, stacked = zip(*[nnx.split(layers) for layers in stacks], strict=True)
     num_rounds = jax.tree.leaves(stacked)[0].shape[0]
 
-    def one(x_carry: tuple[jax.Array, Any], given: Any) -> tuple[tuple[jax.Array, Any], None]:
+    def one(x_carry: tuple[jax.Array, Any], given: Any) -> tuple[tuple[jax.Array, Any], Any]:
         params, index, own = given
         layers = [nnx.merge(graphdef, values) for graphdef, values in zip(graphdefs, params, strict=True)]
-        return body(layers, named(x_carry[0], "block_input"), index, x_carry[1], own), None
+        x, carry, told = body(layers, named(x_carry[0], "block_input"), index, x_carry[1], own)
+        return (x, carry), told
 
     if run.remat != "none":
         one = jax.checkpoint(one, policy=_policy(run), prevent_cse=not run.scan)
     indices = np.arange(num_rounds, dtype=np.int32)
     if run.scan and num_rounds > 1:
-        (x, carry), _ = jax.lax.scan(one, (x, carry), (stacked, indices, xs))
-    else:
-        for i in indices:
-            (x, carry), _ = one((x, carry), jax.tree.map(lambda p, i=i: jnp.asarray(p[i]), (stacked, indices, xs)))
-    return x, carry
+        (x, carry), told = jax.lax.scan(one, (x, carry), (stacked, indices, xs))
+        return x, carry, told
+    every = []
+    for i in indices:
+        (x, carry), told = one((x, carry), jax.tree.map(lambda p, i=i: jnp.asarray(p[i]), (stacked, indices, xs)))
+        every.append(told)
+    return x, carry, jax.tree.map(lambda *each: jnp.stack(each), *every)
 
 
 def flatten(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
@@ -351,11 +356,17 @@ def flatten(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
 
 
 def bind(graphdef: nnx.GraphDef, params: dict[str, jax.Array]) -> Any:
-    """The inverse of `flatten`: a model over these arrays. Pure; costs nothing under jit."""
+    """The inverse of `flatten`: a model over these arrays. Pure; costs nothing under jit.
+
+    Arrays of other models, "NAME/…", are left out.
+    """
 
     def key(part: str) -> str | int:
         return int(part) if part.isdigit() else part
 
     return nnx.merge(
-        graphdef, nnx.from_flat_state([(tuple(map(key, path.split("."))), value) for path, value in params.items()])
+        graphdef,
+        nnx.from_flat_state(
+            [(tuple(map(key, path.split("."))), value) for path, value in params.items() if "/" not in path]
+        ),
     )

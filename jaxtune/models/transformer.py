@@ -31,6 +31,7 @@ from jaxtune.models.layers import (
     run_stack,
     stack,
 )
+from jaxtune.models.taps import Tap, of_block, tap
 
 
 class KVCache(NamedTuple):
@@ -225,18 +226,31 @@ class Model(nnx.Module):
         key: jax.Array | None = None, token_types_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:  # fmt: skip
         """As `__call__`, and what routers report, summed over layers (empty for a dense model)."""
+        return self._run(tokens_BT, positions_BT, segment_ids_BT, cache, key, token_types_BT, ())[:3]
+
+    def tapped(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None, numbers: tuple[int, ...],
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[int, Tap]]:  # fmt: skip
+        """(the last hidden state, what routers report, what the layers with these numbers made)."""
+        x_BTD, _, report, taps = self._run(tokens_BT, positions_BT, segment_ids_BT, None, key, None, numbers)
+        return x_BTD, report, taps
+
+    def _run(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache | None, key: jax.Array | None,
+        token_types_BT: jax.Array | None, numbers: tuple[int, ...],
+    ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array], dict[int, Tap]]:  # fmt: skip
         where, cache = self._where(positions_BT, segment_ids_BT, cache)
         x_BTD = self._embedded(tokens_BT, positions_BT, token_types_BT, segment_ids_BT, key)
         inputs_LBTP = None if self.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD, key)
         stacks = None if cache is None else cache.stacks
-        x_BTD, caches, report = self._stacks(x_BTD, where, stacks, inputs_LBTP, key)
+        x_BTD, caches, report, taps = self._stacks(x_BTD, where, stacks, inputs_LBTP, key, numbers)
         if cache is not None:
             cache = cache._replace(stacks=caches, used=cache.used + tokens_BT.shape[1])
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         if self.project_out is not None:
             x_BTD = self.project_out(x_BTD, key)
-        return self.run.constrain(x_BTD, ("batch", "length", None)), cache, report
+        return self.run.constrain(x_BTD, ("batch", "length", None)), cache, report, taps
 
     def _embedded(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None, segment_ids_BT: jax.Array,
@@ -274,9 +288,10 @@ class Model(nnx.Module):
         return where, cache._replace(segment_ids_BS=segments_BS)
 
     def _stacks(
-        self, x_BTD: jax.Array, where: Where, caches: tuple[Cache, ...] | None, inputs_LBTP: jax.Array | None, key: jax.Array | None
-    ) -> tuple[jax.Array, tuple[Cache, ...], dict[str, jax.Array]]:  # fmt: skip
-        """Runs the groups in order, each one scan over its repeats."""
+        self, x_BTD: jax.Array, where: Where, caches: tuple[Cache, ...] | None, inputs_LBTP: jax.Array | None, key: jax.Array | None,
+        tapped: tuple[int, ...],
+    ) -> tuple[jax.Array, tuple[Cache, ...], dict[str, jax.Array], dict[int, Tap]]:  # fmt: skip
+        """Runs the groups in order, each one scan over its repeats; a scan with a layer that is `tapped` keeps what all of its make."""
         c = self.c
         sizes = distinct(c.windows)
         windows = [sizes.index(w) for w in c.windows] or [0] * c.num_layers
@@ -284,7 +299,7 @@ class Model(nnx.Module):
         stacks = [self.layers] if len(c.blocks) == 1 else list(self.layers)
         done: list[Cache] = []
         reports: dict[str, jax.Array] = {}
-        first, reused = 0, Reused(c)
+        first, reused, taps = 0, Reused(c), dict[int, Tap]()
         for group in c.groups:
             period, at = len(group.blocks), len(done)
             last, numbers = first + period * group.repeats, np.arange(first, first + period * group.repeats)
@@ -292,25 +307,31 @@ class Model(nnx.Module):
             if inputs_LBTP is not None:
                 inputs = inputs_LBTP[first:last]
                 xs.append(inputs.reshape(group.repeats, period, *inputs.shape[1:]))
-            body = partial(self._round, where, reused, xs, key)
+            mine_tapped = [number for number in tapped if first <= number < last]
+            body = partial(self._round, where, reused, xs, key, bool(mine_tapped))
             start = Experts.nothing(group.blocks)
             mine = None if caches is None else tuple(caches[at : at + period])
             kept = {} if caches is not None else reused.room(group, last, x_BTD)
             carry = (mine, kept, start)
-            x_BTD, (mine, kept, report) = run_stack(stacks[at : at + period], x_BTD, body, carry, xs, self.run)
+            x_BTD, (mine, kept, report), seen = run_stack(stacks[at : at + period], x_BTD, body, carry, xs, self.run)
             reused.take(group, last, mine, kept)
+            for number in mine_tapped:
+                turn, position = divmod(number - first, period)
+                window = c.windows[number] if c.windows else 0
+                one = {name: value[turn] for name, value in seen[position].items()}
+                taps[number] = tap(group.blocks[position], window, one, where.segment_ids_BT)
             done += mine or [{}] * period
             reports = {name: reports.get(name, 0) + value for name, value in report.items()} or reports
             first = last
-        return x_BTD, tuple(done), reports
+        return x_BTD, tuple(done), reports, taps
 
     def _round(
-        self, where: Where, reused: Reused, every: Any, key: jax.Array | None, blocks: Any, x: jax.Array, index: jax.Array, carry: Any,
-        xs: Any,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        self, where: Where, reused: Reused, every: Any, key: jax.Array | None, tapped: bool, blocks: Any, x: jax.Array, index: jax.Array,
+        carry: Any, xs: Any,
+    ) -> tuple[jax.Array, Any, Any]:  # fmt: skip
         """One round of a scan: each block of the pattern once. `every` holds all rounds' `xs`."""
         caches, kept, report = carry
-        made = []
+        made, seen = [], []
         for position, block in enumerate(blocks):
             # What all layers of a stack share is a constant of the program; what differs is scanned.
             window, turn = [
@@ -322,9 +343,10 @@ class Model(nnx.Module):
             x, cache, more = block(x, where, at, None if caches is None else caches[position], layer_key)
             made.append(cache)
             if position in kept:
-                kept = {**kept, position: cache}
+                kept = {**kept, position: {name: cache[name] for name in kept[position]}}
+            seen += [of_block(block, cache, x)] if tapped else []
             report = {name: report[name] + value for name, value in more.items()} if more else report
-        return x, (None if caches is None else tuple(made), kept, report)
+        return x, (None if caches is None else tuple(made), kept, report), tuple(seen)
 
     def empty_cache(self, rows: int, slots: int) -> KVCache:
         """A cache of `slots` tokens for each of `rows` sequences."""

@@ -4,6 +4,7 @@ OBJECTIVES: dict[str, str] = {
     "classify": "jaxtune.objectives.classify",
     "contrastive": "jaxtune.objectives.contrastive",
     "cpo": "jaxtune.objectives.cpo",
+    "distill": "jaxtune.objectives.distill",
     "dpo": "jaxtune.objectives.dpo",
     "grpo": "jaxtune.objectives.grpo",
     "kto": "jaxtune.objectives.kto",

@@ -53,12 +53,15 @@ class Likeliest(NamedTuple):
 
 def divergence(student_V: jax.Array, teacher_V: jax.Array, targets: jax.Array, form: Form) -> jax.Array:
     """The divergence (nats, times T^2) of logits (…, V) of both, whose targets are (…); float32 (…)."""
-    return _of_likeliest(student_V, cut(teacher_V, targets, form), targets, form)
+    return _of_likeliest(student_V, cut(teacher_V, targets, form, student_V.shape[-1]), targets, form)
 
 
-def cut(logits_V: jax.Array, targets: jax.Array, form: Form) -> Likeliest:
-    """A teacher's log-probabilities as `form` compares them: of all words (`ids` is then of no use), or of its likeliest."""
-    logps_V = jax.nn.log_softmax(_scaled(logits_V, targets, form), axis=-1)
+def cut(logits_V: jax.Array, targets: jax.Array, form: Form, num_words: int) -> Likeliest:
+    """A teacher's log-probabilities as `form` compares them: of all words (`ids` is then of no use), or of its likeliest.
+
+    Of its words the first `num_words`, the student's: what a vocabulary has beyond its tokenizer's words is padding.
+    """
+    logps_V = jax.nn.log_softmax(_scaled(logits_V[..., :num_words], targets, form), axis=-1)
     if not form.top_k:
         return Likeliest(logps_V, jnp.zeros((*targets.shape, 0), jnp.int32))
     ids_J = jax.lax.top_k(logps_V, form.top_k)[1]
@@ -81,7 +84,8 @@ def _gathered(logps_V: jax.Array, ids_J: jax.Array) -> jax.Array:
 
 
 def _of_likeliest(student_V: jax.Array, teacher: Likeliest, targets: jax.Array, form: Form) -> jax.Array:
-    q_J = jax.nn.log_softmax(_scaled(student_V, targets, form), axis=-1)
+    num_words = None if form.top_k else teacher.logps_BTJ.shape[-1]
+    q_J = jax.nn.log_softmax(_scaled(student_V[..., :num_words], targets, form), axis=-1)
     if form.top_k:
         q_J = _gathered(q_J, teacher.ids_BTJ[..., :-1])
     return _between(jax.lax.stop_gradient(teacher.logps_BTJ), q_J, form) * form.temperature**2
@@ -115,7 +119,8 @@ def _mixed(p_J: jax.Array, q_J: jax.Array, share: float) -> jax.Array:
 
 
 class _Form(NamedTuple):
-    """What is summed over a chunk's tokens: share x divergence + (1 - share) x -log p(target); then each of the two, and what was right."""
+    """What is summed over a chunk's tokens: share x divergence + (1 - share) x -log p(target), that where the target is gold; then each
+    of the two, and what was right."""
 
     apply: Callable[[Any, jax.Array], jax.Array]
     teach: Callable[[Any, jax.Array], jax.Array] | None  # of a teacher whose hidden states are at hand
@@ -129,13 +134,15 @@ class _Form(NamedTuple):
     def sums(
         self, logits_V: jax.Array, known: Any, weights: jax.Array, aside: Any
     ) -> tuple[tuple[jax.Array, ...], None]:
-        targets, seen = known
-        teacher = cut(self.teach(aside, seen), targets, self.form) if self.teach else seen
+        targets, seen, gold = known
+        teacher = cut(self.teach(aside, seen), targets, self.form, logits_V.shape[-1]) if self.teach else seen
         apart = jnp.sum(_of_likeliest(logits_V, teacher, targets, self.form) * weights)
         target_logits = jnp.take_along_axis(logits_V, targets[..., None], axis=-1, mode="clip")[..., 0]
-        nll = jnp.sum((jax.nn.logsumexp(logits_V, axis=-1) - target_logits) * weights)
+        each = (jax.nn.logsumexp(logits_V, axis=-1) - target_logits) * weights
+        nll = jnp.sum(each)
+        learned = nll if gold is None else jnp.sum(each * gold)
         right = jnp.sum((target_logits >= jnp.max(logits_V, axis=-1)) * weights)
-        return (self.share * apart + (1 - self.share) * nll, apart, nll, right), None
+        return (self.share * apart + (1 - self.share) * learned, apart, nll, right), None
 
     def d_logits(self, logits_V: jax.Array, kept: None, known: Any, weights: jax.Array, aside: Any) -> jax.Array:
         return jax.grad(lambda logits: self.sums(logits, known, weights, aside)[0][0])(logits_V)
@@ -152,7 +159,7 @@ def token_divergence(
 ) -> jax.Array:
     """Sum over tokens of w * the divergence, float32 scalar; only the student's head and hidden states have a gradient.
 
-    The teacher may have another D; its words are the student's. By chunks, as `ops.cross_entropy`: full logits of neither
+    The teacher may have another D; its words are the student's, but for padding that one of them has more of. By chunks, as `ops.cross_entropy`: full logits of neither
     exist, and chunks where nothing trains are skipped.
     """
     return taught(student, student_hidden_BTD, teacher, teacher_hidden_BTD, targets_BT, weights_BT, form)[0]
@@ -167,20 +174,21 @@ def taught(
     weights_BT: jax.Array,
     form: Form,
     share: float = 1.0,
+    gold_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sums over tokens of w * (share * divergence + (1 - share) * -log p(target)); and of w times the divergence, times
     -log p(target), times [argmax = target]. The first alone has a gradient; all from one pass over the student's words.
 
-    `seen` is what the teacher's head reads, (B, T, D), or with no `teacher` the `Likeliest` that were kept of it.
+    With `gold`, cross-entropy counts in the first where it is 1. `seen` is what the teacher's head reads, (B, T, D), or with no `teacher` the `Likeliest` that were kept of it.
     """
     what = _Form(student.apply, teacher.apply if teacher else None, form, share)
-    known = jax.lax.stop_gradient((targets_BT, seen))
+    known = jax.lax.stop_gradient((targets_BT, seen, gold_BT))
     aside = jax.lax.stop_gradient(teacher.params) if teacher else None
     loss, apart, nll, right = by_chunks(what, student, student_hidden_BTD, known, weights_BT, aside)
     return loss, apart, nll, right
 
 
-def likeliest(teacher: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, form: Form) -> Likeliest:
+def likeliest(teacher: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, form: Form, num_words: int) -> Likeliest:
     """What of a teacher's distribution `form`, with a `top_k`, compares: to be kept, and given to `taught` as `seen`."""
     B, T, D = hidden_BTD.shape
     chunk = min(teacher.chunk_tokens, T)
@@ -191,7 +199,7 @@ def likeliest(teacher: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, form:
         return jnp.moveaxis(x.reshape(B, (T + pad) // chunk, chunk, *x.shape[2:]), 1, 0)
 
     def one(xs: tuple[jax.Array, jax.Array]) -> Likeliest:
-        return cut(teacher.apply(teacher.params, xs[0]), xs[1], form)
+        return cut(teacher.apply(teacher.params, xs[0]), xs[1], form, num_words)
 
     found = jax.lax.map(one, (chunks(hidden_BTD), chunks(targets_BT)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T + pad, -1)[:, :T], found)

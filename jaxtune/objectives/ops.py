@@ -32,13 +32,16 @@ class Policy(NamedTuple):
     `hidden` may be called several times, though not inside another scan: the step collects what routers say of each pass.
 
     `pool` says which hidden state stands for a whole text: first | last | mean. `value(hidden (B, T, D)) -> (B, T)` float32 is
-    what a critic's head says, where there is one.
+    what a critic's head says, where there is one. `layers(batch, key, numbers)` is `hidden`, and what the layers with these
+    numbers made (`models.taps.Tap`, by number). `projections`: matrices from hidden states to a teacher's, where some are learned.
     """
 
     hidden: Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
     head: Head
     pool: str = ""
     value: Callable[[jax.Array], jax.Array] | None = None
+    layers: Callable[..., tuple[jax.Array, Mapping[int, Any]]] | None = None
+    projections: jax.Array | None = None
 
 
 LossFn = Callable[
@@ -52,8 +55,9 @@ class Objective(NamedTuple):
 
     `problems` are what takes its place on models with another of Hugging Face's `problem_type`s.
     `options` names what of the config `loss` takes as keywords, of its `train` section unless dotted ("preference.beta").
-    `frozen` names models that do not train: "reference", this one with its adapter off. `whole_batch`: rows are
-    compared with each other, so a batch cannot be accumulated from parts. `reads_head` False: hidden states are all it reads.
+    `frozen` names models that do not train: "reference", this one with its adapter off; "teacher" and "start", guests of the
+    step (`train/guests.py`). `whole_batch`: rows are compared with each other, so a batch cannot be accumulated from parts.
+    `reads_head` False: hidden states are all it reads.
     `counted` adds to a batch what only the whole of it knows, as fields (B,), before it is cut into micro-batches.
     `collect` makes an objective on-policy: the model writes its batches itself, and this says what each token of them is worth.
     `has_values`: a head of one value on each hidden state trains beside the model.
@@ -69,6 +73,11 @@ class Objective(NamedTuple):
     reads_head: bool = True
     counted: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = None
     has_values: bool = False
+
+
+def divisor(weight: jax.Array) -> jax.Array:
+    """What a sum is divided by for its mean: its weight, however small; 1 where nothing has any."""
+    return jnp.where(weight > 0, weight, 1.0)
 
 
 TOKEN_FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions_BT")
@@ -123,7 +132,8 @@ def classed(
 ) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
     """Returns (sum of w * loss, sum of w, metrics) of the batch's targets; the loss is cross-entropy, or as `Shape` has it.
 
-    With `class_weights` w is the data's times that of the target's class, as in torch's `CrossEntropyLoss(weight=…)`. The
+    With `class_weights` w is the data's times that of the target's class, as in torch's `CrossEntropyLoss(weight=…)`; what label
+    smoothing spreads counts as the target does (torch weighs each class's share by the class's own). The
     metric `nll` is what cross-entropy would have been, where the loss is another.
     """
     targets_BT, weights_BT = batch["targets_BT"], batch["weights_BT"]

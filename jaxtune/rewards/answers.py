@@ -36,7 +36,7 @@ def gold(row: Row, options: ConfigDict) -> str:
         )
     text = str(row[column])
     found = matched(options.answer_regex, text)
-    if found is None:
+    if not found:
         raise UserError(f"reward.answer_regex {options.answer_regex!r} matches nothing in the answer {text!r:.80}")
     return found
 

@@ -63,7 +63,10 @@ def _of_row(row: answers.Row) -> Any:
             f"reward 'json_schema' has no schema: set reward.json_schema to a file, or give each row a {_COLUMN!r}; the row "
             f"has {', '.join(map(repr, row))}"
         )
-    return json.loads(schema) if isinstance(schema, str) else schema
+    try:
+        return json.loads(schema) if isinstance(schema, str) else schema
+    except ValueError as error:
+        raise UserError(f"the row's {_COLUMN!r} is not JSON ({error}); expected a JSON schema") from None
 
 
 def _from_file(name: str) -> Any:

@@ -50,6 +50,8 @@ def run(config: ConfigDict, workdir: Path, hands: Hands, show: Any, say: Callabl
     source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
     program, _ = start.program(config, model)
+    start.check_length(config, program)
+    start.check_export(config, program)
     task = task_lib.read(config, tokenizer, program.model_config.max_positions, show)
     _claim(config, workdir, task)
     task_lib.write_lines(
@@ -189,7 +191,7 @@ def _keep(config: ConfigDict, workdir: Path, task: Task, number: int, samples: l
     if not choice.kept:
         raise UserError(
             f"round {number} kept none of {len(samples)} answers ({listed}; {folder / 'refused.jsonl'} has each): raise "
-            "self_training.samples or max_new_tokens, lower reward.threshold, or begin with a model that solves some"
+            "self_training.samples or max_new_tokens, lower reward.threshold, or begin with a model that solves some, in another --workdir"
         )
     lines = [
         {**task_lib.line(task.prompts[sample.prompt], sample.completion), "row_id": task.prompts[sample.prompt].row_id,
@@ -247,6 +249,7 @@ def _policy(config: ConfigDict, workdir: Path, number: int) -> ConfigDict:
         config.tune.adapter = str(_folder(workdir, number) / "train" / "adapter")
     elif number:
         config.model.source, config.model.tokenizer = str(_folder(workdir, number) / "train" / "model"), ""
+        config.model.keep_layers = ()
     return config
 
 

@@ -61,10 +61,26 @@ def read(config: ConfigDict, tokenizer: Tokenizer, max_positions: int, show: Any
             f"none of the {len(asked)} prompts leaves room for an answer: data.max_length={config.data.max_length} (of the model's "
             f"{max_positions} positions), self_training.max_new_tokens={config.self_training.max_new_tokens}; change one of them"
         )
+    _check_held(config, splits.test, tokenizer, max_positions)
     prompts = [example for example, fit in zip(asked, fits, strict=True) if fit]
     too_long = [example for example, fit in zip(asked, fits, strict=True) if not fit]
     text = json.dumps([[e.row_id, line(e, e.answer)] for e in (*asked, *splits.test)], sort_keys=True, default=str)
     return Task(prompts, too_long, splits.test, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _check_held(config: ConfigDict, held: list[Example], tokenizer: Tokenizer, max_positions: int) -> None:
+    """Refuses, before a round is sampled, a held-out prompt that leaves no room for the answer that it is measured by."""
+    if config.eval.metric not in ("exact_match", "reward") and not (
+        config.eval.metric == "auto" and config.reward.functions
+    ):
+        return
+    for example in pipeline.limited(held, config.eval.limit):
+        length, room = len(templates.prompt_ids(example, tokenizer)), config.generate.max_new_tokens
+        if length + room > max_positions:
+            raise UserError(
+                f"{example.row_id}: a held-out prompt of {length} tokens and generate.max_new_tokens={room} exceed the model's "
+                f"{max_positions} positions: lower the latter, or leave the row out"
+            )
 
 
 def hinted(example: Example, template: str) -> Example:

@@ -335,7 +335,7 @@ def _evaluator(
         loss, weight, extra = totals
         return {
             "loss": step_lib.mean(config, loss, weight),
-            **{name: float(value / max(w, 1.0)) for name, (value, w) in extra.items()},
+            **{name: float(value / (w if w > 0 else 1.0)) for name, (value, w) in extra.items()},
         }
 
     return evaluate

@@ -21,6 +21,7 @@ import optax
 
 from jaxtune import sharding
 from jaxtune.config import ConfigDict
+from jaxtune.objectives.ops import divisor
 from jaxtune.train.state import Params
 from jaxtune.types import UserError
 
@@ -80,7 +81,7 @@ def adapt(meta: ConfigDict, gradient: Gradient, params: Params, batches: Arrays,
         params, state = carry
         index, batch = xs
         grads, told = gradient(params, batch, None if key is None else jax.random.fold_in(key, index))
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / jnp.maximum(told[1], 1.0), grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor(told[1]), grads)
         updates, state = inner.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), told
 
@@ -110,7 +111,7 @@ def summed_gradients(
         if num_query:
             query = {name: x[-1] for name, x in batches.items()}
             grads, last = gradient(adapted, query, jax.random.fold_in(key, num_batches))
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / jnp.maximum(last[1], 1.0), grads)
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor(last[1]), grads)
         else:
             last = jax.tree.map(lambda x: x[-1], told)
             grads = jax.tree.map(lambda old, new: old.astype(jnp.float32) - new.astype(jnp.float32), params, adapted)
@@ -132,5 +133,5 @@ def _told(first: Any, last: Any) -> Any:
     (value, weight, extra), (adapted, its_weight, more) = first, last
     one = jnp.float32(1)
     metrics = extra | {f"adapted_{name}": sums for name, sums in more.items()}
-    metrics |= {"adapted_loss": (adapted / jnp.maximum(its_weight, 1.0), one)}
-    return value / jnp.maximum(weight, 1.0), one, metrics
+    metrics |= {"adapted_loss": (adapted / divisor(its_weight), one)}
+    return value / divisor(weight), one, metrics

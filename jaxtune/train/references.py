@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
 
 from jaxtune import sharding, tracking
-from jaxtune.config import ConfigDict
+from jaxtune.config import ConfigDict, base
 from jaxtune.data import preferences as rows_of
 from jaxtune.data.batches import Rows
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.objectives.logps import token_logps
-from jaxtune.train import preferences, rows, start, step
+from jaxtune.train import preferences, rows, start, step, teachers
 from jaxtune.train.state import Params, Program
 from jaxtune.types import Batch, UserError
 from jaxtune.weights import source
@@ -28,25 +29,26 @@ _FIELDS = ("tokens_BT", "targets_BT", "weights_BT", "segment_ids_BT", "positions
 
 def filled(
     config: ConfigDict,
-    workdir: Path,
+    workdir: Path | None,
     data: rows.Rows,
     tokenizer: Tokenizer,
     program: Program,
     params: Params,
     show: Any,
 ) -> rows.Rows:
-    """Returns a run's rows with what the reference gives each token, where the objective reads that from the batch.
+    """Returns a run's rows with what the reference, or a teacher, gives each token, where the objective reads that from the batch.
 
-    `params` are all of the model's, as training starts from. What a run that was stopped had computed is used again.
+    `params` are all of the model's, as training starts from. What a run that was stopped had computed is used again; without
+    a `workdir` nothing is kept.
 
     Raises:
       UserError: another model is the reference and cannot be had, or splits text into other tokens.
     """
     if not preferences.is_precomputed(config):
-        return data
+        return teachers.filled(config, workdir, data, program, params, show)
     kept = {name: one for name, one in (("train", data.train), ("validation", data.validation)) if one is not None}
-    file, asked = workdir / "reference.npz", _asked(config, kept)
-    found = _read(file, asked)
+    file, asked = workdir and workdir / "reference.npz", _asked(config, kept)
+    found = _read(file, asked) if file else None
     if found is None:
         score = _scorer(config, tokenizer, program, params, show)
         options = (config.data, config.train.batch_size, tokenizer.pad_id, show)
@@ -54,7 +56,8 @@ def filled(
             name: rows_of.with_reference(one, score, *options, f"reference, {name} rows") for name, one in kept.items()
         }
         found = {name: one.reference_logps for name, one in made.items() if one.reference_logps is not None}
-        _write(file, asked, found)
+        if file:
+            _write(file, asked, found)
     train = replace(data.train, reference_logps=found["train"])
     validation = data.validation and replace(data.validation, reference_logps=found["validation"])
     data.batches.rows = train
@@ -72,9 +75,9 @@ def _read(file: Path, asked: str) -> dict[str, np.ndarray] | None:
     if jax.process_count() > 1 or not file.exists():  # hosts may not see the same files
         return None
     try:
-        with np.load(file) as saved:
+        with file.open("rb") as opened, np.load(opened) as saved:
             found = {name: saved[name] for name in saved.files}
-    except (OSError, ValueError):  # cut short
+    except (OSError, ValueError, EOFError, BadZipFile):  # cut short
         return None
     return found if str(found.pop("asked", "")) == asked else None
 
@@ -114,9 +117,10 @@ def _other(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> tuple[Program
     """Another model, as it stands: an adapter of rank 1 that changes nothing, so that no optimizer state is made for it."""
     uri = preferences.reference(config)
     config = config.copy_and_resolve_references()
-    config.model.source, config.model.tokenizer, config.tune.adapter = uri, "", ""
+    config.model.source, config.model.tokenizer, config.tune.adapter, config.model.keep_layers = uri, "", "", ()
     config.tune.method, config.tune.rank, config.tune.use_dora = "lora", 1, False
     config.preference.reference = "adapter_off"
+    config.retain, config.tune.freeze, config.tune.train_layers = base().retain, (), ()
     model = source.find(config)
     if model.path is not None:
         source.check_same_tokens(source.find_tokenizer(config, model), tokenizer, f"preference.reference={uri!r}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -83,9 +84,9 @@ class RoundFiles:
 
     def _read(self, path: Path) -> Round | None:
         try:
-            with np.load(path) as saved:
+            with path.open("rb") as opened, np.load(opened) as saved:
                 found: dict[str, Any] = {name: saved[name] for name in saved.files}
-        except (OSError, ValueError, EOFError):  # not there, or cut short
+        except (OSError, ValueError, EOFError, BadZipFile):  # not there, or cut short
             return None
         about = json.loads(str(found.pop("about", "{}")))
         # Not by a hash of the whole config: a later jaxtune has fields that this round's did not have.

@@ -28,7 +28,7 @@ from jaxtune.generate.logits import Sampling
 from jaxtune.generate.rollout import Roller, Rollout
 from jaxtune.objectives.surrogate import kl_divergence
 from jaxtune.rewards import scoring
-from jaxtune.train import loop, scored, step
+from jaxtune.train import loop, own_words, scored, step
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.round_files import Round, RoundFiles, add_lines, keep_lines
@@ -43,6 +43,8 @@ def for_loop(
 ) -> loop.Data:  # fmt: skip
     """A run's batches as the loop asks for them: rounds of prompts, or the rows that are there."""
     source = rows.batches
+    if own_words.wanted(config):
+        return own_words.for_loop(config, workdir, rows, tokenizer, program, wall)
     if not isinstance(source, PromptSource):
         return rows_lib.for_loop(config, rows, tokenizer, program)
     made = Rounds(config, workdir, source, tokenizer, program, say, wall)

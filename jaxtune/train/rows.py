@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,15 @@ import numpy as np
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, pairs, pipeline, preferences, prompts, readers, tasks
+from jaxtune.data import masking, mixture, pairs, pipeline, preferences, prompts, readers, tasks
+from jaxtune.data.formats import Example
+from jaxtune.data.mixture import MixtureSource
 from jaxtune.data.prompts import PromptSource
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
-from jaxtune.train import loop, meta, step
+from jaxtune.train import beside as beside_lib
+from jaxtune.train import guests, loop, meta
+from jaxtune.train.preferences import is_precomputed
 from jaxtune.train.state import Program
 from jaxtune.types import BRANCH_BITS, Batch, UserError
 from jaxtune.validation_methods import ON_POLICY
@@ -26,7 +30,7 @@ from jaxtune.validation_methods import ON_POLICY
 class Rows(NamedTuple):
     """The data of a run: examples of each split; training rows as batches; validation rows as tokens.
 
-    `beside`: likewise of each objective beside the main one.
+    `beside`: likewise of each objective beside the main one. `replay`: rows of other data that batches hold.
     """
 
     splits: pipeline.Splits
@@ -34,11 +38,13 @@ class Rows(NamedTuple):
     validation: pipeline.Rows | None
     batches: pipeline.BatchSource | PromptSource
     beside: tuple[Rows, ...] = ()
+    replay: tuple[pipeline.Rows, ...] = ()
 
     @property
     def digest(self) -> str:
         """A hash of all that is trained on."""
-        return "+".join([self.train.digest, *(each.digest for each in self.beside)])
+        others = [each.digest for each in self.beside] + [each.digest for each in self.replay]
+        return "+".join([self.train.digest, *others])
 
 
 def paths(config: ConfigDict) -> dict[str, Path]:
@@ -72,19 +78,22 @@ def load(config: ConfigDict, tokenizer: Tokenizer, show: Any, answers: bool = Tr
 
 def read(
     config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader = readers.NEXT,
-    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (),
+    beside: Sequence[tuple[ConfigDict, readers.Reader]] = (), taught: Callable[[list[Example]], list[Example]] | None = None,
 ) -> Rows:  # fmt: skip
     """Fetches, reads, splits, tokenises and packs the data; sets `train.steps` where epochs decide.
 
     `reader` says what of an example is learnt; `beside` holds config and reader of each objective beside. Validation rows of masked words are masked once and for all.
+    `taught` gives the training examples other answers, a teacher's.
 
     Raises:
-      UserError: bad data, or validation is asked for and there are no rows to validate on.
+      UserError: bad data, validation is asked for and there are no rows to validate on, or a teacher of other words.
     """
     training = config.train
+    guests.check_tokens(config, tokenizer)
     if training.objective in ON_POLICY:
         return _prompts(config, tokenizer, show)
     splits = load(config, tokenizer, show)
+    splits = splits._replace(train=taught(splits.train)) if taught else splits
     rows = _tokenized(config, splits.train, tokenizer, show, "tokenising", reader)
     for name in ("patience", "eval_every_steps"):
         if training[name] and not splits.validation:
@@ -100,12 +109,14 @@ def read(
     if reader.masking:
         rows.counts["trained_tokens"] = masking.num_masked(rows, reader.masking)
         validation = masking.fixed(validation, reader.masking) if validation else None
-    batches = _batches(config, splits, rows, tokenizer, reader)
+    replay = _replayed(config, tokenizer, show, reader)
+    batches = _batches(config, splits, rows, tokenizer, reader, replay)
     # Rounded up, so that every row is trained on; less a little, for 3 x 0.1 is more than 0.3.
     training.steps = training.steps or max(1, math.ceil(training.epochs * batches.steps_per_epoch - 1e-6))
     for other, _ in beside:
         other.train.steps = training.steps
-    return Rows(splits, rows, validation, batches, tuple(read(other, tokenizer, show, how) for other, how in beside))
+    beside_it = tuple(read(other, tokenizer, show, how) for other, how in beside)
+    return Rows(splits, rows, validation, batches, beside_it, replay)
 
 
 def _prompts(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
@@ -128,19 +139,55 @@ def _prompts(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
     return Rows(splits, rows, None, source)
 
 
+def aside(
+    config: ConfigDict, tokenizer: Tokenizer, show: Any, label: str, reader: readers.Reader
+) -> tuple[pipeline.Splits, pipeline.Rows]:
+    """Rows that a config of `beside.with_data` names: their examples, and as tokens.
+
+    Raises:
+      UserError: as `load`, with `label` before it.
+    """
+    try:
+        splits = pipeline.load(config.data, paths(config), tokenizer, show, judged(config))
+        return splits, _tokenized(config, splits.train, tokenizer, show, label, reader)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from None
+
+
+def _replayed(config: ConfigDict, tokenizer: Tokenizer, show: Any, reader: readers.Reader) -> tuple[pipeline.Rows, ...]:
+    """The rows of `retain.replay`, read by their own settings and for the run's objective.
+
+    Raises:
+      UserError: as `aside`, or the objective's rows hold numbers of a reference, which replay has not.
+    """
+    if config.retain.replay and is_precomputed(config):
+        raise UserError(
+            f"retain.replay with train.objective={config.train.objective!r} and preference.reference={config.preference.reference!r}, whose "
+            "log-probabilities are computed before training for data.train alone: train a new adapter (preference.reference='adapter_off')"
+        )
+    named = [(uri, beside_lib.with_data(config, settings, uri)) for uri, _, settings in config.retain.replay]
+    return tuple(aside(own, tokenizer, show, f"retain.replay {uri!r}", reader)[1] for uri, own in named)
+
+
 def _batches(
-    config: ConfigDict, splits: pipeline.Splits, rows: pipeline.Rows, tokenizer: Tokenizer, reader: readers.Reader
-) -> pipeline.BatchSource:
+    config: ConfigDict, splits: pipeline.Splits, rows: pipeline.Rows, tokenizer: Tokenizer, reader: readers.Reader,
+    replay: Sequence[pipeline.Rows],
+) -> pipeline.BatchSource:  # fmt: skip
     data, training = config.data, config.train
     if config.meta.algorithm:
         of_row = {example.row_id: example.task for example in splits.train}
         named, layout = [of_row[row_id] for row_id in rows.row_ids], meta.layout(config.meta)
         sizes = (data.max_length, data.packing, training.seed, training.batch_size, tokenizer.pad_id)
         return tasks.TaskSource(rows, named, *sizes, *layout)
-    return pipeline.BatchSource(
-        rows, data.max_length, data.packing, data.shuffle, training.seed, training.batch_size, tokenizer.pad_id,
-        masking=reader.masking,
-    )  # fmt: skip
+
+    def source(rows: pipeline.Rows, seed: int) -> pipeline.BatchSource:
+        masks = reader.masking and reader.masking._replace(seed=seed)
+        sizes = (data.max_length, data.packing, data.shuffle, seed, training.batch_size, tokenizer.pad_id)
+        return pipeline.BatchSource(rows, *sizes, masking=masks)
+
+    main = source(rows, training.seed)
+    others = [source(each, mixture.seeded(training.seed, number)) for number, each in enumerate(replay)]
+    return mixture.MixtureSource(main, others, [share for _, share, _ in config.retain.replay]) if others else main
 
 
 def _tokenized(
@@ -167,10 +214,25 @@ def summary(config: ConfigDict, rows: Rows) -> str:
     what = f"in prompts, {config.rl.prompts_per_round} a round" if isinstance(rows.batches, PromptSource) else what
     what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
     others = "".join(f"; beside: {each.train.counts['rows']:,} rows" for each in rows.beside)
+    for each, (uri, share, _) in zip(rows.replay, config.retain.replay, strict=True):
+        others += f"; replay: {each.counts['rows']:,} rows of {uri}, {share:.0%} of each batch"
     return (
         f"data: {c['rows']:,} rows, {c['tokens']:,} tokens {what}{note}{others}; "
         f"{config.train.steps} steps of {config.train.batch_size}, {rows.batches.steps_per_epoch:.1f} steps an epoch"
     )
+
+
+REPLAY = "replay of "
+
+
+def counts(config: ConfigDict, rows: Rows, num_steps: int) -> dict[str, int]:
+    """What a run of so many steps has to say of its rows, in numbers; with how much of each replayed source it saw."""
+    found = dict(rows.train.counts)
+    if isinstance(rows.batches, MixtureSource):
+        every = rows.batches.counts(num_steps)[1:]
+        for (uri, *_), seen in zip(config.retain.replay, every, strict=True):
+            found |= {f"{REPLAY}{uri}, {name.replace('_', ' ')}": number for name, number in seen.items()}
+    return found
 
 
 def first_row(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, reader: readers.Reader) -> str:
@@ -230,9 +292,14 @@ def for_loop(config: ConfigDict, rows: Rows, tokenizer: Tokenizer, program: Prog
         for found in itertools.zip_longest(*map(measured, every)):  # of weight 0 where one has no more
             yield _joined([batch or empty for batch, empty in zip(found, blank, strict=True)])
 
-    return loop.Data(batches, held_back if rows.validation else None, lambda row: rows.train.row_ids[row])
+    data_of = (batches, held_back if rows.validation else None)
+    mixed = rows.batches
+    if isinstance(mixed, MixtureSource):
+        ids = [each.row_ids for each in (rows.train, *rows.replay)]
+        return loop.Data(*data_of, lambda row: mixed.row_id(row, ids), mixed.told)
+    return loop.Data(*data_of, lambda row: rows.train.row_ids[row])
 
 
 def _joined(found: Sequence[Batch]) -> Batch:
     """One batch of those of each objective."""
-    return {step.prefix(at) + name: array for at, batch in enumerate(found) for name, array in batch.items()}
+    return {beside_lib.prefix(at) + name: array for at, batch in enumerate(found) for name, array in batch.items()}

@@ -17,7 +17,8 @@ from jaxtune.data import pairs, readers
 from jaxtune.data.masking import Masking
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, flash, quantised, reading, splash
-from jaxtune.train import layout, preferences, random_weights, step
+from jaxtune.train import beside as beside_lib
+from jaxtune.train import guests, layout, preferences, random_weights, retention, step
 from jaxtune.train import state as state_lib
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
@@ -52,6 +53,7 @@ def check_head(config: ConfigDict, model: Model) -> None:
     """
     objective = step.objective(config, model.hf_config)
     name, kind = config.train.objective, reading.task(model.hf_config)
+    retention.check(config, name, objective.fields, kind)
     if config.tune.method == "prompt" and (
         name in (*HEADS, "contrastive") or reading.auto_class(model.hf_config) != "AutoModelForCausalLM"
     ):
@@ -90,7 +92,7 @@ def reader(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> readers.Re
     """
     check_head(config, model)
     name, kind = config.train.objective, reading.task(model.hf_config)
-    if kind == "Model" and name in ("sft", *preferences.READERS, *ON_POLICY):
+    if kind == "Model" and name in ("sft", "distill", *preferences.READERS, *ON_POLICY):
         raise UserError(
             f"train.objective={name!r} on a model with architectures={model.hf_config.get('architectures')}, which gives hidden states "
             f"alone: set model.head='lm'"
@@ -119,7 +121,7 @@ def beside(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> list[tuple
     Raises:
       UserError: as `reader`.
     """
-    return [(one, reader(one, model, tokenizer)) for one in step.beside(config)]
+    return [(one, reader(one, model, tokenizer)) for one in beside_lib.beside(config)]
 
 
 def _masking(config: ConfigDict, tokenizer: Tokenizer) -> Masking:
@@ -175,7 +177,7 @@ def check_length(config: ConfigDict, program: Program) -> None:
             f"data.{key}={max_length} is no multiple of {tile}, the tile of model.attention={kind!r}{shards}: make it "
             f"{-(-max_length // tile) * tile}, or set model.attention='auto'"
         )
-    for one in step.beside(config):
+    for one in beside_lib.beside(config):
         check_length(one, program)
 
 
@@ -209,7 +211,9 @@ def load(
         base |= sharding.put(
             {path: np.zeros(like.shape, like.dtype) for path, like in own.items()}, state_lib.shardings(own)
         )
-    return state_lib.create(program, base, config.train.seed, values)
+    base = retention.with_earlier(config, program, base)
+    state, frozen = state_lib.create(program, base, config.train.seed, values)
+    return state, frozen | guests.load(config, program, state.params, load, progress)
 
 
 def write_result(
@@ -244,7 +248,7 @@ def write_result(
         else:
             dtype = np.dtype(config.export.dtype) if config.export.dtype else None
             named = hf.tensors(program.family, program.model_config, merged(program, params, frozen), dtype)
-            hf.save(folder, _exported(model, tokenizer), named, write)
+            hf.save(folder, exported(model, tokenizer), named, write)
         if write and tokenizer is not None:
             tokenizer.save(folder)
         if write and config.train.objective == "contrastive":
@@ -254,7 +258,7 @@ def write_result(
     return place
 
 
-def _exported(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def exported(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The model's config; with a padding token for a decoder that classes texts: transformers finds their ends by it."""
     config = model.hf_config
     if tokenizer and config.get("pad_token_id") is None and reading.task(config) == "ForSequenceClassification":

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.models import FAMILIES, layers, quantised, spec, transformer
 from jaxtune.models.layers import Runtime
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import preferences, routers
+from jaxtune.train import guests, preferences, retention, routers
 from jaxtune.types import UserError
 
 # Up to so many tokens per word of the vocabulary, moving hidden states costs little beside the step, and gathering the whole
@@ -65,6 +65,9 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     quantised: quantised.Base | None  # which kernels are kept in codes, where any are
     prompt: prompt.Options | None = None  # of virtual tokens
+    guests: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # name -> the program of a model that is in the step and does not train (`guests.py`)
     layout: str = ""  # why the mesh is as it is, in words, and which weights lie on it otherwise than the rules say
 
 
@@ -108,11 +111,12 @@ def _mlp_blocks(config: ConfigDict, mesh: Mesh) -> int:
 
 def abstract(
     config: ConfigDict, hf_config: dict[str, Any], mesh: Mesh, num_steps: int, adapter: kinds.Options | None = None,
-    pooling: str = "",
+    pooling: str = "", trains: bool = True,
 ) -> Program:  # fmt: skip
     """Builds the whole training program as shapes, dtypes and shardings; allocates nothing.
 
     `adapter` replaces the config's options of one (a run that starts from a PEFT folder takes its); `pooling` is the folder's.
+    What does not train, a guest, is frozen as a whole.
 
     Raises:
       UserError: unsupported architecture or attribute, a mesh that does not fit, a LoRA target that matches nothing.
@@ -126,8 +130,39 @@ def abstract(
     quantize = quantised.Options.from_config(config.model)
     graphdef, variables = _shapes(family, model_config, run, options, quantize)
     inference, _ = _shapes(family, model_config, _free(run), options, quantize)
-    labels = _labels(config, model_config, variables)
+    labels = _labels(config, model_config, variables) if trains else dict.fromkeys(variables, "frozen")
     sharding.check_rules(config.mesh.rules, sorted({quantised.kernel_of(path) or path for path in variables}))
+    params = _placed(config, mesh, variables, labels)
+    kept = _quantised(quantize, params, run, mesh)
+    learned = guests.projections(config, model_config, mesh) if trains else {}
+    labels |= dict.fromkeys(learned, "full")
+    trainable, frozen = partition.split(params | learned, labels)
+    optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
+    made = Program(
+        family=family,
+        hf_config=hf_config,
+        model_config=model_config,
+        graphdef=graphdef,
+        inference=inference,
+        run=run,
+        mesh=mesh,
+        lora=options if isinstance(options, lora.Options) else None,
+        prompt=options if isinstance(options, prompt.Options) else None,
+        labels=labels,
+        base={path: value for path, value in params.items() if ".adapter." not in path},
+        adapter={path: value for path, value in params.items() if ".adapter." in path},
+        state=_state_shapes(optimizer, trainable, sharding.replicated(mesh)),
+        frozen=frozen | (retention.shapes(config, family, model_config, trainable) if trains else {}),
+        pool=_pool(config, model_config, pooling),
+        optimizer=optimizer,
+        quantised=kept,
+        layout=_check_sharding(config, mesh, variables, params, kept),
+    )
+    return guests.invited(config, made, abstract) if trains else made
+
+
+def _placed(config: ConfigDict, mesh: Mesh, variables: Mapping[str, Any], labels: Mapping[str, str]) -> Params:
+    """Every parameter's shape, dtype and sharding."""
     trained_dtype = jnp.dtype(config.tune.dtype)
 
     def shape(path: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
@@ -141,32 +176,7 @@ def abstract(
             variable.shape, variable.dtype if labels[path] == "frozen" else trained_dtype, sharding=where
         )
 
-    params = {path: shape(path, variable) for path, variable in variables.items()}
-    kept = _quantised(quantize, params, run, mesh)
-    layout = _check_sharding(config, mesh, variables, params, kept)
-    trainable, frozen = partition.split(params, labels)
-    optimizer = optim.make(config, labels, num_steps, partial(transformer.depths, model_config))
-    state = _state_shapes(optimizer, trainable, sharding.replicated(mesh))
-    return Program(
-        family=family,
-        hf_config=hf_config,
-        model_config=model_config,
-        graphdef=graphdef,
-        inference=inference,
-        run=run,
-        mesh=mesh,
-        lora=options if isinstance(options, lora.Options) else None,
-        prompt=options if isinstance(options, prompt.Options) else None,
-        labels=labels,
-        base={path: value for path, value in params.items() if ".adapter." not in path},
-        adapter={path: value for path, value in params.items() if ".adapter." in path},
-        state=state,
-        frozen=frozen,
-        pool=_pool(config, model_config, pooling),
-        optimizer=optimizer,
-        quantised=kept,
-        layout=layout,
-    )
+    return {path: shape(path, variable) for path, variable in variables.items()}
 
 
 def _check_dims(mesh: Mesh, model_config: Any) -> None:
@@ -237,7 +247,9 @@ def _labels(config: ConfigDict, model_config: Any, variables: Mapping[str, Any])
     reads_head = any(registry.load("objective", name, OBJECTIVES).OBJECTIVE.reads_head for name in objectives)
     head = model_config.head  # one of labels is new to the model's task, and so is one that was asked for
     has_task = head is not None and (head.scores_labels or (head.tied and bool(config.model.head)))
-    return partition.label(variables, config.tune.method, has_task, headless=not reads_head)
+    labels = partition.label(variables, config.tune.method, has_task, headless=not reads_head)
+    depths = partial(transformer.depths, model_config)
+    return partition.restricted(labels, config.tune.freeze, config.tune.train_layers, model_config.num_layers, depths)
 
 
 def _pool(config: ConfigDict, model_config: Any, of_folder: str) -> str:
@@ -327,6 +339,7 @@ def create(
         started: Params = sharding.put(values, {path: like.sharding for path, like in shapes.items()})
     else:
         started = _initial_adapter(program, base, seed)
+    started = {**started, **guests.initial_projections(program, seed)}
     trainable, frozen = partition.split({**base, **started}, program.labels)
     where = shardings(program.state)
 

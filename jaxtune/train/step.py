@@ -10,50 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from jaxtune import optim, registry, sharding
-from jaxtune.config import ConfigDict, base, lookup
+from jaxtune.config import ConfigDict, lookup
 from jaxtune.data import pairs
-from jaxtune.models import layers, reading
+from jaxtune.models import reading
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.ops import CLASSING, Head, Metrics, Objective, Policy
-from jaxtune.train import meta, preferences, routers
-from jaxtune.train.state import Params, Program, State, shardings, without_adapter
+from jaxtune.objectives.ops import CLASSING, Metrics, Objective, divisor
+from jaxtune.train import guests, meta, preferences, retention, routers
+from jaxtune.train.beside import beside, prefix
+from jaxtune.train.policies import FROZEN
+from jaxtune.train.policies import policy as policy
+from jaxtune.train.policies import reference as reference
+from jaxtune.train.state import Params, Program, State, shardings
 from jaxtune.types import BATCH_FIELDS, UserError
 
 Arrays = dict[str, jax.Array]
 _MEAN_DECAY = 0.9  # of the running mean of the loss
 _MEAN_STEPS = 10  # updates before an explosion can be told from a start
-
-
-def policy(
-    program: Program, params: Params, chunk_tokens: int, reports: list[Arrays] | None = None, graphdef: Any = None
-) -> Policy:
-    """The model as objectives see it: hidden states of a batch, and the head over them.
-
-    Each pass adds what the model's routers report of it to `reports`. `graphdef` replaces the program's.
-    """
-    model = layers.bind(graphdef or program.graphdef, params)
-
-    def hidden(batch: Arrays, key: jax.Array | None) -> jax.Array:
-        found, _, report = model.run_all(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"], key=key)
-        if reports is not None:
-            reports.append(report)
-        return found
-
-    head_graphdef, head_params = nnx.split(model.head)
-    head = Head(head_params, lambda p, h: nnx.merge(head_graphdef, p)(h), chunk_tokens, program.mesh.shape["context"])
-    return Policy(hidden, head, program.pool, model.value_head)
-
-
-def reference(program: Program, params: Params, chunk_tokens: int) -> Policy:
-    """The model that training started from: the same weights with the adapter off, and no gradient."""
-    base = {path: jax.lax.stop_gradient(value) for path, value in params.items() if ".adapter." not in path}
-    return policy(program, base, chunk_tokens, graphdef=without_adapter(program))
-
-
-_FROZEN: dict[str, Callable[[Program, Params, int], Policy]] = {"reference": reference}
 
 
 def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
@@ -65,6 +39,7 @@ def objective(config: ConfigDict, hf_config: dict[str, Any]) -> Objective:
     """
     found: Objective = registry.load("objective", config.train.objective, OBJECTIVES).OBJECTIVE
     found = preferences.with_reference(config, found.problems.get(reading.problem(hf_config), found))
+    found = guests.with_teacher(config, found)
     if found.whole_batch and config.train.accumulation > 1:
         raise UserError(
             f"train.objective={config.train.objective!r} compares all rows of a batch, and train.accumulation="
@@ -119,40 +94,10 @@ def parts(config: ConfigDict, hf_config: dict[str, Any]) -> list[Part]:
     ]
 
 
-def prefix(number: int) -> str:
-    """What the names of the batch fields of objective `number` begin with; 0 is the main one."""
-    return f"{number}/" if number else ""
-
-
-def beside(config: ConfigDict) -> list[ConfigDict]:
-    """A config for each objective of `train.beside`, by which its rows are read.
-
-    What shapes the main objective's loss is not theirs. Rows of their own are told by their fields, as `base()` has it.
-    """
-    plain, made = base(), []
-    for name, _, *rows in config.train.beside:
-        one = config.copy_and_resolve_references()
-        for key in ("beside", "patience", "eval_every_steps", *CLASSING):
-            one.train[key] = plain.train[key]
-        one.train.objective, one.preference.share_prompts = name, "never"  # for the main one's rows decide on branches
-        if rows:
-            for key in _OF_ROWS:
-                one.data[key] = plain.data[key]
-            one.data.train = rows[0]
-        made.append(one)
-    return made
-
-
-_OF_ROWS = (
-    "eval", "test", "split_key", "split_regex", "format", "files", "prepare", "columns", "prompt", "passage", "negative",
-    "mined_negatives", "system", "label_column", "label_separator", "label_bins", "limit",
-)  # fmt: skip
-
-
 def mean(config: ConfigDict, values: Any, weights: Any) -> float:
     """The loss of summed-up NumPy (values, weights), () or (objectives,): each over its own weight, times its share."""
     shares = np.asarray([1.0] + [one[1] for one in config.train.beside])
-    return float(np.sum(shares * values / np.maximum(weights, 1.0)))
+    return float(np.sum(shares * values / np.where(weights > 0, weights, 1.0)))
 
 
 def fields(config: ConfigDict, program: Program) -> tuple[str, ...]:
@@ -167,7 +112,7 @@ def abstract_batch(config: ConfigDict, program: Program) -> dict[str, jax.ShapeD
     for part in parts(config, program.hf_config):
         data = part.config.data
         sizes = {"B": config.train.batch_size, "T": data.max_length, "C": head.out_dim if head else 0}
-        sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data)}
+        sizes |= {"U": data.max_passage_length, "Q": pairs.num_passages(data), "J": config.distill.top_k + 1}
         for name in part.objective.fields:
             shape, field = tuple(sizes[dim] for dim in name.rsplit("_", 1)[1]), part.prefix + name
             shapes[field] = jax.ShapeDtypeStruct(shape, BATCH_FIELDS[name], sharding=where[field])
@@ -191,26 +136,30 @@ def chunk_tokens(config: ConfigDict, program: Program, num_rows: int) -> int:
     return max(1, config.train.loss_chunk_tokens // rows_per_device)
 
 
-def _loss(config: ConfigDict, program: Program, num_rows: int) -> Callable[..., tuple[jax.Array, Any]]:
-    """Returns `total(params, batch, key, scales) -> (what to differentiate, (loss sum, weight, metric sums))`.
+def _loss(
+    config: ConfigDict, program: Program, num_rows: int, held: bool = True
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """Returns `total(params, batch, key, scales, per_token) -> (what to differentiate, (loss sum, weight, metric sums))`.
 
     What is differentiated is the loss sum and, in a mixture of experts, the weighted losses of its routers. These are means
     over the batch at hand, so they count as often as its loss weight, by which the step divides. With objectives beside the
-    main one, sums and weights are (objectives,), and `scales` is what each sum is multiplied by: its share over its weight
-    in the whole batch.
+    main one, sums and weights are (objectives,). `scales` is what each sum is multiplied by, its share over its weight in the
+    whole batch, and `per_token` what a penalty on tokens is, unless not `held`.
     """
     wanted, chunk = parts(config, program.hf_config), chunk_tokens(config, program, num_rows)
+    hold = retention.on_tokens(config) if held else None
 
     def total(
-        params: Params, batch: Arrays, key: jax.Array | None, scales: jax.Array | None = None
+        params: Params, batch: Arrays, key: jax.Array | None, scales: Any = None, per_token: Any = 1.0
     ) -> tuple[jax.Array, Any]:
         reports: list[Arrays] = []
         seen = policy(program, params, chunk, reports)
+        seen, passes = retention.remembered(seen) if hold else (seen, [])
         values: list[jax.Array] = []
         weights: list[jax.Array] = []
         extra: Metrics = {}
         for at, part in enumerate(wanted):
-            frozen = {name: _FROZEN[name](program, params, chunk) for name in part.objective.frozen}
+            frozen = {name: FROZEN[name](program, params, chunk) for name in part.objective.frozen}
             own_key = jax.random.fold_in(key, at) if at and key is not None else key
             value, weight, told = part.objective.loss(seen, frozen, _own(part, batch), own_key)
             values, weights = [*values, value], [*weights, weight]
@@ -219,12 +168,15 @@ def _loss(config: ConfigDict, program: Program, num_rows: int) -> Callable[..., 
                 extra[f"loss/{part.name}"] = (value, weight)
         found, times = routers.means(reports), jax.lax.stop_gradient(weights[0])
         extra |= {name: (mean * times, times) for name, mean in found.items()}
-        of_routers = routers.loss(config.train, found) * times
-        if len(wanted) == 1:
-            return values[0] + of_routers, (values[0], weights[0], extra)
-        sums = jnp.stack(values), jnp.stack(weights)
-        scales = jnp.ones(len(wanted)) if scales is None else scales
-        return jnp.sum(scales * sums[0]) + scales[0] * of_routers, (*sums, extra)
+        beyond = routers.loss(config.train, found) * times
+        sums = (values[0], weights[0]) if len(wanted) == 1 else (jnp.stack(values), jnp.stack(weights))
+        whole = sums[0] if scales is None else scales * sums[0]
+        beyond = beyond if scales is None else jnp.ravel(scales)[0] * beyond
+        if hold:
+            base = hold.base(program, params, chunk, policy, reference)
+            extra["penalty/kl_base"] = apart = hold.apart(seen, base, _own(wanted[0], batch), passes, key)
+            beyond += hold.weight * per_token * apart[0]
+        return jnp.sum(whole) + beyond, (*sums, extra)
 
     return total
 
@@ -254,8 +206,10 @@ def make(config: ConfigDict, program: Program) -> Any:
     num_parts = meta.num_parts(config)
     summed = partial(_gradients_of_tasks, config) if config.meta.algorithm else _summed_gradients
     total = _loss(config, program, config.train.batch_size // num_parts)
+    shares = _shares(config, program, config.train.batch_size // num_parts)
     wanted = parts(config, program.hf_config)
-    rate = optim.schedule(config.optim, max(1, config.train.steps))
+    rate = optim.schedule(config.optim, max(1, config.train.steps), config.retain.rewarm)
+    hold = retention.on_weights(config, program)
 
     def step(state: State, frozen: Params, batch: Arrays) -> tuple[State, Arrays]:
         key = jax.random.fold_in(state.key, state.step)
@@ -263,30 +217,22 @@ def make(config: ConfigDict, program: Program) -> Any:
         updated = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
         batch = _counted(wanted, batch)
         micro = _micro_batches(batch, num_parts, program)
-        if config.train.beside:
-            # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
-            weights = total({**frozen, **state.params}, batch, None)[1][1]
-            scales = jnp.asarray([part.share for part in wanted]) / jnp.maximum(weights, 1.0)
-            given = partial(total, scales=scales)
+        if shares:
+            scales, per_token = shares({**frozen, **state.params}, batch)
+            given = partial(total, scales=scales, per_token=per_token)
             grads, (value, weight, extra) = _summed_gradients(given, state.params, frozen, micro, key)
-            loss, norm = jnp.sum(value * scales), optax.tree.norm(grads)
+            loss = jnp.sum(value * scales)
         else:
             grads, (value, weight, extra) = summed(total, state.params, frozen, micro, key)
-            scale = 1.0 / jnp.maximum(weight, 1.0)
+            scale = 1.0 / divisor(weight)
             grads = jax.tree.map(lambda g: g * scale, grads)
-            loss, norm = value * scale, optax.tree.norm(grads)
+            loss = value * scale
+        grads, held = hold(grads, state.params, frozen)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         if config.train.explode_factor:
             ok &= (loss <= config.train.explode_factor * state.loss_mean) | (updated < _MEAN_STEPS)
-        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        mean = jnp.where(updated == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
-        # In the dtype that it had: optax makes AdamW's first moment float32, as the gradients are, where weights are bfloat16.
-        params, opt_state, mean = jax.tree.map(
-            lambda new, old: jnp.where(ok & jnp.any(weight > 0), new, old).astype(old.dtype),
-            (params, opt_state, mean),
-            (state.params, state.opt_state, state.loss_mean),
-        )
+        params, opt_state, mean = _updated(program, state, grads, loss, updated, ok & jnp.any(weight > 0))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -294,7 +240,8 @@ def make(config: ConfigDict, program: Program) -> Any:
             "trained_tokens": sum(jnp.sum(x != 0) for name, x in batch.items() if name.endswith("weights_BT")),
             "tokens": sum(jnp.sum(ids != 0) for name, ids in batch.items() if "segment_ids_" in name),
             "ok": ok,
-            **{name: value / jnp.maximum(w, 1.0) for name, (value, w) in extra.items()},
+            **{name: value / divisor(w) for name, (value, w) in extra.items()},
+            **held,
         }
         return State(state.step + 1, params, opt_state, state.key, mean), metrics
 
@@ -305,6 +252,37 @@ def make(config: ConfigDict, program: Program) -> Any:
         out_shardings=(where, sharding.replicated(program.mesh)),
         donate_argnums=0,
     )
+
+
+def _updated(program: Program, state: State, grads: Params, loss: jax.Array, updated: jax.Array, ok: jax.Array) -> Any:
+    """(params, optimizer state, running mean of the loss) after the step; as they were where it is not `ok`."""
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    mean = jnp.where(updated == 0, loss, _MEAN_DECAY * state.loss_mean + (1 - _MEAN_DECAY) * loss)
+    # In the dtype that it had: optax makes AdamW's first moment float32, as the gradients are, where weights are bfloat16.
+    return jax.tree.map(
+        lambda new, old: jnp.where(ok, new, old).astype(old.dtype),
+        (params, opt_state, mean),
+        (state.params, state.opt_state, state.loss_mean),
+    )
+
+
+def _shares(config: ConfigDict, program: Program, num_rows: int) -> Callable[[Params, Arrays], Any] | None:
+    """Returns (parameters, batch) -> what each objective's sum and each token's penalty is multiplied by, so that a step needs
+    not divide; None where there is one objective, and no penalty on tokens.
+    """
+    if not config.train.beside and not retention.on_tokens(config):
+        return None
+    total, wanted = _loss(config, program, num_rows, held=False), parts(config, program.hf_config)
+    shares = np.asarray([part.share for part in wanted], np.float32) if len(wanted) > 1 else 1.0
+
+    def found(params: Params, batch: Arrays) -> Any:
+        # Each is divided by its own weight in the whole batch. Weights are the data's: the compiler drops this pass.
+        weights = total(params, batch, None)[1][1]
+        tokens = jnp.sum(batch["weights_BT"]) if retention.on_tokens(config) else jnp.float32(1)
+        return shares / divisor(weights), 1.0 / divisor(tokens)
+
+    return found
 
 
 def _micro_batches(batch: Arrays, accumulation: int, program: Program) -> Arrays:
@@ -360,7 +338,7 @@ def make_adapt(config: ConfigDict, program: Program, num_rows: int) -> Any:
 
     No dropout. The parameters that came stay as they are.
     """
-    options, total = config.meta.copy_and_resolve_references(), _loss(config, program, num_rows)
+    options, total = config.meta.copy_and_resolve_references(), _loss(config, program, num_rows, held=False)
     options.inner_rate = options.adapt_rate or options.inner_rate
 
     def adapt(params: Params, frozen: Params, batch: Arrays) -> Params:

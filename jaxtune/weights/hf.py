@@ -168,7 +168,7 @@ def load(
     the arrays themselves, host memory holds one tensor's shard and a block.
     """
     table = naming.hf_names(family.weights(model_config))
-    source = _with_prefix(source, table)
+    source = with_prefix(source, table)
     arrays: dict[str, jax.Array] = {}
     kernels = packed.kernels if packed else {}
     targets = {**targets, **kernels}
@@ -192,7 +192,7 @@ def load(
     return arrays
 
 
-class _Renamed:
+class Renamed:
     """A source under other names: ours -> its own."""
 
     def __init__(self, source: Source, names: dict[str, str]):
@@ -208,7 +208,7 @@ class _Renamed:
         return self._source.read(self._names[name], rows, *rest)
 
 
-def _with_prefix(source: Source, table: Mapping[str, Any]) -> Source:
+def with_prefix(source: Source, table: Mapping[str, Any]) -> Source:
     """The source with the base model's prefix put before its names, or taken off them, where that makes them fit."""
     have = source.names()
     body = [name for name, (weight, _) in table.items() if weight.ours == "embed.table"]
@@ -217,11 +217,11 @@ def _with_prefix(source: Source, table: Mapping[str, Any]) -> Source:
     prefix = body[0].split(".")[0] + "."
     if body[0].removeprefix(prefix) in have:
         under = [name.removeprefix(prefix) for name in table if name.startswith(prefix)]
-        return _Renamed(source, {prefix + name if name in under or _is_body(name) else name: name for name in have})
+        return Renamed(source, {prefix + name if name in under or _is_body(name) else name: name for name in have})
     found = [name for name in have if name.endswith("." + body[0])]
     if found:
         outer = found[0].removesuffix(body[0])
-        return _Renamed(source, {name.removeprefix(outer): name for name in have})
+        return Renamed(source, {name.removeprefix(outer): name for name in have})
     return source
 
 
@@ -245,7 +245,7 @@ def _without_head(
         value = jnp.full(like.shape, float(path.endswith(".scale")), jnp.float32) if value is None else value
         return jax.device_put(value.astype(like.dtype), like.sharding)
 
-    return kept, _Renamed(source, known), {path: make(path) for path in sorted(missing)}
+    return kept, Renamed(source, known), {path: make(path) for path in sorted(missing)}
 
 
 def _silent(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:

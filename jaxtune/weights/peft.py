@@ -17,14 +17,14 @@ from jaxtune.models.spec import Head
 from jaxtune.types import UserError
 from jaxtune.weights import peft_experts
 from jaxtune.weights.peft_experts import Factors
-from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, Modules, modules_of
+from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, Modules, layer_of, modules_of
 
 
 def check(family: ModuleType, model_config: Any, linears: Iterable[str], options: Options) -> None:
     """Refuses an adapter that PEFT has no form for.
 
     Raises:
-      UserError: DoRA on what PEFT adapts as a parameter of a module, naming the first and what to do.
+      UserError: DoRA, or some layers only, on what PEFT adapts as a parameter of a module, naming the first and what to do.
     """
     modules = modules_of(family, model_config)
     found = [path for path in linears if path in modules.by_weight or path.rpartition(".")[0] in modules.experts]
@@ -32,6 +32,11 @@ def check(family: ModuleType, model_config: Any, linears: Iterable[str], options
         raise UserError(
             f"tune.use_dora on {found[0]}: PEFT has no DoRA on experts, routers and the MLPs beside them, so there is no adapter "
             f"folder to write: set export.merge=True, or tune.use_dora=False, or narrow tune.targets (attention: '.*attn.*')"
+        )
+    if options.layers and found:
+        raise UserError(
+            f"tune.train_layers={options.layers} with an adapter on {found[0]}: PEFT leaves no layer out of experts, routers and the MLPs "
+            "beside them, so there is no adapter folder to write: set export.merge=True, or narrow tune.targets (attention: '.*attn.*')"
         )
 
 
@@ -71,9 +76,14 @@ def save(
     for path, host in hosts.items():
         linear, kind = path.split(ADAPTER)
         for layer, module in enumerate(modules.linears.get(linear, ())):
+            if not _adapted(module, options):
+                continue
             value = host[layer] if linear.startswith("layers.") else host
             tensors[f"{PREFIX}{module}.{SUFFIX[kind]}"] = np.ascontiguousarray(value.T)
-    names, parameters = _targets(modules, chosen, exact=bare), _weights_of(modules, chosen)
+    # PEFT looks for `layers_to_transform` in all that a short name says, and an output head is in none of them.
+    exact = bare or bool(options.layers and any(not linear.startswith("layers.") for linear in chosen))
+    names = [name for name in _targets(modules, chosen, exact) if _adapted(name, options)]
+    parameters = _weights_of(modules, chosen)
     fused = _fused(modules, hosts, options)
     for (stack, parameter), (factors, depth) in fused.items():
         for layer, module in enumerate(modules.experts[stack]):
@@ -91,6 +101,12 @@ def save(
     config = json.dumps(_config(options, names, parameters, modules, fused, base) | whole, indent=2)
     (folder / "adapter_config.json").write_text(config + "\n")
     (folder / "README.md").write_text(_card(base, options, names + parameters, labels, auto_class))
+
+
+def _adapted(module: str, options: Options) -> bool:
+    """Whether a module is in one of the layers that the adapter is on, or in none: such as an output head, or a short name."""
+    layer = layer_of(module)
+    return not options.layers or layer is None or layer in options.layers
 
 
 def _task(head: Head | None) -> str | None:
@@ -165,7 +181,7 @@ def _config(
         "lora_dropout": 0.0 if parameters else options.dropout,  # PEFT refuses any beside target_parameters
         "bias": "none", "use_rslora": options.use_rslora, "use_dora": options.use_dora, "target_modules": targets,
         **({"target_parameters": parameters} if parameters else {}), "rank_pattern": ranks, "alpha_pattern": alphas,
-        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
+        **({"layers_to_transform": list(options.layers)} if options.layers else {}), "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
 
 

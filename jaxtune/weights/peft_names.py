@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +27,12 @@ class Modules(NamedTuple):
     experts: dict[str, list[str]]
     own: dict[str, list[list[str]]]
     by_weight: frozenset[str]
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module is in, as PEFT's `layers_to_transform` counts; None outside of them."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", f"base.{module}")
+    return int(found.group(1)) if found else None
 
 
 def root(family: ModuleType, model_config: Any) -> str:

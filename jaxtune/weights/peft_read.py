@@ -17,11 +17,11 @@ from jaxtune.models import naming
 from jaxtune.types import UserError
 from jaxtune.weights import peft_experts
 from jaxtune.weights.peft_experts import Factors
-from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, modules_of, renamed, root
+from jaxtune.weights.peft_names import ADAPTER, INNER, PREFIX, SUFFIX, layer_of, modules_of, renamed, root
 
 # PEFT settings that change the adapter's maths and are not read here, with the value at which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": (None, "none"), "layers_to_transform": (None, []), "fan_in_fan_out": (None, False),
+    "bias": (None, "none"), "fan_in_fan_out": (None, False),
     "lora_bias": (None, False), "trainable_token_indices": (None, [], {}), "layer_replication": (None, []), "use_qalora": (None, False), "alora_invocation_tokens": (None, []), "use_bdlora": (None, False),
     "arrow_config": (None,), "exclude_modules": (None, []), "kasa_config": (None,), "monteclora_config": (None,),
     # the others (PiSSA, OLoRA, CorDA, LoftQ …) take part of the base weight away, and the adapter stands on what is left
@@ -87,8 +87,18 @@ def read_config(folder: Path, tune_dtype: str = "float32") -> tuple[dict[str, An
     options = Options(
         targets="", rank=config["r"], alpha=float(8 if alpha is None else alpha), dropout=float(dropout or 0),
         use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")), dtype=jnp.dtype(tune_dtype),
+        layers=_layers(file, config),
     )  # fmt: skip
     return config, options
+
+
+def _layers(file: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """`layers_to_transform`, a number or several; () = all."""
+    given = config.get("layers_to_transform")
+    found = [] if given is None else given if isinstance(given, list) else [given]
+    if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in found):
+        raise UserError(f"{file} has layers_to_transform={given!r:.60}; expected numbers of layers")
+    return tuple(sorted(set(found)))
 
 
 def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
@@ -249,11 +259,15 @@ class _Found:
         missing = [name for name in names if name not in self.have]
         if len(missing) == len(names):
             return []
-        if missing:
+        layers = self.options.layers
+        left_out = {f"{PREFIX}{m}.{suffix}" for m in modules if layers and layer_of(m) not in layers}
+        if set(missing) - left_out or (missing and suffix == SUFFIX["magnitude"]):
             raise UserError(
-                f"{self.folder} adapts {linear} in some layers only: {missing[0]} is missing; jaxtune adapts all layers alike"
+                f"{self.folder} adapts {linear} in some layers only: {missing[0]} is missing; jaxtune adapts all layers alike, or without "
+                "DoRA those of layers_to_transform"
             )
-        parts = [self.have.pop(name) for name in names]
+        like = self.have[next(name for name in names if name in self.have)]
+        parts = [np.zeros_like(like) if name in missing else self.have.pop(name) for name in names]
         if len({part.shape for part in parts}) > 1:
             raise UserError(
                 f"{self.folder} gives {linear} different ranks in different layers: {sorted({p.T.shape for p in parts})}"

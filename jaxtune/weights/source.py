@@ -10,7 +10,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models import FAMILIES, reading
 from jaxtune.types import UserError, nearest
-from jaxtune.weights import embedder, hf, peft_prompt
+from jaxtune.weights import embedder, hf, kept_layers, peft_prompt
 from jaxtune.weights.gguf import open_gguf
 
 
@@ -54,14 +54,20 @@ def find(config: ConfigDict) -> Model:
     adapter = fetch.local(config.tune.adapter) if config.tune.adapter else None
     if adapter is not None and config.tune.method not in ("lora", "prompt"):
         raise UserError(f"tune.adapter goes with tune.method='lora' or 'prompt', not {config.tune.method!r}")
+    keep = tuple(config.model.keep_layers)
     if uri.startswith("preset:"):
-        return Model(uri, None, with_head(hf_preset(uri.removeprefix("preset:")), config), None, adapter)
+        described = hf_preset(uri.removeprefix("preset:"))
+        described = kept_layers.config(described, keep) if keep else described
+        return Model(uri, None, with_head(described, config), None, adapter)
     path = fetch.local(uri)
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{path} is a file; model.source takes a Hugging Face folder or a .gguf file")
     tensors: hf.Source = open_gguf(path) if path.is_file() else hf.Folder(path)
     pooling = embedder.pooling(path) if config.train.objective == "contrastive" and not config.model.pooling else ""
-    return Model(uri, path, with_head(tensors.hf_config, config), tensors, adapter, pooling)
+    described = tensors.hf_config
+    if keep:
+        described, tensors = kept_layers.config(described, keep), kept_layers.tensors(tensors, keep)
+    return Model(uri, path, with_head(described, config), tensors, adapter, pooling)
 
 
 def with_head(hf_config: dict[str, Any], config: ConfigDict) -> dict[str, Any]:

@@ -187,6 +187,23 @@ def test_judged_answers_meet_anothers_prompt(data: ConfigDict, tokenizer: Tokeni
         tokenised([{"prompt": "who", "completion": "a cat"}], data, tokenizer, Reader("judged", group=2))
 
 
+@pytest.mark.parametrize("group", [6, 5])
+def test_answers_of_one_prompt_meet_those_of_others(group: int, data: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Pairs taken apart: no answer counts as a stranger to its own prompt, and good and bad ones are handed round alike."""
+    prompts = ["who sat", "what ran", "where is the cat"]
+    rows = [{"prompt": prompt, "chosen": f"{i} good", "rejected": f"{i} bad"} for i, prompt in enumerate(prompts)]
+    found, given = tokenised(rows, data, tokenizer, Reader("judged", share=True, group=group)), []
+    for batch in eval_batches(found, 64, False, 1, 0):
+        branch, trained = batch["segment_ids_BT"][0] >> BRANCH_BITS, batch["weights_BT"][0] != 0
+        own, other = (
+            tokenizer.decode(batch["targets_BT"][0][trained & at]) for at in ((branch > 0) & (branch < 3), branch == 3)
+        )
+        assert own[0] != other[0]
+        given.append(other.split()[1])
+    assert len(given) == 6
+    assert group != 6 or sorted(given) == ["bad"] * 3 + ["good"] * 3
+
+
 def test_a_reward_is_read_at_the_last_token_of_each_answer(data: ConfigDict, tokenizer: Tokenizer) -> None:
     row = {**SHAPES["TRL texts"], "margin": 0.25}
     rows = tokenised([row], data, tokenizer, Reader("rewards", pool="last", share=True))

@@ -20,6 +20,7 @@ CSV = 'id,text\n1,"say ""hi"",\u2028now"\n2,café\n'
 FILES = {
     "a.jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS),
     "a.json": json.dumps(ROWS),
+    "named.json": json.dumps({row["id"]: row for row in ROWS}),
     "a.csv": CSV,
     "a.tsv": TAB,
 }

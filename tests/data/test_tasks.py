@@ -49,6 +49,21 @@ def test_too_few_rows_are_refused() -> None:
         tasks.demonstrated([text], rows_of(2)[0])
 
 
+def test_a_single_row_held_out_is_asked_after_training_rows() -> None:
+    rows = rows_of(8, "colour") + rows_of(8, "shape")
+    splits = pipeline.Splits([*rows[:7], *rows[8:15]], [rows[7], rows[15]], [], {})
+    found, trained = tasks.arrange(splits, meta(demonstrations=3), 0), {one.prompt.strip() for one in splits.train}
+    assert len(found.validation) == 2
+    for one in found.validation:
+        *shown, question = [text.rstrip() for text in one.prompt.split("\n\n")]
+        assert question in ("colour 7", "shape 7")
+        assert len(set(shown)) == 3
+        assert {text.rpartition(" ")[0] for text in shown} <= trained
+        assert all(text.startswith(one.task) for text in shown)
+    with pytest.raises(UserError, match="'colour' has 2 rows; expected more than meta.demonstrations=3"):
+        tasks.contexts(rows[:1], 3, 1, 0, rows[1:3])
+
+
 def test_only_the_last_answer_trains(chatml: Any) -> None:
     data, tokenizer = config_lib.base().data, chatml
 

@@ -25,6 +25,11 @@ ONE_EACH = sorted({case["model_type"]: name for name, case in reversed(CASES.ite
 HEADS = ["llama", "qwen2", "gptj", "gemma2", "opt_350m"]  # untied, tied, with bias, capped, of another width
 
 
+def shapes_of(family: Any, config: Any, run: Runtime) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
+    """A model's structure and the shapes of its parameters; nothing is drawn, and nothing compiled."""
+    return layers.flatten(nnx.eval_shape(lambda: family.Model(config, run, nnx.Rngs(0))))
+
+
 class Tiny(NamedTuple):
     family: Any
     config: Any
@@ -37,7 +42,7 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
     settings = CASES[request.param]
     family = registry.load("model_type", settings["model_type"], FAMILIES)
     config = family.from_hf(settings)
-    graphdef, variables = layers.flatten(family.Model(config, Runtime(), nnx.Rngs(0)))
+    graphdef, variables = shapes_of(family, config, Runtime())
     rng = np.random.default_rng(0)
     params = {
         p: jnp.asarray(rng.normal(0, 0.2, v.shape) + p.endswith("scale"), jnp.float32) for p, v in variables.items()
@@ -48,7 +53,7 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 def logits(tiny: Tiny, tokens: np.ndarray, positions=None, segments=None, run: Runtime | None = None) -> np.ndarray:
     graphdef = tiny.graphdef
     if run is not None:
-        graphdef = layers.flatten(tiny.family.Model(tiny.config, run, nnx.Rngs(0)))[0]
+        graphdef = shapes_of(tiny.family, tiny.config, run)[0]
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
     segments = np.ones_like(tokens) if segments is None else segments
     return np.asarray(forward(graphdef, tiny.params, tokens, positions, segments))
@@ -137,7 +142,7 @@ def test_unrolled_is_scanned(tiny: Tiny, tokens: np.ndarray, alone: np.ndarray) 
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_rematerialised_gradients_are_the_same(tiny: Tiny, tokens: np.ndarray, remat: str) -> None:
     def gradient(run: Runtime) -> Any:
-        graphdef = layers.flatten(tiny.family.Model(tiny.config, run, nnx.Rngs(0)))[0]
+        graphdef = shapes_of(tiny.family, tiny.config, run)[0]
         batch = (tokens, np.broadcast_to(np.arange(20), tokens.shape), np.ones_like(tokens))
         return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(forward(graphdef, params, *batch)))))(tiny.params)
 
@@ -194,7 +199,7 @@ def test_presets_are_the_published_models(family: str) -> None:
     assert module.PRESETS
     for name, settings in module.PRESETS.items():
         config = module.from_hf(settings)
-        shapes = layers.flatten(nnx.eval_shape(lambda c=config: module.Model(c, Runtime(), nnx.Rngs(0))))[1]
+        shapes = shapes_of(module, config, Runtime())[1]
         assert {weight.ours for weight in module.weights(config)} == set(shapes), name
         if name in PUBLISHED:
             assert sum(int(np.prod(v.shape)) for v in shapes.values()) == PUBLISHED[name], name

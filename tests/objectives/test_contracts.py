@@ -13,7 +13,7 @@ from jaxtune import registry, sharding
 from jaxtune.config import base
 from jaxtune.models import llama
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import random_weights, start, state, step
+from jaxtune.train import guests, random_weights, start, state, step
 from jaxtune.train.preferences import READERS
 from jaxtune.types import BATCH_FIELDS, BRANCH_BITS
 from jaxtune.weights import source
@@ -28,6 +28,7 @@ def config_of(name: str) -> ConfigDict:
     config.train.objective, config.train.batch_size, config.data.max_length, config.train.steps = name, B, T, 2
     config.data.max_passage_length, config.tune.rank, config.tune.dropout, config.tune.init = 8, 2, 0.0, "a_zero"
     config.train.loss_chunk_tokens, config.train.remat = 16, "none"
+    config.distill.teacher = "start"
     config.preference.orpo_prompts = False  # where it is True its prompts train, whatever their weights
     if name in HEADED:
         config.model.head = "token" if name == "token_classify" else "sequence"
@@ -90,6 +91,7 @@ def one_step(config: ConfigDict, batches: list[dict[str, np.ndarray]], devices: 
     run = None
     for batch in batches or [batch_of(config.train.objective, config, program)]:
         made, frozen = state.create(program, random_weights.random_base(program, 0), 0)
+        frozen |= guests.load(config, program, made.params, start.load, None)
         run = run or step.make(config, program)
         _, metrics = run(made, frozen, sharding.to_global(batch, mesh, B))
         found.append({name: float(value) for name, value in metrics.items()} | {"batch": batch})  # type: ignore[dict-item]

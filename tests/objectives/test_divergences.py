@@ -125,7 +125,7 @@ def test_kept_likeliest_words_teach_as_their_teacher() -> None:
     """Value and gradient from what was kept are those with the teacher at hand; likewise with cross-entropy mixed in."""
     teacher, teacher_hidden, targets, weights = given()
     form = Form("js", temperature=2.0, top_k=4, non_target=True)
-    kept = divergences.likeliest(teacher, teacher_hidden, targets, form)
+    kept = divergences.likeliest(teacher, teacher_hidden, targets, form, V)
     assert kept.ids_BTJ.shape == (B, T, 5)
     assert np.all(np.asarray(kept.ids_BTJ)[..., -1] == -1)
 
@@ -155,3 +155,22 @@ def test_a_share_of_cross_entropy_is_cross_entropy() -> None:
         assert np.max(np.abs(np.asarray(found - taught))) > 1e-2
     for found, zero, one in zip(mixed, none, whole, strict=True):
         np.testing.assert_allclose(found, 0.7 * zero + 0.3 * one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", ["student", "teacher"])
+def test_padding_of_a_vocabulary_is_not_compared(more: str) -> None:
+    """Three words more, of either model, change neither value nor gradient."""
+    teacher, teacher_hidden, targets, weights = given()
+    hidden, kernel, form = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(KERNEL, jnp.float32), Form("reverse")
+
+    def wider(kernel: jax.Array) -> jax.Array:
+        return jnp.concatenate([kernel, jnp.ones((len(kernel), 3), jnp.float32)], axis=1)
+
+    def of(hidden: jax.Array, ours: jax.Array, theirs: jax.Array) -> jax.Array:
+        return divergences.token_divergence(head(ours), hidden, head(theirs), teacher_hidden, targets, weights, form)
+
+    pair = (wider(kernel), teacher.params) if more == "student" else (kernel, wider(teacher.params))
+    for found, expected in zip(
+        jax.value_and_grad(of)(hidden, *pair), jax.value_and_grad(of)(hidden, kernel, teacher.params), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -59,6 +59,8 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora_subset": {"tune.use_rslora": True, "tune.targets": r"layers\.attn\.(q|v)_proj|layers\.mlp\.down_proj"},
     "dora": {"tune.use_dora": True, "tune.rank": 3},
+    "some_layers": {"tune.train_layers": (1,)},
+    "some_layers_and_head": {"tune.train_layers": (0,), "tune.targets": r".*(q_proj|lm_head)"},
     "dora_rslora_head": {"tune.targets": r".*(proj|lm_head)", "tune.use_dora": True, "tune.use_rslora": True},
 }
 
@@ -114,6 +116,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "all_linear_regex": {"r": 4, "lora_alpha": 8, "target_modules": r".*\.(self_attn|mlp)\.[a-z]+_proj"},
     "head": {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj", "lm_head"]},
+    "some_layers": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
 }  # fmt: skip
 
 

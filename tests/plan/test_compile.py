@@ -54,6 +54,19 @@ def test_the_step_compiles(config: ConfigDict, topology: str, mesh: dict[str, in
     _assert_adds_up(plan, method)
 
 
+def test_the_step_compiles_with_what_holds_it_near_its_start(config: ConfigDict) -> None:
+    """A copy of what trains and its Fisher information lie on the devices as the weights do; the base's pass is in the step."""
+    config.plan.topology, config.tune.method, config.mesh.auto = "v5e:2x4", "full", False
+    plain = plan_compile.compile_step(config, shallow())
+    config.retain.penalties = (("kl_base", 0.1), ("ewc", 1.0))
+    config.retain.fisher_data = (("data.train", "old.jsonl"),)
+    held = plan_compile.compile_step(config, shallow())
+    copy, information = plain.hbm_parts_bytes["trainable_params"], plain.num_params * 4 / plain.num_devices
+    assert held.hbm_parts_bytes["frozen_params"] == pytest.approx(copy + information, rel=0.01)
+    assert held.alias_bytes == plain.alias_bytes  # the state is donated as before
+    assert 1.3 * plain.hardware_flops < held.hardware_flops < 1.5 * plain.hardware_flops
+
+
 def _assert_adds_up(plan: plan_compile.Plan, method: str) -> None:
     """Parts make the peak; the parts that are known from shapes are what they must be; every device gathers every weight."""
     parts, frozen = plan.hbm_parts_bytes, plan.num_params - plan.num_trainable_params

@@ -27,11 +27,11 @@ def test_the_step_compiles_over_codes(topology: str, mesh: dict[str, int], kind:
     config.plan.topology, config.model.quantize = topology, kind
     config.mesh.auto = False
     config.mesh.update(mesh)
-    shape = hf_preset("llama3_2_1b") | {"num_hidden_layers": 2, "vocab_size": 512, "num_attention_heads": 16}
-    plan = plan_compile.compile_step(config, shape | {"head_dim": 128})
-    kernels = 2 * (2048 * 2048 * 2 + 2048 * 1024 * 2 + 3 * 2048 * 8192)
-    assert plan.num_params == kernels + 512 * 2048 + 5 * 2048 + plan.num_trainable_params
+    shape = hf_preset("llama3_2_1b") | {"num_hidden_layers": 2, "vocab_size": 512, "num_attention_heads": 8}
+    plan = plan_compile.compile_step(config, shape | {"head_dim": 128, "hidden_size": 1024, "intermediate_size": 2048})
+    kernels = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2048)
+    assert plan.num_params == kernels + 512 * 1024 + 5 * 1024 + plan.num_trainable_params
     assert plan.fits
     trained_and_slots = 3 * 4 * plan.num_trainable_params / plan.mesh["fsdp"]
-    base_bytes = plan.argument_bytes - trained_and_slots - 2 * 512 * 2048 / plan.num_devices
+    base_bytes = plan.argument_bytes - trained_and_slots - 2 * 512 * 1024 / plan.num_devices
     assert base_bytes < ratio * 2 * kernels / plan.num_devices + 2**19

@@ -179,6 +179,8 @@ def test_refused_when_the_run_starts(functions: tuple, options: dict, says: str,
         ("exact_answer", {"answer": "12"}, {"answer_regex": "#### (.+)"}, "matches nothing in the answer '12'"),
         ("choice", {"answer": "C"}, {"choices": ("A", "B")}, "'C' is none of reward.choices"),
         ("json_schema", {"prompt": "x"}, {}, "has no schema"),
+        ("exact_answer", {"answer": "#### "}, {"answer_regex": "####(.*)"}, "matches nothing in the answer '#### '"),
+        ("json_schema", {"schema": "{type: object}"}, {}, "is not JSON"),
         ("json_schema", {"schema": {"type": "objet"}}, {}, "is not a JSON schema"),
     ],
 )

@@ -199,6 +199,8 @@ def _set(**changes: object) -> Callable[[ConfigDict], None]:
         (_set(self_training__temperature=0.0), "gives the same answer 2 times"),
         (_set(self_training__hint=" It is {anser}."), "self_training.hint names column 'anser'; did you mean 'answer'"),
         (_set(self_training__reward_model="x"), "are both set; one of them judges"),
+        (_set(data__max_length=512), r"data\.max_length=512 exceeds the model's 256 positions"),
+        (_set(generate__max_new_tokens=250), r"rows\.csv:\d+: a held-out prompt of \d+ tokens and generate\.max_new_tokens=250"),
         (_long, "none of the 1[0-9] prompts leaves room for an answer: data.max_length=64"),
         (_without_answer, r"chats\.jsonl:1: a reward compares with the answer in column 'answer', which is missing"),
         (_pairs, r"pairs\.jsonl:\d+: self_train needs prompts"),

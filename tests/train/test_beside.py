@@ -54,6 +54,23 @@ def replay(tmp_path: Path) -> Path:
     return path
 
 
+def test_small_weights_are_means_too(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    """Class weights that add up to less than 1 in a batch divide by their sum all the same, as torch's do."""
+    rows = [{"text": f"the cat {i}", "label": ["good", "bad"][i % 2]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_config.data.train, tiny_config.data.prompt = str(tmp_path / "rows.jsonl"), "{text}"
+    tiny_config.data.label_column, tiny_config.train.objective = "label", "classify"
+    tiny_config.model.head, tiny_config.model.labels = "sequence", ("bad", "good")
+    found = []
+    for scale in (1.0, 2.0**-7):
+        tiny_config.train.class_weights = (1.0 * scale, 2.0 * scale)
+        found += measured(tiny_config)
+    assert 0.1 < found[0]["loss"] < 5
+    assert found[0]["grad_norm"] > 0
+    for name in ("loss", "grad_norm", "accuracy"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-6)
+
+
 def test_one_objective_twice_is_its_multiple(tiny_config: ConfigDict) -> None:
     (alone,) = measured(tiny_config)
     tiny_config.train.beside = (("sft", 0.5),)

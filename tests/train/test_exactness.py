@@ -25,6 +25,7 @@ from jaxtune.train import start, state, step
 from jaxtune.weights import hf, source
 
 NUM_STEPS = 4
+pytestmark = pytest.mark.usefixtures("quick_compile")  # in this process; those that it starts compile as a user's do
 
 
 def silent(items, total=None, label=""):

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxtune import checkpoint, run, validation
 from jaxtune import config as config_lib
 from jaxtune.data.prompts import PromptSource
+from jaxtune.train import references, round_files
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
 from jaxtune.weights import source
@@ -190,6 +191,12 @@ def test_what_cannot_be_is_refused_when_the_config_is_read(rl_config: ConfigDict
         "no parts": ({"rl.minibatches": 3}, "does not divide"),
         "dropout": ({"tune.dropout": 0.1}, r"tune\.dropout=0\.1"),
         "no validation": ({"train.eval_every_steps": 2}, "no validation loss"),
+        "noise": ({"train.neftune_noise_alpha": 5.0}, r"train\.neftune_noise_alpha=5\.0.*another model's"),
+        "explosion": ({"train.explode_factor": 3.0}, r"train\.explode_factor=3\.0: the loss of .* is about 0"),
+        "beside": (
+            {"train.objective": "sft", "train.beside": (("grpo", 1.0),)},
+            "'grpo', which writes its own batches",
+        ),
         "bound": ({"rl.delta": 1.1}, r"rl\.delta=1\.1; expected above"),
     }
     validation.validate(config)
@@ -200,6 +207,29 @@ def test_what_cannot_be_is_refused_when_the_config_is_read(rl_config: ConfigDict
             changed[section][name] = value
         with pytest.raises(UserError, match=message):
             validation.validate(changed)
+
+
+def test_a_reward_that_is_not_there_is_told_before_weights_are_loaded(
+    rl_config: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.start, "load", lambda *_: pytest.fail("loads weights"))
+    rl_config.reward.functions = ((reward(rl_config, "lon"), 1.0),)
+    with pytest.raises(UserError, match="has no function 'lon'; did you mean 'long'"):
+        run.train(rl_config, Path(rl_config.workdir))
+
+
+def test_a_file_cut_short_is_as_if_it_were_not_there(rl_config: ConfigDict, tmp_path: Path) -> None:
+    files, numbers = round_files.RoundFiles(tmp_path / "rollouts", rl_config, "rows"), np.zeros(4, np.float32)
+    flags, ones = np.ones(4, bool), np.ones(4, np.int64)
+    files.write(0, round_files.Round(ones, ones, flags, numbers, flags, ones, *[numbers] * 3, None, None, {}))
+    assert files.read(0) is not None
+    references._write(tmp_path / "reference.npz", "asked", {"train": numbers})
+    assert references._read(tmp_path / "reference.npz", "asked") is not None
+    for path in (tmp_path / "rollouts" / "round_000000.npz", tmp_path / "reference.npz"):
+        whole = path.read_bytes()
+        for size in (0, 2, len(whole) // 2, len(whole) - 4):
+            path.write_bytes(whole[:size])
+            assert files.read(0) is None if path.name.startswith("round") else references._read(path, "asked") is None
 
 
 def test_rounds_take_prompts_by_their_number_alone(rl_config: ConfigDict) -> None:
