@@ -34,7 +34,7 @@ def replayed(row):
 
 def yes_or_no(row):
     """A question of BoolQ whose passage is short, with its answer in a word."""
-    return {**row, "label": "yes" if row["answer"] else "no"} if len(row["passage"]) < 250 else None
+    return {**row, "label": "yes" if row["answer"] == "True" else "no"} if len(row["passage"]) < 250 else None
 
 
 BOOLQ_ROWS = (
@@ -45,9 +45,10 @@ BOOLQ_ROWS = (
 )
 SUM_ROWS = (
     ("data.format", "labelled"),
-    ("data.system", "You add numbers. Answer with the number alone."),
-    ("data.prompt", "{a} + {b} = ?"),
+    ("data.chat", False),
+    ("data.prompt", "12 + 5 = 17\n4 + 21 = 25\n{a} + {b} = "),
     ("data.label_column", "answer"),
+    ("generate.stop", ("\n",)),
 )
 REPLAYED = (("data.prepare", f"{HERE}:replayed"), ("data.format", "text"), ("data.limit", 400))
 
@@ -73,9 +74,9 @@ def get_config():
     config.tune.rank = 16
     config.tune.alpha = 32.0
     config.tune.dropout = 0.0
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 3e-3
     config.train.batch_size = 4
-    config.train.steps = 20
+    config.train.steps = 24
     config.train.remat = "none"  # 135M parameters leave memory to spare; nothing is computed twice
     config.train.loss_chunk_tokens = 128
     config.train.eval_batches = 4
@@ -95,7 +96,7 @@ def get_config():
     config.protect.kl_rows = 48
 
     config.frontier.methods = (
-        ("plain", (), ("optim.learning_rate", (3e-4, 1e-3, 3e-3))),
+        ("plain", (), ("optim.learning_rate", (1e-3, 3e-3, 1e-2))),
         ("rank", (("tune.alpha", 4.0),), ("tune.rank", (1, 2, 4))),
         ("layers", (), ("tune.train_layers", (tuple(range(10)), tuple(range(10, 20)), tuple(range(20, 30))))),
         ("kl_base", (), ("retain.penalties", ((("kl_base", 0.1),), (("kl_base", 1.0),), (("kl_base", 10.0),)))),

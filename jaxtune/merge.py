@@ -1,9 +1,9 @@
 """The verb `merge`: tuned models put together without training, and shares of what they learnt measured one by one.
 
 Adapters become one adapter; whole models, adapters of DoRA, or a mixture of all become a model. With `merge.sweep` shares of
-the merged update between base and tuned are measured on the task's held-out rows and on the protected sets (WiSE-FT,
-arXiv:2109.01903), and the one that `merge.pick` takes is written. WORKDIR holds the result, `merge.json` and, with shares,
-`merge.png`.
+the merged update between base and tuned are measured (WiSE-FT, arXiv:2109.01903): on the task's held-out rows, on the protected
+sets, and by their KL from the base. The one that `merge.pick` takes is written. WORKDIR holds the result, `merge.json` and, with
+shares, `merge.png`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from jaxtune.adapters import arithmetic
 from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks, tradeoff
+from jaxtune.evals.statistics import Estimate
 from jaxtune.models import FAMILIES, naming
-from jaxtune.train import guests, layout, start
+from jaxtune.train import base_kl, guests, layout, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
@@ -58,7 +59,7 @@ def merge(config: ConfigDict, workdir: Path) -> None:
         merging.check_bases(parts)
     whole = _makes_a_model(config, parts)
     place = Path(config.export.output or workdir / ("model" if whole or config.export.merge else "adapter"))
-    workdir_lib.check_result(place, workdir, [part.path for part in parts] + [model.path] * bool(model.path))
+    workdir_lib.check_result(place, workdir, [part.path for part in parts] + ([model.path] if model.path else []))
     config.export.output = str(place)
     made = (_model if whole else _adapter)(config, workdir, model, tokenizer, parts, show)
     _say(config, made.words)
@@ -199,6 +200,7 @@ def _measured(
         return measure.measure(config, held, *given), protected.measure(sets, *given)
 
     before, before_sets = look(0.0, params)
+    divergence = base_kl.prepare(config, rows, tokenizer, program, params) if rows else None
     points = []
     for share in config.merge.sweep:
         params = made.ready(share)[1] if share else params
@@ -212,6 +214,7 @@ def _measured(
                 "after": {name: value._asdict() for name, value in after.metrics.items()},
                 "difference": tasks.compare(before, after, **measure.intervals(config)),
                 "protected": protected.account(verdicts, before_sets, after_sets),
+                "base_kl": divergence(params) if divergence else None,
             }
         )
     return points
@@ -245,14 +248,9 @@ def _chosen(config: ConfigDict, workdir: Path, told: list[dict[str, Any]]) -> fl
             "broken",
         ]
         print(tradeoff.columns(header, rows))
+        none = Estimate(0.0, 0.0, 0.0)
         dots = [
-            report_plots.Dot(
-                tuple(point.retention or (0.0, 0.0, 0.0)),
-                tuple(point.gain),
-                "shares",
-                point.name,
-                marked=point is picked,
-            )
+            report_plots.Dot(point.retention or none, point.gain, "shares", point.name, marked=point is picked)
             for point in points
         ]
         labels = ("retention: mean relative change of protected sets", f"gain in {told[0]['metric']}")

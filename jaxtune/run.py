@@ -12,27 +12,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxtune import checkpoint, fetch, optim, tracking, validation, validation_methods
+from jaxtune import checkpoint, fetch, optim, tracking, validation_methods, verbs
 from jaxtune import config as config_lib
 from jaxtune.adapters import partition
 from jaxtune.config import ConfigDict
 from jaxtune.data import templates
 from jaxtune.data.formats import constant, read_examples
-from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import account, fewshot, judge, kept, measure, protected, retention, tasks
+from jaxtune.evals import account, fewshot, judge, measure, protected, retention, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
-from jaxtune.train import compiled, fisher, goodput, guests, loop, references, rounds, sequences, start
+from jaxtune.train import compiled, goodput, guests, loop, rounds, start
 from jaxtune.train import rows as rows_lib
-from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
 from jaxtune.weights import source
 from jaxtune.workdir import shown
@@ -43,42 +40,25 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
 
     `began` is `time.perf_counter()` when the process started, for the account of its time; None = now.
     """
-    wall, show, is_main = goodput.Wall(began), _progress(config), jax.process_index() == 0
-    checkpoint.check_workdir(config.workdir, config.checkpoint.resume)
-    tracking.check(config.tracking)
+    wall, show, is_main = goodput.Wall(began), verbs.progress(config), jax.process_index() == 0
     given = config_lib.to_json(config)  # as it stands before epochs become steps: used again, it says the same
-    with wall("fetch"):
-        model = source.find(config)
-        tokenizer = source.find_tokenizer(config, model)
-    with wall("tokenise"):
-        reader, taught = start.reader(config, model, tokenizer), partial(sequences.taught, config, workdir, show=show)
-        rows = rows_lib.read(config, tokenizer, show, reader, start.beside(config, model, tokenizer), taught)
-        held = measure.held_out(config, rows.splits, tokenizer, reader)
-        sets = protected.read(config, tokenizer, show, reader)
-        validation.check_profile(config)
-    _check_resumed(config, rows)
-    with wall("program"):
-        program, values = start.program(config, model)
-        start.check_length(config, program)
-        start.check_export(config, program)
-    measure.check(config, held, tokenizer, program)
-    protected.check(sets, tokenizer, program)
-    told = [start.summary(model, program), rows_lib.summary(config, rows)]
-    _say(config, "\n".join(told if held else [*told, measure.nothing_held(config)]))
+    model, tokenizer, rows, held, sets, program, values = verbs.asked(config, workdir, wall)
     compiling = compiled.Compiling(config, program, rows.validation is not None)
     with wall("program"):  # while a thread compiles, as what follows
         counted = utilisation.of(config, program)
     with wall("load"):
         state, frozen = start.load(config, model, program, values, compiling.watching(show))
     with wall("reference"):
-        rows, frozen = _compared(config, workdir, model, tokenizer, program, rows, state, frozen, show)
+        rows, frozen = verbs.compared(config, workdir, model, tokenizer, program, rows, state, frozen, show)
     with wall("evaluation"):
-        before, cost = _before(config, workdir, rows, held, sets, tokenizer, program, {**frozen, **state.params}, show)
+        before = verbs.before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
+        cost = retention.Retention(config, sets, tokenizer, show)
+        cost.begin(workdir, rows, program, {**frozen, **state.params})
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
-        state, remembered = _resumed(config, workdir, checkpoints, program, state)
+        state, remembered = verbs.resumed(config, workdir, checkpoints, program, state)
         if is_main:
-            kept.write(workdir / "config.json", given + "\n")
+            verbs.write(workdir / "config.json", given + "\n")
         with tracking.Tracker(
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
@@ -88,8 +68,14 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             known = (tracker, checkpoints, workdir, remembered, compiling, wall, counted, cost.guard())
             outcome = loop.train(config, program, state, frozen, data, *known)
             tracker.close_console()
-            made = (model, tokenizer, program, frozen, checkpoints, outcome, held, cost)
-            folder, after, beside = _result(config, workdir, *made, show, wall)
+            with wall("evaluation"):
+                params = cost.choose(
+                    checkpoints, frozen, outcome, partial(verbs.best, config, checkpoints, program, outcome)
+                )
+            after, beside = verbs.after(config, held, tokenizer, program, {**frozen, **params}, show, wall)
+            with wall("export"):
+                parts = (model, tokenizer, program, params, frozen)
+                folder = None if cost.refused else start.write_result(config, workdir, *parts)
             if wall.started:  # at least one step was taken
                 tracker.log(outcome.steps - 1, wall.metrics())
                 cost.log_after(tracker)
@@ -106,7 +92,7 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     reader = start.reader(config, model, tokenizer)
-    rows = rows_lib.read(config, tokenizer, _progress(config), reader, start.beside(config, model, tokenizer))
+    rows = rows_lib.read(config, tokenizer, verbs.progress(config), reader, start.beside(config, model, tokenizer))
     program, _ = start.program(config, model)
     start.check_length(config, program)
     start.check_export(config, program)
@@ -126,7 +112,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
 
     Protected sets are measured beside, against the base.
     """
-    show, model = _progress(config), source.find(config)
+    show, model = verbs.progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = rows_lib.load(config, tokenizer, show, answers=config.train.objective not in validation_methods.ON_POLICY)
     reader = start.reader(config, model, tokenizer)
@@ -136,13 +122,13 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
         )
     cost = retention.Retention(config, protected.read(config, tokenizer, show, reader), tokenizer, show)
-    program, params, what = _ready(config, model, partial(cost.measure_base, workdir))
+    program, params, what = verbs.ready(config, model, partial(cost.measure_base, workdir))
     measure.check(config, held, tokenizer, program)
     result = measure.measure(config, held, tokenizer, program, params, show, what)
     cost.measure_tuned(params)
     tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
-    kept.write(
+    verbs.write(
         workdir / "evaluation.json",
         json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts(), indent=2) + "\n",
     )
@@ -151,7 +137,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     if config.meta.shots:
         trained, frozen = partition.split(params, program.labels)
         found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show, reader)
-        kept.write(workdir / "fewshot.json", fewshot.to_json(config, found))
+        verbs.write(workdir / "fewshot.json", fewshot.to_json(config, found))
         print(fewshot.table(config, found))
 
 
@@ -165,16 +151,16 @@ def generate(config: ConfigDict, workdir: Path) -> None:
     model = source.find(config)
     source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
-    program, params, what = _ready(config, model)
+    program, params, what = verbs.ready(config, model)
     prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
     measure.check_prompts(config, program, [example.row_id for example in examples], prompts)
-    texts = measure.generator(config, tokenizer, program, params, _progress(config), "answering")(prompts)
+    texts = measure.generator(config, tokenizer, program, params, verbs.progress(config), "answering")(prompts)
     output = Path(config.generate.output or workdir / "generations.jsonl")
     lines = [
         {"row_id": e.row_id, "prompt": tokenizer.decode(p, skip_special=False), "generation": t}
         for e, p, t in zip(examples, prompts, texts, strict=True)
     ]
-    kept.write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    verbs.write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"{len(lines)} answers by {what} in {shown(config.workdir, workdir, output)}")
 
 
@@ -183,7 +169,7 @@ def chat(config: ConfigDict, workdir: Path) -> None:
     model = source.find(config)
     source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
-    program, params, what = _ready(config, model)
+    program, params, what = verbs.ready(config, model)
     sampler, options = measure.sampler(tokenizer, program, params), config.generate
     settings = (Sampling.from_config(options), options.max_new_tokens, options.seed, options.stop)
     system = constant(config.data.system)  # a turn that every row was trained with
@@ -218,8 +204,8 @@ def export(config: ConfigDict, workdir: Path) -> None:
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     program, values = start.program(guests.none(config), model)
-    _, frozen = start.load(config, model, program, values, _progress(config))
-    restored = _trained(config, program)
+    _, frozen = start.load(config, model, program, values, verbs.progress(config))
+    restored = verbs.trained(config, program)
     if restored is None:
         raise UserError(f"{config.workdir} holds no checkpoint: name the --workdir of a finished run")
     step, params = restored
@@ -230,7 +216,7 @@ def export(config: ConfigDict, workdir: Path) -> None:
 def self_train(config: ConfigDict, workdir: Path) -> None:
     """Rounds of sampling, judging and training on what was right, measured each, beside as many gold answers."""
     hands = self_training.Hands(train, account.compare_runs, judge.load)
-    self_training.run(config, workdir, hands, _progress(config), partial(_say, config))
+    self_training.run(config, workdir, hands, verbs.progress(config), partial(verbs.say, config))
 
 
 def plan(config: ConfigDict, workdir: Path) -> None:
@@ -261,7 +247,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         if config.plan.topologies:
             result, text = account.ranking(*given, show, say)
         elif config.plan.search:
-            result, text = account.best(*given, show, say, lambda name, text: kept.write(workdir / name, text))
+            result, text = account.best(*given, show, say, lambda name, text: verbs.write(workdir / name, text))
         else:
             result, text = account.one(*given)
         lines.append(text)
@@ -272,120 +258,5 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         }  # no price of chips hides a service's
         result = {**result, **found, **known, "api": found}
         lines.append(account.api_table(found))
-    kept.write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
+    verbs.write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
     print("\n\n".join(lines))
-
-
-# ---- what the verbs share ----
-
-
-def _progress(config: ConfigDict) -> Callable[..., Iterator[Any]]:
-    return partial(tracking.progress, mode=config.tracking.progress if jax.process_index() == 0 else "off")
-
-
-def _say(config: ConfigDict, text: str) -> None:
-    if jax.process_index() == 0 and config.tracking.progress != "off":
-        print(text, file=sys.stderr, flush=True)
-
-
-def _compared(
-    config: ConfigDict, workdir: Path, model: source.Model, tokenizer: Tokenizer, program: Program, rows: rows_lib.Rows, state: State,
-    frozen: Params, show: Any,
-) -> tuple[rows_lib.Rows, Params]:  # fmt: skip
-    """The rows with what a reference and a teacher say of them, and the frozen parameters with what penalties compare with."""
-    rows = references.filled(config, workdir, rows, tokenizer, program, {**frozen, **state.params}, show)
-    return rows, fisher.with_penalties(config, workdir, model, tokenizer, program, state.params, frozen, show)
-
-
-def _before(
-    config: ConfigDict, workdir: Path, rows: rows_lib.Rows, held: measure.HeldOut | None, sets: list[protected.Protected],
-    tokenizer: Tokenizer, program: Program, params: Params, show: Any,
-) -> tuple[tasks.Result | None, retention.Retention]:  # fmt: skip
-    """The untuned model's result on the held-out rows; and what measures its retention, which has begun."""
-    before = kept.before(config, workdir, held, tokenizer, program, params, show, partial(_say, config))
-    cost = retention.Retention(config, sets, tokenizer, show)
-    cost.begin(workdir, rows, program, params)
-    return before, cost
-
-
-def _best(
-    config: ConfigDict,
-    checkpoints: checkpoint.Checkpoints,
-    program: Program,
-    outcome: loop.Outcome,
-    step: int | None = None,
-) -> Params:
-    """The trained parameters of `step`; by default of that with the lowest validation loss, the last where none was measured."""
-    best_step = outcome.progress.best_step if step is None else step
-    best = checkpoints.restore(program.state, best_step) if best_step not in (0, outcome.steps) else None
-    return optim.in_use(config.optim, best.state if best else outcome.state)
-
-
-def _result(
-    config: ConfigDict, workdir: Path, model: source.Model, tokenizer: Tokenizer, program: Program, frozen: Params,
-    checkpoints: checkpoint.Checkpoints, outcome: loop.Outcome, held: measure.HeldOut | None, cost: retention.Retention, show: Any,
-    wall: goodput.Wall,
-) -> tuple[Path | None, tasks.Result | None, dict[str, tasks.Result]]:  # fmt: skip
-    """Writes what was trained, or what the run is rolled back to; its result on the held-out rows, and what others make of them."""
-    after, beside = None, {}
-    with wall("evaluation"):
-        params = cost.choose(checkpoints, frozen, outcome, partial(_best, config, checkpoints, program, outcome))
-        if held:
-            after = measure.measure(config, held, tokenizer, program, {**frozen, **params}, show, "after")
-            beside = measure.beside(config, held)
-    with wall("export"):
-        parts = (model, tokenizer, program, params, frozen)
-        folder = None if cost.refused else start.write_result(config, workdir, *parts)
-    return folder, after, beside
-
-
-def _check_resumed(config: ConfigDict, rows: rows_lib.Rows) -> None:
-    """Refuses, before anything is loaded, a run that the newest checkpoint does not belong to."""
-    if config.checkpoint.resume:
-        with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
-            checkpoints.check()
-
-
-def _resumed(
-    config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints, program: Program, state: State
-) -> tuple[State, loop.Progress]:
-    """What training goes on from: with `checkpoint.resume` the newest checkpoint, else the first state."""
-    restored = checkpoints.restore(program.state) if config.checkpoint.resume else None
-    if restored is not None:
-        checkpoints.forget_after(restored.step)
-        _say(config, f"resuming after step {restored.step} of {config.train.steps}")
-        return restored.state, loop.Progress(**restored.progress)
-    if config.checkpoint.resume:
-        kept = tracking.set_aside(workdir / "metrics.jsonl") if jax.process_index() == 0 else None
-        note = f"; the steps that metrics.jsonl holds were lost, and are in {kept.name}" if kept else ""
-        _say(config, f"{config.workdir} has no checkpoint to resume from: starting at step 0{note}")
-    return state, loop.Progress()
-
-
-def _trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
-    """(step, trainable parameters) of the checkpoint that `export.checkpoint` names; None where there are none."""
-    wanted = config.export.checkpoint
-    if not checkpoint.is_used(config.workdir):
-        return None
-    if wanted not in ("best", "latest") and not wanted.isdigit():
-        raise UserError(f"export.checkpoint={wanted!r}; expected 'best', 'latest' or a step number")
-    with checkpoint.Checkpoints(config.workdir, config, resuming=False) as checkpoints:
-        step = checkpoints.best_step() if wanted == "best" else int(wanted) if wanted.isdigit() else None
-        if step == 0 and wanted == "best":
-            raise UserError(
-                f"{config.workdir}: every checkpoint breaks a protected set; export.checkpoint='latest' takes the last all the same"
-            )
-        restored = checkpoints.restore(program.state, step)
-    return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
-
-
-def _ready(config: ConfigDict, model: source.Model, first: Any = lambda *_: None) -> tuple[Program, Params, str]:
-    """A model ready to be used: (program, parameters, what it is in words). `first` sees what training started from."""
-    program, values = start.program(guests.none(config), model)
-    state, frozen = start.load(config, model, program, values, _progress(config))
-    first(program, {**frozen, **state.params})
-    restored = _trained(config, program)
-    if restored:
-        return program, {**frozen, **restored[1]}, f"{config.name} after step {restored[0]}"
-    with_adapter = f" with {config.tune.adapter}" if config.tune.adapter else ""
-    return program, {**frozen, **state.params}, model.uri + with_adapter

@@ -28,16 +28,18 @@ from jaxtune.lineage import account, comparing, gate, ledger, matrix, scores, st
 from jaxtune.lineage.ledger import Line
 from jaxtune.lineage.scores import Results
 from jaxtune.lineage.stages import Stage
+from jaxtune.train import preferences
 from jaxtune.train import start as start_lib
 from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError
 from jaxtune.weights.source import Model
 
-_ALIKE = (*checkpoint.FREE, "lineage.", "protect.")  # what does not change what a candidate is
-
 
 class Known(NamedTuple):
-    """What an update knows before it does anything: the lineage, the released model's line, the stages so far, and the new one."""
+    """What an update knows before it does anything: the lineage, the released model's line, the stages so far, and the new one.
+
+    `beside`: the protected sets; None where an objective's way of reading rows depends on the device, and they wait for it.
+    """
 
     folder: Path
     lines: list[Line]
@@ -46,6 +48,7 @@ class Known(NamedTuple):
     new: Stage
     model: Model
     tokenizer: Tokenizer
+    beside: list[Protected] | None
     notes: list[str]
 
     @property
@@ -108,17 +111,19 @@ def _known(config: ConfigDict, folder: Path) -> Known:
     made_from = ledger.ancestry(lines, ledger.current(lines))
     earlier, notes = stages.earlier(folder, made_from, config.lineage.on_changed_data, tokenizer, show)
     release = 1 + max(ledger.releases(lines), default=0)
-    taken = [*(stage.name for stage in earlier), *(name for name, _ in config.protect.sets)]
-    name = config.name if config.name not in taken else f"{config.name}.{release}"
-    new = stages.read(config, release, name, tokenizer, show)
+    new = stages.read(config, release, stages.named(config.name, release, earlier), tokenizer, show)
     notes += stages.check_new(new, earlier)
-    wrong = next((name for name, _ in config.lineage.margins if name not in (*taken, new.name)), None)
-    if wrong is not None:
-        raise UserError(f"config.lineage.margins names {wrong!r}; there are {', '.join((*taken, new.name))}")
+    gate.check_names(config, [*(stage.name for stage in earlier), new.name])
     for note in notes:
         _say(config, f"note: {note}")
+    waits = config.train.objective in preferences.READERS
+    beside = None if waits else _beside(config, model, tokenizer)
     lines = lines or ledger.append(folder, [], base)
-    return Known(folder, lines, (made_from or lines)[-1 if made_from else 0], earlier, new, model, tokenizer, notes)
+    return Known(folder, lines, made_from[-1] if made_from else lines[0], earlier, new, model, tokenizer, beside, notes)
+
+
+def _beside(config: ConfigDict, model: Model, tokenizer: Tokenizer) -> list[Protected]:
+    return protected.read(config, tokenizer, _progress(config), start_lib.reader(config, model, tokenizer))
 
 
 def _attempt(config: ConfigDict, known: Known) -> Path:
@@ -131,7 +136,8 @@ def _attempt(config: ConfigDict, known: Known) -> Path:
         saved = json.loads(file.read_text("utf-8")) if file.exists() else {}
         if {key: saved.get(key) for key in began} == began:
             shares = saved["replay_share"], config.lineage.replay_share
-            changed = checkpoint.first_change(saved["config"], config, _ALIKE)
+            free = tuple(name for name in checkpoint.free(config) if name != "export.")
+            changed = checkpoint.first_change(saved["config"], config, free)
             if changed is None and shares[0] == shares[1]:
                 return file.parent
             key, then, now = changed or ("lineage.replay_share", *shares)
@@ -190,8 +196,8 @@ def _measure(config: ConfigDict, known: Known, attempt: Path) -> tuple[list[Prot
     """The sets that a release is held to, and what candidate, released model and base score on them; kept in the attempt."""
     every = [*known.earlier, known.new]
     own = [scores.of_stage(stage, config.lineage.margin, known.model, known.tokenizer) for stage in every]
-    reader, show = start_lib.reader(config, known.model, known.tokenizer), _progress(config)
-    beside = protected.read(config, known.tokenizer, show, reader)
+    show, beside = _progress(config), known.beside
+    beside = _beside(config, known.model, known.tokenizer) if beside is None else beside
     sets = gate.margins([*own, *beside], config.lineage.margins)
     found = scores.of_training(attempt / "train", own[-1])
     if found is not None:
@@ -261,7 +267,7 @@ def _judge(
     results: dict[str, Results], drift: comparing.Drift,
 ) -> Line:  # fmt: skip
     """The candidate's line in the ledger; writes the rows that got worse."""
-    decide, force, number = config.lineage.decide, config.lineage.force, 0
+    decide, force = config.lineage.decide, config.lineage.force
     broken = [one for one in sets if not gate.passes(verdicts[one.name], decide)]
     told = [gate.told(one.name, verdicts[one.name], decide, len(results["candidate"][one.name].rows)) for one in broken]
     worse = [
@@ -270,11 +276,10 @@ def _judge(
         for row in gate.worse_rows(one, results["released"][one.name], results["candidate"][one.name])
     ]
     ledger.write(attempt / "worse.jsonl", _jsonl(worse))
-    number = known.new.release
     refused = bool(broken) and not force
     relative = attempt.relative_to(known.folder)
     return {
-        "kind": "update", "release": None if refused else number, "parent": known.parent["release"], "name": config.name,
+        "kind": "update", "release": None if refused else known.new.release, "parent": known.parent["release"], "name": config.name,
         "verdict": "refused" if refused else "forced" if broken else "released",
         "reason": "; ".join(told) + (f"; forced: {force}" if broken and force else ""),
         "config": _kept_config(config, known.folder, attempt),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -30,7 +30,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"retain.penalties": EWC, "retain.fisher_data": (("data.trian", "x"),)}, "'data.trian'.*did you mean 'data.train'"),
     ({"retain.fisher_data": (("data.limit", "many"),)}, "'data.limit' = 'many'; expected a int"),
     ({"retain.penalties": KL, "tune.method": "prompt"}, "set retain.kl_to='start'"),
-    ({"retain.penalties": KL, "meta.algorithm": "reptile"}, "does not go with meta.algorithm='reptile'"),
+    ({"retain.penalties": KL, "meta.algorithm": "reptile", "train.batch_size": 16}, "does not go with meta.algorithm='reptile'"),
     ({"retain.penalties": APART}, "name PEFT folders of earlier tasks"),
     ({"retain.earlier_adapters": ("a",)}, "changes nothing by itself"),
     ({"retain.merge_earlier": True, "retain.earlier_adapters": ("a",)}, "set export.merge=True"),
@@ -101,7 +101,7 @@ def test_an_earlier_adapter_of_another_model_is_refused(
     other = config.copy_and_resolve_references()
     other.model.source, other.workdir = str(make_model(tmp_path / "other", hidden_size=32)), str(tmp_path / "elsewhere")
     program = made(other)
-    values = {path: np.ones(like.shape, np.float32) for path, like in program.adapter.items()}
+    values = {path: jnp.ones(like.shape) for path, like in program.adapter.items()}
     model = source.find(other)
     folder = start.write_result(other, tmp_path / "elsewhere", model, None, program, values, {})
     config.retain.penalties, config.retain.earlier_adapters = APART, (str(folder),)

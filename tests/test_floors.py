@@ -34,11 +34,12 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "lr_find", "sweep", "merge", "frontier", "lineage", "update"},
+    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOGETHER = {
+    "run": {"verbs"},
     "fetch": {"archives", "indexes", "types"},
     "indexes": {"archives", "types"},
     "config": {"config_methods", "config_retention", "types"},

@@ -159,6 +159,8 @@ def test_shares_are_measured_and_the_best_that_breaks_nothing_is_written(
     assert [one["share"] for one in told["shares"]] == [0.0, 0.5, -1.0]
     assert none["difference"]["perplexity"]["value"] == 0
     assert not none["protected"]["chats"]["broken"]
+    assert none["base_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert half["base_kl"] > 0.001
     # What is measured is the adapter's own share: the same rows, by another run of it.
     assert half["after"]["perplexity"]["value"] != other["after"]["perplexity"]["value"]
     whole = [one for one in told["shares"] if not one["protected"]["chats"]["broken"]]

@@ -164,7 +164,7 @@ def factors(updates: Sequence[Factors], weights: Sequence[float], options: Optio
 
 def _layer(updates: list[Factors], weights: Sequence[float], options: Options, name: str) -> tuple[Any, Any]:
     if options.method == "slerp":
-        return _joined(updates, _turning(*updates, weights[1]))
+        return _joined(updates, _turning(updates[0], updates[1], weights[1]))
     if options.method == "cat":
         return _joined(updates, weights)
     if options.method == "svd":

@@ -14,7 +14,7 @@ from jaxtune import tracking
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import kept, measure, protected, tasks
+from jaxtune.evals import measure, protected, tasks
 from jaxtune.evals.protected import Protected, Verdict
 from jaxtune.train import base_kl
 from jaxtune.train import rows as rows_lib
@@ -69,7 +69,11 @@ class Retention:
         self.before = {one.name: known[one.name] for one in self._sets}
         if jax.process_index() == 0 and made:
             texts = {name: tasks.to_json(result, asked[name]) for name, result in self.before.items()}
-            kept.write(file, json.dumps(texts))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(file.name + ".partial")
+            with tracking.writing(file):
+                partial.write_text(json.dumps(texts), "utf-8")
+                partial.replace(file)
 
     def measure_tuned(self, params: Params) -> None:
         """Measures the sets on these weights, and judges them."""

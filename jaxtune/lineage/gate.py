@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxtune.config import ConfigDict
 from jaxtune.evals import tasks
 from jaxtune.evals.protected import Protected, Verdict
 from jaxtune.rewards import scoring
+from jaxtune.types import UserError, nearest
 
 Row = Mapping[str, Any]
 
@@ -83,3 +85,19 @@ def margins(sets: Sequence[Protected], margins: Sequence[tuple[str, float]]) -> 
     """The sets with the margins that `lineage.margins` gives by name in place of their own."""
     given = dict(margins)
     return [one._replace(tolerance=float(given.get(one.name, one.tolerance))) for one in sets]
+
+
+def check_names(config: ConfigDict, stages: Sequence[str]) -> None:
+    """Refuses sets that cannot be told apart, and margins of sets that there are not.
+
+    Raises:
+      UserError: with the name.
+    """
+    beside = [name for name, _ in config.protect.sets]
+    twice = next((name for name in beside if name in stages), None)
+    if twice is not None:
+        raise UserError(f"config.protect.sets has {twice!r}, which is also a stage's name: give the set another")
+    known = [*stages, *beside]
+    wrong = next((name for name, _ in config.lineage.margins if name not in known), None)
+    if wrong is not None:
+        raise UserError(f"config.lineage.margins names {wrong!r}; there are {', '.join(known)}{nearest(wrong, known)}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.evals import measure, tasks
+from jaxtune.evals import forgetting, measure, tasks
 from jaxtune.evals.protected import Protected
 from jaxtune.evals.statistics import Estimate
 
@@ -39,42 +39,31 @@ def _value(cell: tasks.Result | None, one: Protected) -> float:
 
 
 def transfer(matrix: Matrix) -> dict[str, Estimate]:
-    """What learning on has done to other stages, T stages in all, each in the unit of its metric; a loss counts with its sign turned.
+    """What learning on has done to other stages, by `evals.forgetting`: forgetting, backward_transfer and forward_transfer, each in
+    the unit of the stages' metrics; a loss counts with its sign turned.
 
-    forgetting         F = 1/(T-1) Σ_{j<T} (max_{j≤l<T} a[l,j] - a[T,j])    (Chaudhry et al. 2018, arXiv:1801.10112, eq. 3)
-    backward_transfer  BWT = 1/(T-1) Σ_{j<T} (a[T,j] - a[j,j])             (Lopez-Paz & Ranzato 2017, arXiv:1706.08840, eq. 3)
-    forward_transfer   FWT = 1/(T-1) Σ_{1<j≤T} (a[j-1,j] - a[0,j])          (eq. 4 there, with the base in the place of a random model)
-
-    Intervals: each stage's difference is a paired bootstrap over its rows, and those of different stages are independent, so
-    that of the sum Σθ is Σθ ± √Σ(limit - θ)², side by side (Zou & Donner 2008, doi:10.1002/sim.3095). The best earlier
-    release in F is taken as given.
+    Intervals: each stage's difference is a paired bootstrap over its rows, whatever its metric is made of, and those of
+    different stages are independent, so that the limits of the sum Σθ are √Σ(limit - θ)² from it, on either side (Zou & Donner
+    2008, doi:10.1002/sim.3095). The best earlier release in forgetting is taken as given.
 
     Returns:
       the figures that can be had: none of one stage alone, nor where a cell was not measured.
     """
-    last, values, found = len(matrix.stages), matrix.values, {}
+    last = len(matrix.stages)
     signs = np.asarray([1.0 if one.higher_is_better else -1.0 for one in matrix.stages])
-    best = (
-        [1 + j + int(np.nanargmax(signs[j] * values[1 + j : last, j])) for j in range(last - 1)]
-        if _whole(values)
-        else []
-    )
-    pairs = {
-        "forgetting": [(last, best[j], j) for j in range(last - 1)] if best else [],
-        "backward_transfer": [(1 + j, last, j) for j in range(last - 1)],
-        "forward_transfer": [(0, j, j) for j in range(1, last)],
+    before_J, scores_SJ = (signs * matrix.values)[0], (signs * matrix.values)[1:]
+    if last < 2 or np.isnan(np.diagonal(scores_SJ)).any():
+        return {}
+    best = [1 + int(np.nanargmax(scores_SJ[:-1, j])) for j in range(last - 1)]
+    found = {
+        "forgetting": (forgetting.forgetting(scores_SJ), [(last, best[j], j) for j in range(last - 1)]),
+        "backward_transfer": (forgetting.backward_transfer(scores_SJ), [(1 + j, last, j) for j in range(last - 1)]),
+        "forward_transfer": (forgetting.forward_transfer(scores_SJ, before_J), [(0, j, j) for j in range(1, last)]),
     }
-    for name, compared in pairs.items():
-        gaps = [_gap(matrix, *one) for one in compared]
-        known = [gap for gap in gaps if gap is not None]
-        if known and len(known) == len(gaps):
-            found[name] = _mean(known)
-    return found
-
-
-def _whole(values: np.ndarray) -> bool:
-    """Whether each stage has been measured at least once since it was learnt, the last time included."""
-    return len(values) > 2 and not np.isnan([values[1 + j, j] for j in range(values.shape[1])]).any()
+    estimates = {
+        name: _estimate(value, [_gap(matrix, *one) for one in pairs]) for name, (value, pairs) in found.items()
+    }
+    return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
 
 def _gap(matrix: Matrix, before: int, after: int, j: int) -> Estimate | None:
@@ -87,10 +76,13 @@ def _gap(matrix: Matrix, before: int, after: int, j: int) -> Estimate | None:
     return Estimate(value, low, high) if one.higher_is_better else Estimate(-value, -high, -low)
 
 
-def _mean(gaps: Sequence[Estimate]) -> Estimate:
-    value = float(np.mean([gap.value for gap in gaps]))
-    below = np.sqrt(sum((gap.value - gap.low) ** 2 for gap in gaps)) / len(gaps)
-    above = np.sqrt(sum((gap.high - gap.value) ** 2 for gap in gaps)) / len(gaps)
+def _estimate(value: float, gaps: Sequence[Estimate | None]) -> Estimate | None:
+    """The mean of differences, with the interval that theirs make; None where one of them is not known."""
+    known = [gap for gap in gaps if gap is not None]
+    if len(known) < len(gaps):
+        return None
+    below = np.sqrt(sum((gap.value - gap.low) ** 2 for gap in known)) / len(known)
+    above = np.sqrt(sum((gap.high - gap.value) ** 2 for gap in known)) / len(known)
     return Estimate(value, value - float(below), value + float(above))
 
 

@@ -17,6 +17,7 @@ from jaxtune.evals import measure
 from jaxtune.lineage.ledger import Line
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
+from jaxtune.validation_methods import ON_POLICY
 from jaxtune.weights import source
 from jaxtune.weights.source import Model
 
@@ -54,7 +55,7 @@ def read(config: ConfigDict, release: int, name: str, tokenizer: Tokenizer, show
     files: Files = {
         split: {"uri": config.data[split], "sha256": _sha256(path, config.data.files)} for split, path in paths.items()
     }
-    splits = rows_lib.load(config, tokenizer, show)
+    splits = rows_lib.load(config, tokenizer, show, answers=config.train.objective not in ON_POLICY)
     of_train = sum(
         len(rows) for key, rows in zip(_SPLITS, splits[:3], strict=True) if key == "train" or key not in files
     )
@@ -97,6 +98,11 @@ def _digest(config: ConfigDict, files: Files) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 
 
+def named(name: str, release: int, earlier: Sequence[Stage]) -> str:
+    """A release's name among the stages: its own, and its number where an earlier one has it."""
+    return f"{name}.{release}" if name in [stage.name for stage in earlier] else name
+
+
 def earlier(
     folder: Path, lines: Sequence[Line], on_changed_data: str, tokenizer: Tokenizer, show: Any
 ) -> tuple[list[Stage], list[str]]:
@@ -105,15 +111,15 @@ def earlier(
     Raises:
       UserError: a config or a file is gone, or (unless `on_changed_data` is "note") has changed since.
     """
-    found, notes = [], []
-    names = [line["name"] for line in lines]
+    found: list[Stage] = []
+    notes = []
     for line in lines:
         path = folder / line["config"]["path"]
         if not path.exists() or _sha256(path, "") != line["config"]["sha256"]:
             raise UserError(
                 f"{path}, by which release {line['release']} was made, is gone or was changed: put it back as it was"
             )
-        name = line["name"] if names.count(line["name"]) == 1 else f"{line['name']}.{line['release']}"
+        name = named(line["name"], line["release"], found)
         try:
             stage = read(config_lib.from_json(path.read_text("utf-8")), line["release"], name, tokenizer, show)
         except UserError as error:

@@ -146,8 +146,14 @@ def labels(policy: Policy, batch: dict[str, jax.Array], key: jax.Array) -> jax.A
     chunks_NBTD = jnp.moveaxis(
         jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, (T + pad) // chunk, chunk, D), 1, 0
     )
-    keys = jax.random.split(key, chunks_NBTD.shape[0])
-    drawn = jax.lax.map(lambda xs: jax.random.categorical(xs[1], head.apply(head.params, xs[0])), (chunks_NBTD, keys))
+    # A key for each token, so that neither chunks nor a mesh change what is drawn.
+    keys_NT = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(T + pad)).reshape(-1, chunk)
+
+    def draw(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits_BTV = head.apply(head.params, xs[0])
+        return jax.vmap(jax.random.categorical, (0, 1), 1)(xs[1], logits_BTV)
+
+    drawn = jax.lax.map(draw, (chunks_NBTD, keys_NT))
     return jax.lax.stop_gradient(jnp.moveaxis(drawn, 0, 1).reshape(B, T + pad)[:, :T].astype(jnp.int32))
 
 

@@ -52,7 +52,7 @@ def with_teacher(config: ConfigDict, objective: Objective) -> Objective:
 
 
 def none(config: ConfigDict) -> ConfigDict:
-    """The config of the same model for verbs that do not train it: no guest is wanted, and nothing that penalties compare with."""
+    """The config of the same model and state for verbs that do not train it: no guest is wanted, nor what penalties compare with."""
     alone = config.copy_and_resolve_references()
     alone.distill.mode, alone.retain.penalties = "sequence", ()
     return alone

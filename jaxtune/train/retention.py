@@ -104,7 +104,13 @@ def remembered(seen: Policy) -> tuple[Policy, list[tuple[Any, jax.Array]]]:
         passes.append((batch["tokens_BT"], found))
         return found
 
-    return seen._replace(hidden=hidden), passes
+    def layers(batch: Arrays, key: jax.Array | None, numbers: tuple[int, ...]) -> tuple[jax.Array, Any]:
+        assert seen.layers is not None
+        found, taps = seen.layers(batch, key, numbers)
+        passes.append((batch["tokens_BT"], found))
+        return found, taps
+
+    return seen._replace(hidden=hidden, layers=layers if seen.layers else None), passes
 
 
 # ---- penalties on weights ----

@@ -345,6 +345,7 @@ def _same_data(copy: dict[str, ConfigDict], tmp_path: Path) -> None:
         (_set(lineage__rollback=9), "has no release 9; it has 0, 1, 2"),
         (_set(data__test_fraction=0.0), r"flipped: no test rows: nothing is measured .* set data\.test_fraction"),
         (_set(lineage__margins=(("colors", 0.1),)), "config.lineage.margins names 'colors'; there are colours, animals, flipped"),
+        (_set(protect__sets=(("animals", (("data.test", "x"),)),)), "config.protect.sets has 'animals', which is also a stage's name"),
         (_set(tune__method="full"), "release 2 is an adapter, which tune.method='full' cannot go on from"),
         (_set(tune__adapter="somewhere"), "'somewhere' does not exist"),
         (_other_base, r"the lineage in .* is of .*tiny, and model.source is '.*other', another model"),

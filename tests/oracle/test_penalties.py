@@ -25,7 +25,7 @@ def test_fisher_and_ewc_are_torchs(tiny_config: ConfigDict, from_folder: Any, ou
     import torch
 
     config = tiny_config
-    config.tune.method, config.mesh.fsdp = "full", 1
+    config.tune.method = "full"
     config.retain.penalties, config.retain.fisher_labels = (("ewc", 1.0),), "data"
     config.retain.fisher_data = (("data.train", config.data.train), ("data.limit", 6))
     mine = ours(config)
