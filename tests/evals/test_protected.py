@@ -356,3 +356,19 @@ def test_colours_are_for_terminals_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert tracking.red("broken", io.StringIO()) == "broken"
     monkeypatch.setenv("NO_COLOR", "1")
     assert tracking.red("broken", Terminal()) == "broken"
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_model_of_labels_is_protected_on_rows_of_labels(forgetful: ConfigDict, tmp_path: Path) -> None:
+    config = forgetful
+    config.model.head, config.model.labels, config.train.objective, config.train.steps = (
+        "sequence",
+        ("bad", "good"),
+        "classify",
+        2,
+    )
+    given = [pair for pair in config.protect.sets[1][1] if pair[0] != "eval.labels"]
+    config.protect.sets, config.eval.labels, config.eval.before_after = (("bad", tuple(given)),), (), False
+    run.train(config, Path(config.workdir))
+    assert set(report(config)["protected"]["bad"]["after"]) == {"accuracy", "macro_f1", "label_nll"}
+    assert "base_kl" not in report(config)  # a head that starts random has no distribution to keep
