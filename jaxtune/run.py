@@ -24,7 +24,7 @@ from jaxtune.adapters import partition
 from jaxtune.config import ConfigDict
 from jaxtune.data import templates
 from jaxtune.data.formats import constant, read_examples
-from jaxtune.evals import account, fewshot, judge, measure, retention, tasks
+from jaxtune.evals import account, fewshot, judge, measure, protected, retention, tasks
 from jaxtune.generate.logits import Sampling
 from jaxtune.plan import utilisation
 from jaxtune.selftrain import rounds as self_training
@@ -52,8 +52,8 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         rows, frozen = verbs.compared(config, workdir, model, tokenizer, program, rows, state, frozen, show)
     with wall("evaluation"):
         before = verbs.before(config, workdir, held, tokenizer, program, {**frozen, **state.params}, show)
-        cost = retention.Retention(config, sets, tokenizer, program, show)
-        cost.begin(workdir, rows, {**frozen, **state.params})
+        cost = retention.Retention(config, sets, tokenizer, show)
+        cost.begin(workdir, rows, program, {**frozen, **state.params})
     with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = verbs.resumed(config, workdir, checkpoints, program, state)
@@ -108,7 +108,10 @@ def dry_run(config: ConfigDict, workdir: Path) -> None:
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> None:
-    """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`)."""
+    """Measures the model: a run's best checkpoint where the workdir holds one, else the base (with `tune.adapter`).
+
+    Protected sets are measured beside, against the base.
+    """
     show, model = verbs.progress(config), source.find(config)
     tokenizer = source.find_tokenizer(config, model)
     splits = rows_lib.load(config, tokenizer, show, answers=config.train.objective not in validation_methods.ON_POLICY)
@@ -118,17 +121,19 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"eval.split={config.eval.split!r} has no rows: set data.test_fraction or data.test, or choose another eval.split"
         )
-    program, params, what = verbs.ready(config, model)
+    cost = retention.Retention(config, protected.read(config, tokenizer, show, reader), tokenizer, show)
+    program, params, what = verbs.ready(config, model, partial(cost.measure_base, workdir))
     measure.check(config, held, tokenizer, program)
     result = measure.measure(config, held, tokenizer, program, params, show, what)
+    cost.measure_tuned(params)
     tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
     verbs.write(
         workdir / "evaluation.json",
-        json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics}, indent=2) + "\n",
+        json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts(), indent=2) + "\n",
     )
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
-    print(account.table(config, {what: result} | measure.beside(config, held)))
+    print("\n".join([account.table(config, {what: result} | measure.beside(config, held)), *cost.lines()]))
     if config.meta.shots:
         trained, frozen = partition.split(params, program.labels)
         found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show, reader)

@@ -169,10 +169,14 @@ def trained(config: ConfigDict, program: Program) -> tuple[int, Params] | None:
     return (restored.step, optim.in_use(config.optim, restored.state)) if restored else None
 
 
-def ready(config: ConfigDict, model: source.Model) -> tuple[Program, Params, str]:
-    """A model ready to be used: (program, parameters, what it is in words)."""
+def ready(
+    config: ConfigDict, model: source.Model, first: Callable[[Program, Params], None] | None = None
+) -> tuple[Program, Params, str]:
+    """A model ready to be used: (program, parameters, what it is in words). `first` sees what training started from."""
     program, values = start.program(guests.none(config), model)
     state, frozen = start.load(config, model, program, values, progress(config))
+    if first:
+        first(program, {**frozen, **state.params})
     restored = trained(config, program)
     if restored:
         return program, {**frozen, **restored[1]}, f"{config.name} after step {restored[0]}"

@@ -107,8 +107,8 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
             change = f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p = {gap['p']:.2g} ({gap['test']})"
             print(f"{name}{against_what}: {change}")
     where = f", report in {shown(config.workdir, workdir, workdir / 'report.html')}" if config.tracking.report else ""
-    if told := run.cost.table():
-        print(told)
+    for line in run.cost.lines():
+        print(line)
     print(f"result in {place}{where}" if place else f"no result{where}")
 
 

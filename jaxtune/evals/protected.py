@@ -111,7 +111,7 @@ def _read(config: ConfigDict, name: str, given: Any, tokenizer: Tokenizer, show:
     own.model, own.train.seed, own.tune.adapter = config.model, config.train.seed, config.tune.adapter
     headed = config.train.objective in (*start.HEADS, "contrastive")  # else a language model, however it is trained
     if headed:
-        own.train.objective, own.data.mask_fraction = config.train.objective, config.data.mask_fraction
+        own.train.objective = config.train.objective
     held = measure_lib.held_out(own, _splits(own, tokenizer, show), tokenizer, reader if headed else NEXT)
     if held is None:
         raise UserError(f"has no rows of eval.split={own.eval.split!r}: name a file with some as data.test")

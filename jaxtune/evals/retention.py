@@ -32,8 +32,9 @@ class Retention:
     words; `refused` says why there is nothing to export.
     """
 
-    def __init__(self, config: ConfigDict, sets: list[Protected], tokenizer: Tokenizer, program: Program, show: Any):
-        self._config, self._sets, self._tokenizer, self._program, self._show = config, sets, tokenizer, program, show
+    def __init__(self, config: ConfigDict, sets: list[Protected], tokenizer: Tokenizer, show: Any):
+        self._config, self._sets, self._tokenizer, self._show = config, sets, tokenizer, show
+        self._program: Program  # given with the first parameters
         self.before: Results = {}
         self.after: Results = {}
         self.verdicts: dict[str, Verdict] = {}
@@ -46,16 +47,22 @@ class Retention:
         self._looked: set[tuple[str, int]] = set()  # what was logged on the way: ("sets" or "kl", after how many steps)
         self._exported = 0  # the step whose weights are
 
-    def begin(self, workdir: Path, data: rows_lib.Rows, params: Params) -> None:
+    def begin(self, workdir: Path, data: rows_lib.Rows, program: Program, params: Params) -> None:
         """Measures the model as training starts; a run that resumes takes what it had measured, where it asks the same."""
-        self._kl = base_kl.prepare(self._config, data, self._tokenizer, self._program, params)
+        self._kl = base_kl.prepare(self._config, data, self._tokenizer, program, params)
+        self.measure_base(workdir, program, params, again=not self._config.checkpoint.resume)
+
+    def measure_base(self, workdir: Path, program: Program, params: Params, again: bool = False) -> None:
+        """Measures the sets on the weights that training starts from, or, unless `again`, takes what a run has kept in `workdir`."""
+        self._program = program
+        protected.check(self._sets, self._tokenizer, program)
         if not self._sets:
             return
         file = workdir / "protected_before.json"
         asked = {one.name: measure.asked(one.config, one.held) for one in self._sets}
-        resumes = self._config.checkpoint.resume and jax.process_count() == 1 and file.exists()
-        kept = json.loads(file.read_text("utf-8")) if resumes else {}
-        found = {name: tasks.from_json(kept[name], how) for name, how in asked.items() if name in kept}
+        known_file = not again and jax.process_count() == 1 and file.exists()  # hosts may not see the same files
+        saved = json.loads(file.read_text("utf-8")) if known_file else {}
+        found = {name: tasks.from_json(saved[name], how) for name, how in asked.items() if name in saved}
         missing = [one for one in self._sets if found.get(one.name) is None]
         made = self._scores(missing, params, "before") if missing else {}
         known = {name: result for name, result in found.items() if result is not None} | made
@@ -63,10 +70,15 @@ class Retention:
         if jax.process_index() == 0 and made:
             texts = {name: tasks.to_json(result, asked[name]) for name, result in self.before.items()}
             file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(file.name + ".partial")
             with tracking.writing(file):
-                partial = file.with_name(file.name + ".partial")
                 partial.write_text(json.dumps(texts), "utf-8")
                 partial.replace(file)
+
+    def measure_tuned(self, params: Params) -> None:
+        """Measures the sets on these weights, and judges them."""
+        if self._sets:
+            self._take(None, params)
 
     def log_before(self, tracker: Any, first_step: int) -> None:
         """Logs the scores before as of step -1, once in a run."""
@@ -157,9 +169,9 @@ class Retention:
         told = {"protected": protected.account(self.verdicts, self.before, self.after)} if self.verdicts else {}
         return told if self.base_kl is None else told | {"base_kl": self.base_kl}
 
-    def table(self) -> str:
-        """The verdicts for the terminal, a line a set; "" without sets."""
-        return "\n".join(_lines(self.verdicts, "after", sys.stdout))
+    def lines(self) -> list[str]:
+        """The verdicts for the terminal, a line a set."""
+        return _lines(self.verdicts, "after", sys.stdout)
 
     def end(self) -> None:
         """Ends a run that has nothing to export.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import run, validation
+from jaxtune import run, tracking, validation
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import protected, tasks
 from jaxtune.types import UserError
@@ -170,6 +171,7 @@ def forgetful(tiny_config: ConfigDict, texts: Path, tmp_path: Path) -> ConfigDic
         "mood",
     )
     config.data.validation_fraction, config.train.eval_every_steps, config.tracking.report = 0.2, 2, True
+    config.eval.split, config.eval.labels = "validation", ("bad", "good")
     bad = [
         ("data.test", str(opinions(tmp_path / "bad.csv", "bad"))),
         ("data.prompt", "{text}"),
@@ -220,6 +222,13 @@ def test_a_run_says_what_it_cost(forgetful: ConfigDict, capsys) -> None:
     page = (Path(config.workdir) / "report.html").read_text()
     assert "Protected set bad is broken: label_nll" in page
     assert "BROKEN" in capsys.readouterr().out
+    run.evaluate(config, Path(config.workdir))  # the same again, against the scores that the run has kept
+    assert "protected bad, after: label_nll" in capsys.readouterr().out
+    evaluation = json.loads((Path(config.workdir) / "evaluation.json").read_text())
+    assert evaluation["protected"]["bad"]["before"] == told["before"]
+    assert evaluation["protected"]["bad"]["after"]["label_nll"]["value"] == pytest.approx(
+        told["after"]["label_nll"]["value"]
+    )
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float]) -> list[str]:
@@ -334,3 +343,32 @@ def test_a_killed_run_gives_the_same_verdicts(
     run.train(config, Path(config.workdir))
     assert exported(config) == resumed
     assert report(config)["protected"] == told
+
+
+def test_colours_are_for_terminals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert tracking.red("broken", Terminal()) == "\x1b[31mbroken\x1b[0m"
+    assert tracking.red("broken", io.StringIO()) == "broken"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert tracking.red("broken", Terminal()) == "broken"
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_model_of_labels_is_protected_on_rows_of_labels(forgetful: ConfigDict, tmp_path: Path) -> None:
+    config = forgetful
+    config.model.head, config.model.labels, config.train.objective, config.train.steps = (
+        "sequence",
+        ("bad", "good"),
+        "classify",
+        2,
+    )
+    given = [pair for pair in config.protect.sets[1][1] if pair[0] != "eval.labels"]
+    config.protect.sets, config.eval.labels, config.eval.before_after = (("bad", tuple(given)),), (), False
+    run.train(config, Path(config.workdir))
+    assert set(report(config)["protected"]["bad"]["after"]) == {"accuracy", "macro_f1", "label_nll"}
+    assert "base_kl" not in report(config)  # a head that starts random has no distribution to keep
