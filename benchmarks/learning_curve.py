@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtune import report_plots
+from jaxtune import pictures
 from jaxtune.report_plots import Panel
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     last = {line["step"]: {} for line in lines}
     for line in lines:  # a step that a resumed run took again counts as it was taken last
         last[line["step"]] |= line
-    drawn = report_plots.png(options.picture, [panel(list(last.values()), metric) for metric in options.metrics])
+    drawn = pictures.png(options.picture, [panel(list(last.values()), metric) for metric in options.metrics])
     return 0 if drawn else 2
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxtune import optim, report_plots, sharding, tracking
+from jaxtune import optim, pictures, sharding, tracking
 from jaxtune.config import ConfigDict
 from jaxtune.models import transformer
 from jaxtune.train import fisher, references, start, step
@@ -126,7 +126,7 @@ def _write(config: ConfigDict, workdir: Path, found: Found) -> None:
         path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     marks = [(found.lowest, f"lowest, {found.lowest:.2g}")]
     marks += [(found.suggestion, f"steepest, {found.suggestion:.2g}")] if found.suggestion else []
-    panel = report_plots.Panel(
+    panel = pictures.Panel(
         "Loss over a rising learning rate",
         "learning rate",
         "loss, running mean",
@@ -135,7 +135,7 @@ def _write(config: ConfigDict, workdir: Path, found: Found) -> None:
         True,
         marks,
     )
-    drawn = report_plots.png(path.with_suffix(".png"), [panel])
+    drawn = pictures.png(path.with_suffix(".png"), [panel])
     ended = "then it rises" if found.diverged else f"and it had not risen by lr_find.high={config.lr_find.high:g}"
     if found.suggestion is None:
         print(

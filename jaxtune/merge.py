@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune import registry, report_plots, sharding, tracking
+from jaxtune import pictures, registry, sharding, tracking
 from jaxtune import workdir as workdir_lib
 from jaxtune.adapters import arithmetic
 from jaxtune.config import ConfigDict, base
@@ -250,11 +250,11 @@ def _chosen(config: ConfigDict, workdir: Path, told: list[dict[str, Any]]) -> fl
         print(tradeoff.columns(header, rows))
         none = Estimate(0.0, 0.0, 0.0)
         dots = [
-            report_plots.Dot(point.retention or none, point.gain, "shares", point.name, marked=point is picked)
+            pictures.Dot(point.retention or none, point.gain, "shares", point.name, marked=point is picked)
             for point in points
         ]
         labels = ("retention: mean relative change of protected sets", f"gain in {told[0]['metric']}")
-        report_plots.clouds(workdir / "merge.png", [report_plots.Cloud("Shares of the merged update", *labels, dots)])
+        pictures.clouds(workdir / "merge.png", [pictures.Cloud("Shares of the merged update", *labels, dots)])
     if picked is None:
         raise UserError(
             "no share of merge.sweep keeps every protected set within its tolerance: add smaller shares, or set merge.pick='knee'"

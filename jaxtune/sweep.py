@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune import checkpoint, report_plots, tracking, validation
+from jaxtune import checkpoint, pictures, tracking, validation
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.evals import tradeoff
@@ -282,8 +282,8 @@ def _report(config: ConfigDict, workdir: Path, runs: list[Run], rows: dict[str, 
         [value if isinstance(value, int | float) else str(value) for value in row["values"].values()] for row in points
     ]
     heights = [row["metrics"][metric] for row in points]
-    panels = [report_plots.Panel("", key, metric, [x[at] for x in plain], heights) for at, key in enumerate(keys)]
-    drawn = report_plots.png(workdir / "sweep.png", panels)
+    panels = [pictures.Panel("", key, metric, [x[at] for x in plain], heights) for at, key in enumerate(keys)]
+    drawn = pictures.png(workdir / "sweep.png", panels)
     where = shown(config.workdir, workdir, workdir / "sweep.csv")
     print(f"best: {points[0]['name']}; table in {where}" + (", plot beside it" if drawn else ""))
 

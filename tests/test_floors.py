@@ -17,6 +17,7 @@ FLOORS = [
         "registry",
         "types",
         "report_plots",
+        "pictures",
         "hosts",
         "chips",
         "fetch",

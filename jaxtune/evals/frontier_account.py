@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune import report_plots, tracking
+from jaxtune import pictures, tracking
 from jaxtune.config import ConfigDict
 from jaxtune.evals import tradeoff
 from jaxtune.evals.statistics import Estimate
@@ -161,24 +161,24 @@ def _draw(workdir: Path, found: Mapping[str, Any], rows: Sequence[Mapping[str, A
     def span(told: Mapping[str, float] | None) -> tuple[float, float, float]:
         return (told["value"], told["low"], told["high"]) if told else (0.0, 0.0, 0.0)
 
-    def cloud(title: str, label: str, of: Any) -> report_plots.Cloud:
+    def cloud(title: str, label: str, of: Any) -> pictures.Cloud:
         dots = [
-            report_plots.Dot(
+            pictures.Dot(
                 span(of(row)), span(row["gain"]), row["method"], f"{row['strength']:g}" if isinstance(row["strength"], float) else str(row["strength"]),
                 row["dominated"], row["name"] == found["picked"],
             )
             for row in rows
         ]  # fmt: skip
-        return report_plots.Cloud(title, label, f"gain in {found['metric']}", dots)
+        return pictures.Cloud(title, label, f"gain in {found['metric']}", dots)
 
     panels = [cloud("All protected sets", "retention: mean relative change", lambda row: row["retention"])]
     for name in sets:
         panels.append(cloud(name, "relative change", lambda row, name=name: row["changes"].get(name)))
-    report_plots.clouds(workdir / "frontier.png", panels)
+    pictures.clouds(workdir / "frontier.png", panels)
     known = [row for row in rows if row["base_kl"] is not None and row["retention"]]
     if known:
         dots = [
-            report_plots.Dot(
+            pictures.Dot(
                 (row["base_kl"],) * 3, span(row["retention"]), row["method"], marked=row["name"] == found["picked"]
             )
             for row in known
@@ -187,4 +187,4 @@ def _draw(workdir: Path, found: Mapping[str, Any], rows: Sequence[Mapping[str, A
         told = found["base_kl"].get("retention")
         title += f": Spearman {told['value']:+.2f}" if told else ""
         labels = ("base_kl, nats per token", "retention: mean relative change")
-        report_plots.clouds(workdir / "base_kl.png", [report_plots.Cloud(title, *labels, dots)])
+        pictures.clouds(workdir / "base_kl.png", [pictures.Cloud(title, *labels, dots)])

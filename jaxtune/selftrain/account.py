@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import report, report_plots, tracking
+from jaxtune import pictures, report, tracking
 from jaxtune.config import ConfigDict
 
 # (config, (predictions.jsonl, side in it), the same of another) -> second minus first by metric, paired.
@@ -152,7 +152,7 @@ def _beside(ended: Ended, names: Sequence[str]) -> list[dict[str, Any]]:
 def _picture(path: Path, plotted: list[dict[str, Any]], has_before: bool) -> None:
     """Draws what is told by round, side by side, over the number of the round."""
     panels = [
-        report_plots.Panel(
+        pictures.Panel(
             one["title"], "round", "", list(range(1 - has_before, len(one["names"]) + 1 - has_before)),
             [each["value"] for each in one["estimates"]], joined=True,
             intervals=[(each["low"], each["high"]) for each in one["estimates"]],
@@ -160,7 +160,7 @@ def _picture(path: Path, plotted: list[dict[str, Any]], has_before: bool) -> Non
         )
         for one in plotted
     ]  # fmt: skip
-    report_plots.png(path, panels)
+    pictures.png(path, panels)
 
 
 def _point(value: float) -> dict[str, float]:
