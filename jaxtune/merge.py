@@ -84,7 +84,7 @@ def _settled(config: ConfigDict) -> ConfigDict:
     if config.tune.adapter:
         raise UserError(f"tune.adapter={config.tune.adapter!r} is what training starts from: name it in merge.adapters")
     config = guests.none(config)
-    config.retain, config.tune.dtype = base().retain, "float32"
+    config.retain, config.tune.dtype, config.tune.freeze, config.tune.train_layers = base().retain, "float32", (), ()
     return config
 
 

@@ -173,12 +173,12 @@ def validate(config: ConfigDict) -> None:
     _check_forms(config)
     validation_methods.validate(config)
     validation_retention.validate(config)
-    for name, given in config.protect.sets:  # each is measured by a config of its own
+    for what, own in validation_retention.of_other_rows(config):
         try:
-            validate(validation_retention.filled(f"protect.sets, {name!r}", given)[0])
+            validate(own)
         except UserError as error:
             text = str(error)
-            raise UserError(text if "protect.sets" in text else f"protect.sets, {name!r}: {text}") from None
+            raise UserError(text if what in text else f"{what}: {text}") from None
     check_profile(config)
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps=0 and train.epochs=0.0 train nothing: set one of them")

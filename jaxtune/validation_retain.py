@@ -139,6 +139,8 @@ def check_data(key: str, settings: Any, needed: str = "") -> None:
       UserError: naming `key`, and the nearest keys.
     """
     known = [name for name in keys(base()) if name.startswith("data.")]
+    if not isinstance(settings, tuple | list):
+        raise UserError(f"config.{key} has {settings!r}; expected ((key of data, value), …), or ()")
     for one in settings:
         if not isinstance(one, tuple | list) or len(one) != 2 or not isinstance(one[0], str):
             raise UserError(f"config.{key} has {one!r}; expected (key of data, value), such as ('data.limit', 200)")

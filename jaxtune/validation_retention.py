@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Iterator
 from typing import Any
 
 from jaxtune import validation_merging, validation_retain
@@ -187,6 +188,19 @@ def filled(what: str, given: Any) -> tuple[ConfigDict, dict[str, Any]]:
     return config, beside
 
 
+def of_other_rows(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+    """Yields (what they are, a config of their own) of rows beside the run's: protected, replayed, of a Fisher information."""
+    retain = config.retain
+    named = [
+        (f"protect.sets, {name!r}", [pair for pair in given if pair[0] not in OF_SETS])
+        for name, given in config.protect.sets
+    ]
+    named += [(f"retain.replay of {uri!r}", settings) for uri, _, settings in retain.replay]
+    for what, settings in [*named, ("retain.fisher_data", retain.fisher_data)]:
+        if settings:
+            yield what, filled(what, settings)[0]
+
+
 def _set(config: ConfigDict, what: str, key: str, value: Any) -> None:
     section, _, field = key.partition(".")
     try:
@@ -247,6 +261,12 @@ def _check_self_distill(config: ConfigDict) -> None:
             "self_training.method='demonstration' has each round taught by what the round before made, from which it goes on: set "
             "self_training.from_base=False"
         )
+    for key in ("retain.replay", "train.beside"):
+        if chosen.method == "demonstration" and lookup(config, key):
+            raise UserError(
+                f"self_training.method='demonstration' trains on what the student itself answers, beside which there are no rows of {key}: set "
+                "it to (), and use retain.penalties"
+            )
     if chosen.method == "demonstration" and config.tune.method == "prompt":
         raise UserError(
             "self_training.method='demonstration' teaches a student by itself, and tune.method='prompt' puts virtual tokens before its "

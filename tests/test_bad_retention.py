@@ -12,12 +12,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import sharding, validation
+from jaxtune.train import references, sequences, start, state
 from jaxtune.train import rows as rows_lib
-from jaxtune.train import start, state
 from jaxtune.types import UserError
 from jaxtune.weights import source
 
 KL, L2, EWC, APART = (((name, 0.1),) for name in ("kl_base", "l2_start", "ewc", "orthogonal"))
+SELF_TAUGHT = {"self_training.method": "demonstration", "self_training.from_base": False}
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"retain.penalties": (("kl_bass", 0.1),)}, "'kl_bass'.*did you mean 'kl_base'"),
@@ -43,6 +44,11 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"retain.replay": (("x.jsonl", 0.5),)}, r"expected \(URI, share, settings\)"),
     ({"retain.replay": (("x.jsonl", 0.5, (("data.packing", False),)),)}, "'data.packing', which is the batch's"),
     ({"retain.replay": (("x.jsonl", 0.5, ()),), "train.objective": "contrastive"}, "train.objective='contrastive'"),
+    ({"retain.replay": (("x.jsonl", 0.5, None),)}, r"of 'x.jsonl' has None; expected \(\(key of data, value\), …\)"),
+    ({"retain.replay": (("x.jsonl", 0.5, (("data.limit", -1),)),)}, "retain.replay of 'x.jsonl': config.data.limit is -1"),
+    ({"retain.fisher_data": (("data.train", "x"), ("data.format", "txt"))}, "retain.fisher_data: .*'txt'.*did you mean 'text'"),
+    ({**SELF_TAUGHT, "retain.replay": (("x.jsonl", 0.5, ()),)}, "no rows of retain.replay: set it to"),
+    ({**SELF_TAUGHT, "train.beside": (("sft", 0.5),)}, "no rows of train.beside: set it to"),
     ({"retain.kl_temperature": 0.0}, "retain.kl_temperature is 0.0"),
     ({"retain.kl_direction": "backward"}, "'backward'"),
     ({"tune.freeze": ("(",)}, "not a regular expression"),
@@ -91,6 +97,46 @@ def test_words_are_compared_where_there_are_words(tiny_config: ConfigDict) -> No
         made(config)
     config.retain.penalties = L2
     made(config)
+
+
+def test_penalties_are_of_the_main_objective(tiny_config: ConfigDict) -> None:
+    """One beside it, of pairs that say no words, is no reason to refuse what is compared on the main one's."""
+    tiny_config.retain.penalties, tiny_config.train.beside = KL, (("contrastive", 0.5, "pairs.jsonl"),)
+    model = source.find(tiny_config)
+    tokenizer = source.find_tokenizer(tiny_config, model)
+    assert [one.train.objective for one, _ in start.beside(tiny_config, model, tokenizer)] == ["contrastive"]
+    tiny_config.train.objective, tiny_config.train.beside = "contrastive", ()
+    with pytest.raises(UserError, match="no head of words"):
+        start.reader(tiny_config, model, tokenizer)
+
+
+class _Asked(Exception):
+    """What a program was asked for."""
+
+
+def _asked(config: ConfigDict, *_: Any) -> Any:
+    raise _Asked(config)
+
+
+@pytest.mark.parametrize("teacher", ["start", "reference"])
+def test_a_model_that_only_speaks_is_asked_for_no_more(
+    tiny_config: ConfigDict, monkeypatch: pytest.MonkeyPatch, teacher: str
+) -> None:
+    """This model as a writer of answers, another as a reference: neither has guests, penalties or frozen layers of the run's."""
+    config = tiny_config
+    config.tune.method, config.tune.freeze, config.tune.train_layers = "full", (r"embed\..*",), (1,)
+    config.retain.penalties, config.train.beside = L2, (("distill", 0.5),)
+    config.distill.teacher, config.preference.reference = "start", config.model.source
+    monkeypatch.setattr(start, "program", _asked)
+    tokenizer = source.find_tokenizer(config, source.find(config))
+    with pytest.raises(_Asked) as found:
+        if teacher == "start":
+            sequences._teacher(config, None)
+        else:
+            references._other(config, tokenizer, None)
+    (asked,) = found.value.args
+    assert not (asked.tune.freeze or asked.tune.train_layers or asked.retain.penalties or asked.train.beside)
+    made(asked)  # it exists, though nothing of it trains as in the run
 
 
 def test_an_earlier_adapter_of_another_model_is_refused(

@@ -105,6 +105,14 @@ def test_adapters_of_some_layers_make_one_of_their_layers(
     assert not merged[1].any()
 
 
+def test_nothing_that_only_training_asks_for_is_asked_of_a_merge(tiny_config: ConfigDict) -> None:
+    """The config of a run that froze and held what it trained merges adapters of others."""
+    tiny_config.tune.freeze, tiny_config.tune.train_layers = (r"embed\..*",), (1,)
+    tiny_config.retain.penalties, tiny_config.merge.adapters = (("l2_start", 1.0),), (("a", 1.0),)
+    settled = merge._settled(tiny_config)
+    assert not (settled.tune.freeze or settled.tune.train_layers or settled.retain.penalties)
+
+
 def test_slerp_turns_one_update_into_the_other() -> None:
     rng = np.random.default_rng(0)
     pair = [arithmetic.Factors(rng.normal(size=(1, 6, 2)), rng.normal(size=(1, 2, 5)), s) for s in (0.5, 2.0)]

@@ -123,12 +123,19 @@ def limited(examples: list[Example], limit: int) -> list[Example]:
     """Returns at most `limit` examples (0 = all) in their order: a choice that other rows and seeds do not change."""
     if not limit or len(examples) <= limit:
         return examples
-    # By the whole row, not the split key: rows of one group share that, and a limit should not keep whole groups.
-    texts = [
-        json.dumps([*e[1:6], *filter(None, e[7:])], sort_keys=True, ensure_ascii=False, default=str) for e in examples
-    ]
-    hashes = np.array([_share("limit:" + text) for text in texts])
+    hashes = np.array([_share(f"limit:{_said(example)}") for example in examples])
     return [examples[i] for i in np.sort(np.argsort(hashes, kind="stable")[:limit])]
+
+
+def _said(example: Example) -> str:
+    """All that a row says: not by its split key, for rows of one group share that, and a limit should not keep whole groups; nor by
+    the columns that some runs keep beside, for runs of any objective choose the same rows."""
+
+    def bare(one: Example) -> Example:
+        return one._replace(row=None, branches=tuple(map(bare, one.branches)))
+
+    e = bare(example)
+    return json.dumps([*e[1:6], *filter(None, e[7:])], sort_keys=True, ensure_ascii=False, default=str)
 
 
 def tokenize(

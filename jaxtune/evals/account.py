@@ -22,6 +22,7 @@ from jaxtune.train import rows as rows_lib
 from jaxtune.train import state as state_lib
 from jaxtune.train.goodput import Wall
 from jaxtune.train.state import Program
+from jaxtune.validation_retention import objectives
 from jaxtune.weights import source
 from jaxtune.workdir import shown
 
@@ -128,7 +129,20 @@ def _about(config: ConfigDict, run: Run) -> dict[str, str]:
     how = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}" if lora else f"{config.tune.method} fine-tuning"
     how = f"soft prompt, {run.program.prompt.num_tokens} virtual tokens" if run.program.prompt else how
     hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {"Model": run.model.uri, "Method": f"{how}: {trained:,} trained parameters", "Hardware": hardware}
+    method = f"{how}: {trained:,} trained parameters"
+    return {"Model": run.model.uri, "Method": method, **_learnt(config), "Hardware": hardware}
+
+
+def _learnt(config: ConfigDict) -> dict[str, str]:
+    """What the loss is a sum of: objectives ("dpo + 0.5 x sft"), who teaches, and what holds the run near its start."""
+    beside, distill = [f"{share:g} x {name}" for name, share, *_ in config.train.beside], config.distill
+    told = {"Objective": " + ".join([config.train.objective, *beside])}
+    if "distill" in objectives(config):
+        own = f" with {distill.teacher_adapter}" if distill.teacher_adapter else ""
+        told["Teacher"] = f"{distill.teacher}{own}, {distill.mode}"
+    if config.retain.penalties:
+        told["Penalties"] = " + ".join(f"{weight:g} x {name}" for name, weight in config.retain.penalties)
+    return told
 
 
 def _training(run: Run) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def judge(
         gaps = tasks.compare(first, second, **measure_lib.intervals(one.config))
         gap = gaps[one.metric]
         value, low, high = gap["value"], gap["low"], gap["high"]
-        worse = Estimate(-value, -high, -low) if one.higher_is_better else Estimate(value, low, high)
+        # 0 less it, not minus it: what stays the same is worse by 0, and not by -0.
+        worse = Estimate(0 - value, 0 - high, 0 - low) if one.higher_is_better else Estimate(value, low, high)
         broken = not (worse.low if by == "interval" else worse.value) <= one.tolerance
         sides = (first.metrics[one.metric], second.metrics[one.metric])
         verdicts[one.name] = Verdict(one.metric, one.higher_is_better, one.tolerance, *sides, worse, gaps, broken)

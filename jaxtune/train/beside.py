@@ -30,7 +30,7 @@ def beside(config: ConfigDict) -> list[ConfigDict]:
         one = config.copy_and_resolve_references()
         for key in ("beside", "patience", "eval_every_steps", *CLASSING):
             one.train[key] = plain.train[key]
-        one.retain.replay = ()
+        one.retain.replay, one.retain.penalties = (), ()
         one.train.objective, one.preference.share_prompts = name, "never"  # for the main one's rows decide on branches
         if rows:
             for key in _OF_ROWS:

@@ -119,7 +119,7 @@ def _other(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> tuple[Program
     config = config.copy_and_resolve_references()
     config.model.source, config.model.tokenizer, config.tune.adapter, config.model.keep_layers = uri, "", "", ()
     config.tune.method, config.tune.rank, config.tune.use_dora = "lora", 1, False
-    config.preference.reference = "adapter_off"
+    config.preference.reference, config.train.beside = "adapter_off", ()
     config.retain, config.tune.freeze, config.tune.train_layers = base().retain, (), ()
     model = source.find(config)
     if model.path is not None:

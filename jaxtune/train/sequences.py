@@ -116,7 +116,8 @@ def _teacher(config: ConfigDict, show: Any) -> Answer:
     own = guests.config_of(config)
     if config.distill.teacher in guests.SELVES:
         own = config.copy_and_resolve_references()
-        own.train.objective = "sft"
+        own.train.objective, own.train.beside, own.retain.penalties = "sft", (), ()
+        own.tune.freeze, own.tune.train_layers = (), ()
         own.tune.adapter = own.tune.adapter if config.distill.teacher == "start" else ""
     own.tune.method = own.tune.method if own.tune.method == "prompt" else "lora"  # so that no optimizer state is made
     if not own.tune.adapter:

@@ -89,6 +89,14 @@ def test_limit_is_a_stable_choice(tmp_path: Path, chatml: Tokenizer, data: Confi
     assert chosen[20] < chosen[40]
 
 
+def test_runs_that_keep_columns_choose_the_same_rows(chatml: Tokenizer, data: ConfigDict, tmp_path: Path) -> None:
+    """A reward, or a teacher that is shown an example, reads a row's columns: its rows are those of any other run."""
+    data.limit, path = 20, write(tmp_path / "a.jsonl", qa(200))
+    plain, judged = (pipeline.load(data, {"train": path}, chatml, keep_rows=keep).train for keep in (False, True))
+    assert judged[0].row is not None
+    assert [one.row_id for one in plain] == [one.row_id for one in judged]
+
+
 def test_load_errors(tmp_path: Path, chatml: Tokenizer, tokenizers: Any, data: ConfigDict) -> None:
     path = write(tmp_path / "a.jsonl", qa(1))
     data.split_key, data.split_regex = "id", "x+"
@@ -198,7 +206,7 @@ def test_batches_have_every_field_and_every_token(rows: Rows, packing: bool) -> 
     for name, dtype in BATCH_FIELDS.items():
         if not name.endswith("_BT"):
             continue  # of other kinds of rows
-        if name.startswith(("reference_", "old_", "advantages_", "returns_", "values_")):
+        if name.startswith(("reference_", "old_", "advantages_", "returns_", "values_", "gold_", "teacher_")):
             continue  # of rows that another model, or the one that sampled them, has read
         assert batches[0][name].shape == (1, 24)
         assert batches[0][name].dtype == dtype

@@ -140,6 +140,8 @@ def test_a_set_is_broken_by_its_worsening_alone() -> None:
     assert not any(
         one.broken for one in protected.judge(sets, after, before).values()
     )  # what became better breaks nothing
+    same = protected.judge(sets, before, before)["sums"]
+    assert "0.5 to 0.5, worse by 0 [0, 0], tolerance 0.25" in same.told()  # and not by -0
     told = protected.account(verdicts, before, after)["text"]
     assert told["difference"]["bits_per_byte"]["value"] == pytest.approx(0.6)
     assert told["before"]["bits_per_byte"]["value"] == pytest.approx(2.0)
