@@ -129,13 +129,11 @@ def test_a_model_that_only_speaks_is_asked_for_no_more(
     config.distill.teacher, config.preference.reference = "start", config.model.source
     monkeypatch.setattr(start, "program", _asked)
     tokenizer = source.find_tokenizer(config, source.find(config))
+    ask = sequences._teacher if teacher == "start" else lambda config, show: references._other(config, tokenizer, show)
     with pytest.raises(_Asked) as found:
-        if teacher == "start":
-            sequences._teacher(config, None)
-        else:
-            references._other(config, tokenizer, None)
+        ask(config, None)
     (asked,) = found.value.args
-    assert not (asked.tune.freeze or asked.tune.train_layers or asked.retain.penalties or asked.train.beside)
+    assert (asked.tune.freeze, asked.tune.train_layers, asked.retain.penalties, asked.train.beside) == ((), (), (), ())
     made(asked)  # it exists, though nothing of it trains as in the run
 
 

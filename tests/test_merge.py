@@ -110,7 +110,7 @@ def test_nothing_that_only_training_asks_for_is_asked_of_a_merge(tiny_config: Co
     tiny_config.tune.freeze, tiny_config.tune.train_layers = (r"embed\..*",), (1,)
     tiny_config.retain.penalties, tiny_config.merge.adapters = (("l2_start", 1.0),), (("a", 1.0),)
     settled = merge._settled(tiny_config)
-    assert not (settled.tune.freeze or settled.tune.train_layers or settled.retain.penalties)
+    assert (settled.tune.freeze, settled.tune.train_layers, settled.retain.penalties) == ((), (), ())
 
 
 def test_slerp_turns_one_update_into_the_other() -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxtune import config as config_lib
 from jaxtune import report, report_plots
+from jaxtune.evals import account
 from jaxtune.evals.statistics import Estimate
 
 EVIL = "<script>alert('x')</script> & \"$\\frac{1\" 日本"
@@ -213,3 +215,15 @@ def test_rewards_are_drawn_by_function_and_only_where_there_are_any() -> None:
     assert "Entropy (nats a token) over steps" in drawn[1]
     plain = report_plots.training([{"step": 0, "loss": 0.1, "rewards/chosen": 1.0}])
     assert not any("reward" in plot for plot in plain)
+
+
+def test_a_page_says_what_the_loss_is_a_sum_of() -> None:
+    config = config_lib.base()
+    assert account._learnt(config) == {"Objective": "sft"}
+    config.train.objective, config.train.beside = "dpo", (("distill", 0.5, "more.jsonl"),)
+    config.distill.teacher, config.retain.penalties = "hf:owner/larger", (("kl_base", 0.1), ("ewc", 100.0))
+    assert account._learnt(config) == {
+        "Objective": "dpo + 0.5 x distill",
+        "Teacher": "hf:owner/larger, online",
+        "Penalties": "0.1 x kl_base + 100 x ewc",
+    }

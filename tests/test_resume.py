@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import run
+from jaxtune import checkpoint, run
+from jaxtune import config as config_lib
 from jaxtune.plan import compile
 from jaxtune.train import loop, rows, start
 from jaxtune.types import UserError
@@ -52,6 +53,17 @@ def test_a_resumed_run_is_told_as_a_whole_and_refuses_other_rows(tiny_config: Co
         run.train(config, workdir)
     assert read(workdir, "config.json")["name"] == "run"
     assert read(workdir, "before.json") == again
+
+
+def test_what_other_verbs_ask_for_changes_no_run(tiny_config: ConfigDict) -> None:
+    """A config that is extended for `merge` or `frontier` is still that of its run; one that trains otherwise is not."""
+    saved, config = json.loads(config_lib.to_json(tiny_config)), tiny_config
+    config.merge.adapters, config.frontier.workers, config.self_distill.stop = (("mine", 1.0),), 2, False
+    assert checkpoint.first_change(saved, config, checkpoint.free(config)) is None
+    config.retain.penalties = (("kl_base", 0.1),)
+    changed = checkpoint.first_change(saved, config, checkpoint.free(config))
+    assert changed is not None
+    assert changed[0] == "retain.penalties"
 
 
 def test_an_early_stop_stays_one_and_lost_steps_are_kept_aside(

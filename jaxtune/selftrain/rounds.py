@@ -136,7 +136,7 @@ def _claim(config: ConfigDict, workdir: Path, task: Task) -> None:
             "--workdir"
         )
     began = json.loads(file.read_text("utf-8"))
-    free = [key for key in checkpoint.FREE if key not in ("reward.", "self_training.")]
+    free = [key for key in checkpoint.FREE if key not in ("reward.", "self_training.", "self_distill.")]
     changed = checkpoint.first_change(began["config"], config, (*free, "self_training.rounds", "reward.workers"))
     if changed:
         key, then, now = changed
