@@ -94,8 +94,8 @@ def test_scores_and_gradients_agree(name: str, tmp_path: Path, ours: Any, config
     saved = hf.Folder(tmp_path / "gradients")
     for key, value in hf.tensors(program.family, program.model_config, grads):
         want = saved.read(key)
-        # A bias that softmax cancels, as a key's without rotation, has no gradient but rounding: about 5e-9.
-        assert np.abs(value - want).max() <= 1e-3 * np.abs(want).max() + 1e-8, key
+        # A bias that softmax cancels, as a key's without rotation, has no gradient but rounding: 5e-9, or 1.1e-8 as the tests' XLA sums it.
+        assert np.abs(value - want).max() <= 1e-3 * np.abs(want).max() + 2e-8, key
     hf.save(tmp_path / "again", program.hf_config, hf.tensors(program.family, program.model_config, mine.params))
     again, info = model_class.from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not any(info.values()), info
