@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtune import pictures
-from jaxtune.report_plots import Panel
+from jaxtune.pictures import Panel
 
 
 def panel(lines: list[dict[str, float]], metric: str) -> Panel:

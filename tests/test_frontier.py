@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import frontier, launch, report_plots, validation
+from jaxtune import frontier, launch, pictures, validation
 from jaxtune.train.loop import Preempted
 from jaxtune.types import UserError
 
@@ -32,7 +32,7 @@ def config(tiny_config: ConfigDict) -> ConfigDict:
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a comparison's time."""
-    monkeypatch.setattr(report_plots, "clouds", lambda *_: False)
+    monkeypatch.setattr(pictures, "clouds", lambda *_: False)
 
 
 def report(gain: float, cost: float, kl: float) -> dict[str, Any]:
