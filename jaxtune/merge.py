@@ -9,17 +9,15 @@ shares, `merge.png`.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxtune import pictures, registry, sharding, tracking
-from jaxtune import workdir as workdir_lib
+from jaxtune import pictures, registry, sharding, verbs
 from jaxtune.adapters import arithmetic
 from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
@@ -31,7 +29,7 @@ from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
 from jaxtune.weights import hf, merging, source
-from jaxtune.workdir import shown
+from jaxtune.workdir import check_result, shown, write_whole
 
 
 class Made(NamedTuple):
@@ -49,7 +47,7 @@ def merge(config: ConfigDict, workdir: Path) -> None:
       UserError: nothing to merge, parts that do not fit together or the base, or a method that they cannot be merged by.
     """
     config = _settled(config)
-    show = partial(tracking.progress, mode=config.tracking.progress if jax.process_index() == 0 else "off")
+    show = verbs.progress(config)
     model = source.find(config)
     tokenizer = source.find_tokenizer(config, model) if model.path or config.model.tokenizer else None
     family = registry.load("model_type", str(model.hf_config.get("model_type")), FAMILIES)
@@ -59,10 +57,10 @@ def merge(config: ConfigDict, workdir: Path) -> None:
         merging.check_bases(parts)
     whole = _makes_a_model(config, parts)
     place = Path(config.export.output or workdir / ("model" if whole or config.export.merge else "adapter"))
-    workdir_lib.check_result(place, workdir, [part.path for part in parts] + ([model.path] if model.path else []))
+    check_result(place, workdir, [part.path for part in parts] + ([model.path] if model.path else []))
     config.export.output = str(place)
     made = (_model if whole else _adapter)(config, workdir, model, tokenizer, parts, show)
-    _say(config, made.words)
+    verbs.say(config, made.words)
     found: dict[str, Any] = {"method": config.merge.method, "parts": [list(one) for one in config.merge.adapters]}
     share = 1.0
     if config.merge.sweep:
@@ -73,7 +71,9 @@ def merge(config: ConfigDict, workdir: Path) -> None:
         found |= {"shares": points}
     folder = made.write(share)
     if jax.process_index() == 0:
-        _write(workdir / "merge.json", json.dumps({**found, "share": share, "written": str(folder)}, indent=2) + "\n")
+        write_whole(
+            workdir / "merge.json", json.dumps({**found, "share": share, "written": str(folder)}, indent=2) + "\n"
+        )
         print(f"{made.words}; share {share:g} in {shown(config.workdir, workdir, folder)}")
 
 
@@ -260,16 +260,3 @@ def _chosen(config: ConfigDict, workdir: Path, told: list[dict[str, Any]]) -> fl
             "no share of merge.sweep keeps every protected set within its tolerance: add smaller shares, or set merge.pick='knee'"
         )
     return float(told[points.index(picked)]["share"])
-
-
-def _say(config: ConfigDict, text: str) -> None:
-    if jax.process_index() == 0 and config.tracking.progress != "off":
-        print(text, file=sys.stderr, flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    with tracking.writing(path):
-        partial_path.write_text(text, encoding="utf-8")
-        partial_path.replace(path)

@@ -32,7 +32,7 @@ from jaxtune.train import compiled, goodput, guests, loop, rounds, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
 from jaxtune.weights import source
-from jaxtune.workdir import shown
+from jaxtune.workdir import shown, write_whole
 
 
 def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None:
@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
         wall.redone_before = tracking.steps_logged(workdir / "metrics.jsonl") if config.checkpoint.resume else 0
         state, remembered = verbs.resumed(config, workdir, checkpoints, program, state)
         if is_main:
-            verbs.write(workdir / "config.json", given + "\n")
+            write_whole(workdir / "config.json", given + "\n")
         with tracking.Tracker(
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
             log_every_steps=config.train.log_every_steps, config=config.to_dict(),
@@ -128,7 +128,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     cost.measure_tuned(params)
     tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
-    verbs.write(
+    write_whole(
         workdir / "evaluation.json",
         json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts(), indent=2) + "\n",
     )
@@ -137,7 +137,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     if config.meta.shots:
         trained, frozen = partition.split(params, program.labels)
         found = fewshot.measure(config, program, trained, frozen, tokenizer, splits, show, reader)
-        verbs.write(workdir / "fewshot.json", fewshot.to_json(config, found))
+        write_whole(workdir / "fewshot.json", fewshot.to_json(config, found))
         print(fewshot.table(config, found))
 
 
@@ -160,7 +160,7 @@ def generate(config: ConfigDict, workdir: Path) -> None:
         {"row_id": e.row_id, "prompt": tokenizer.decode(p, skip_special=False), "generation": t}
         for e, p, t in zip(examples, prompts, texts, strict=True)
     ]
-    verbs.write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_whole(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"{len(lines)} answers by {what} in {shown(config.workdir, workdir, output)}")
 
 
@@ -247,7 +247,7 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         if config.plan.topologies:
             result, text = account.ranking(*given, show, say)
         elif config.plan.search:
-            result, text = account.best(*given, show, say, lambda name, text: verbs.write(workdir / name, text))
+            result, text = account.best(*given, show, say, lambda name, text: write_whole(workdir / name, text))
         else:
             result, text = account.one(*given)
         lines.append(text)
@@ -258,5 +258,5 @@ def plan(config: ConfigDict, workdir: Path) -> None:
         }  # no price of chips hides a service's
         result = {**result, **found, **known, "api": found}
         lines.append(account.api_table(found))
-    verbs.write(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
+    write_whole(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
     print("\n\n".join(lines))

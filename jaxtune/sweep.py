@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune import checkpoint, pictures, tracking, validation
+from jaxtune import checkpoint, pictures, validation
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.evals import tradeoff
 from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError
 from jaxtune.validation_methods import ON_POLICY, is_range
-from jaxtune.workdir import shown
+from jaxtune.workdir import shown, write_whole
 
 Start = Callable[[Path, Path, bool, Path], int]  # (config file, workdir, resume, log) -> exit code
 
@@ -101,7 +101,7 @@ def sweep(config: ConfigDict, workdir: Path, start: Start = in_a_process) -> Non
             value = row["metrics"].get(config.sweep.metric)
             say(config, f"  {config.sweep.metric} {'–' if value is None else f'{value:.4f}'}")
         rows[run.name] = row
-        write(workdir / "sweep.json", json.dumps(_told(config, rows), indent=2) + "\n")
+        write_whole(workdir / "sweep.json", json.dumps(_told(config, rows), indent=2) + "\n")
     _report(config, workdir, runs, rows)
 
 
@@ -214,7 +214,7 @@ def known(workdir: Path, runs: list[Run], what: str) -> dict[str, dict[str, Any]
             raise UserError(
                 f"workdir {workdir} holds a {what} whose run {run.name} has another config: choose another --workdir"
             )
-        write(path, text)
+        write_whole(path, text)
     return {run.name: found.get(run.name, {}) for run in runs}
 
 
@@ -268,7 +268,7 @@ def _report(config: ConfigDict, workdir: Path, runs: list[Run], rows: dict[str, 
     ]
     buffer = io.StringIO()
     csv.writer(buffer).writerows([header, *table])
-    write(workdir / "sweep.csv", buffer.getvalue())
+    write_whole(workdir / "sweep.csv", buffer.getvalue())
     print(tradeoff.columns(header, table))
     for row in told:
         if row["status"] != "done":
@@ -291,11 +291,3 @@ def _report(config: ConfigDict, workdir: Path, runs: list[Run], rows: dict[str, 
 def say(config: ConfigDict, text: str) -> None:
     if config.tracking.progress != "off":
         print(text, file=sys.stderr, flush=True)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with tracking.writing(path):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)

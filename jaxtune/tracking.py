@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxtune.types import UserError
+from jaxtune.workdir import writing as writing
 
 T = TypeVar("T")
 Clock = Callable[[], float]
@@ -154,17 +154,6 @@ def steps_logged(path: Path) -> int:
         with contextlib.suppress(ValueError):  # the last, torn by a crash
             num = max(num, json.loads(line)["step"] + 1)
     return num
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns a full disk, met while `path` is written, into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"the disk is full: cannot write {path}; free space and run the same command again") from error
 
 
 def progress(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -33,6 +32,7 @@ from jaxtune.train import start as start_lib
 from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError
 from jaxtune.weights.source import Model
+from jaxtune.workdir import write_whole
 
 
 class Known(NamedTuple):
@@ -115,7 +115,7 @@ def _known(config: ConfigDict, folder: Path) -> Known:
     notes += stages.check_new(new, earlier)
     gate.check_names(config, [*(stage.name for stage in earlier), new.name])
     for note in notes:
-        _say(config, f"note: {note}")
+        sweep.say(config, f"note: {note}")
     waits = config.train.objective in preferences.READERS
     beside = None if waits else _beside(config, model, tokenizer)
     lines = lines or ledger.append(folder, [], base)
@@ -141,10 +141,12 @@ def _attempt(config: ConfigDict, known: Known) -> Path:
             if changed is None and shares[0] == shares[1]:
                 return file.parent
             key, then, now = changed or ("lineage.replay_share", *shares)
-            _say(config, f"attempt {number} is of another config ({key} was {then!r}, is {now!r}): a new one is begun")
+            sweep.say(
+                config, f"attempt {number} is of another config ({key} was {then!r}, is {now!r}): a new one is begun"
+            )
     folder = root / f"{max(numbers, default=0) + 1:03d}"
     told = {**began, "replay_share": config.lineage.replay_share, "config": json.loads(config_lib.to_json(config))}
-    ledger.write(folder / "began.json", json.dumps(told, indent=2) + "\n")
+    write_whole(folder / "began.json", json.dumps(told, indent=2) + "\n")
     return folder
 
 
@@ -158,10 +160,10 @@ def _train(config: ConfigDict, known: Known, attempt: Path, start: sweep.Start) 
     if (attempt / "trained.json").exists():
         return
     made = training(config, known, attempt)
-    ledger.write(attempt / "train.json", config_lib.to_json(made) + "\n")
+    write_whole(attempt / "train.json", config_lib.to_json(made) + "\n")
     run, log = attempt / "train", attempt / "train.txt"
     replayed = ", ".join(stage.name for stage in known.earlier) if config.lineage.replay_share else ""
-    _say(
+    sweep.say(
         config,
         f"training {known.new.name} from release {known.parent['release']}"
         + (f", with replay of {replayed}" if replayed else ""),
@@ -174,7 +176,7 @@ def _train(config: ConfigDict, known: Known, attempt: Path, start: sweep.Start) 
         raise UserError(
             f"the candidate was not trained, and the released model stays: {said[-1] if said else f'exit code {code}'} ({log})"
         )
-    ledger.write(attempt / "trained.json", json.dumps({"weights": _result(run)}) + "\n")
+    write_whole(attempt / "trained.json", json.dumps({"weights": _result(run)}) + "\n")
 
 
 def training(config: ConfigDict, known: Known, attempt: Path) -> ConfigDict:
@@ -221,7 +223,7 @@ def _measure(config: ConfigDict, known: Known, attempt: Path) -> tuple[list[Prot
         known_ones = scores.read(sets, places)
         missing = [one for one in sets if one.name not in known_ones]
         named = stages.of_release(config, known.folder, line)
-        measured = scores.measured(named, missing, known.tokenizer, show, whose, partial(_say, config))
+        measured = scores.measured(named, missing, known.tokenizer, show, whose, partial(sweep.say, config))
         scores.keep(attempt, whose, missing, measured)
         results[whose] = {one.name: {**known_ones, **measured}[one.name] for one in sets}
     return sets, results
@@ -253,12 +255,12 @@ def _drift(config: ConfigDict, known: Known, attempt: Path) -> comparing.Drift:
     """How the new rows differ from the earlier stages'; kept in the attempt. Nothing where there are none."""
     if not known.earlier or not config.lineage.drift_rows:
         return comparing.Drift({}, [])
-    _say(config, "comparing new rows with old")
+    sweep.say(config, "comparing new rows with old")
     base = config.copy_and_resolve_references()
     found = comparing.compare(
         config, known.new, known.earlier, known.tokenizer, comparing.embedder(base, _progress(config))
     )
-    ledger.write(attempt / "unlike.jsonl", _jsonl(found.unlike))
+    write_whole(attempt / "unlike.jsonl", _jsonl(found.unlike))
     return found
 
 
@@ -275,7 +277,7 @@ def _judge(
         for one in broken or sets
         for row in gate.worse_rows(one, results["released"][one.name], results["candidate"][one.name])
     ]
-    ledger.write(attempt / "worse.jsonl", _jsonl(worse))
+    write_whole(attempt / "worse.jsonl", _jsonl(worse))
     refused = bool(broken) and not force
     relative = attempt.relative_to(known.folder)
     return {
@@ -298,7 +300,7 @@ def _kept_config(config: ConfigDict, folder: Path, attempt: Path) -> dict[str, s
     text = config_lib.to_json(config) + "\n"
     names = (f"config{f'_{n}' if n > 1 else ''}.json" for n in count(1))
     path = next(p for p in (attempt / name for name in names) if not p.exists() or p.read_text("utf-8") == text)
-    ledger.write(path, text)
+    write_whole(path, text)
     return {"path": str(path.relative_to(folder)), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -312,8 +314,3 @@ def _jsonl(rows: Sequence[Any]) -> str:
 
 def _progress(config: ConfigDict) -> Any:
     return partial(tracking.progress, mode=config.tracking.progress)
-
-
-def _say(config: ConfigDict, text: str) -> None:
-    if config.tracking.progress != "off":
-        print(text, file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from jaxtune.train.start import Adapter
 from jaxtune.train.state import Params, Program, State
 from jaxtune.types import UserError
 from jaxtune.weights import source
+from jaxtune.workdir import write_whole
 
 
 def progress(config: ConfigDict) -> Callable[..., Iterator[Any]]:
@@ -29,18 +30,6 @@ def progress(config: ConfigDict) -> Callable[..., Iterator[Any]]:
 def say(config: ConfigDict, text: str) -> None:
     if jax.process_index() == 0 and config.tracking.progress != "off":
         print(text, file=sys.stderr, flush=True)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with tracking.writing(path):
-            partial_path.write_text(text, encoding="utf-8")
-            partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
 
 
 class Asked(NamedTuple):
@@ -107,7 +96,7 @@ def before(
         say(config, "what is measured has changed since the run began: the untuned model is measured again")
     result = measure.measure(config, held, tokenizer, program, params, show, "before")
     if jax.process_index() == 0:
-        write(file, tasks.to_json(result, asked))
+        write_whole(file, tasks.to_json(result, asked))
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import sys
@@ -23,6 +25,36 @@ _RESULT = (
     r"special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|additional_chat_templates|\.DS_Store"
 )
 _LEFT_THERE = ("checkpoints", "adapter", "model")  # not brought here when a run goes on: large, and read by others
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns a full disk, met while `path` is written, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"the disk is full: cannot write {path}; free space and run the same command again") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a whole file or nothing, onto the disk before it returns.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def check(name: str, uri: str) -> None:

@@ -41,6 +41,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOGETHER = {
     "run": {"verbs"},
+    "merge": {"verbs"},
     "fetch": {"archives", "indexes", "types"},
     "indexes": {"archives", "types"},
     "config": {"config_methods", "config_retention", "types"},

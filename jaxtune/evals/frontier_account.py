@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune import pictures, tracking
+from jaxtune import pictures
 from jaxtune.config import ConfigDict
 from jaxtune.evals import tradeoff
 from jaxtune.evals.statistics import Estimate
 from jaxtune.types import UserError
+from jaxtune.workdir import write_whole
 
 _KEPT = ("metric", "before", "after", "difference", "protected", "base_kl")  # of a report
 _FEWEST = 4  # points of which an order says anything
@@ -153,8 +154,7 @@ def _csv(path: Path, rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> 
         )
     buffer = io.StringIO()
     csv.writer(buffer).writerows([[*header, "base_kl", "broken", "dominated"], *lines])
-    with tracking.writing(path):
-        path.write_text(buffer.getvalue(), encoding="utf-8")
+    write_whole(path, buffer.getvalue())
 
 
 def _draw(workdir: Path, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:

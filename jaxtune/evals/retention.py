@@ -21,6 +21,7 @@ from jaxtune.train import rows as rows_lib
 from jaxtune.train.guard import Guard, Seen
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError
+from jaxtune.workdir import write_whole
 
 Results = dict[str, tasks.Result]
 
@@ -69,11 +70,7 @@ class Retention:
         self.before = {one.name: known[one.name] for one in self._sets}
         if jax.process_index() == 0 and made:
             texts = {name: tasks.to_json(result, asked[name]) for name, result in self.before.items()}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(file.name + ".partial")
-            with tracking.writing(file):
-                partial.write_text(json.dumps(texts), "utf-8")
-                partial.replace(file)
+            write_whole(file, json.dumps(texts))
 
     def measure_tuned(self, params: Params) -> None:
         """Measures the sets on these weights, and judges them."""

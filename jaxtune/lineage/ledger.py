@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jaxtune import tracking
 from jaxtune.types import UserError
+from jaxtune.workdir import write_whole
 
 Line = dict[str, Any]
 FILE, TABLE, _LOCK = "ledger.jsonl", "ledger.md", ".lock"
@@ -86,7 +86,7 @@ def append(folder: Path, lines: Sequence[Line], fields: Line) -> list[Line]:
     line["previous"] = lines[-1]["hash"] if lines else _BEFORE_ALL
     line["hash"] = _hash(line)
     every = [*lines, line]
-    write(folder / FILE, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every))
+    write_whole(folder / FILE, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every))
     render(folder, every)
     return every
 
@@ -95,25 +95,6 @@ def _hash(line: Line) -> str:
     body = {key: value for key, value in line.items() if key != "hash"}
     text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a whole file or nothing, onto the disk before it returns.
-
-    Raises:
-      UserError: the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with tracking.writing(path):
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 # ---- what the lines say ----
@@ -192,7 +173,7 @@ def opened(folder: Path) -> Iterator[int]:
 
 def render(folder: Path, lines: Sequence[Line]) -> None:
     """Writes `ledger.md`."""
-    write(folder / TABLE, table(lines))
+    write_whole(folder / TABLE, table(lines))
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -12,11 +12,11 @@ from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks
 from jaxtune.evals.protected import Protected
-from jaxtune.lineage import ledger
 from jaxtune.lineage.stages import Stage
 from jaxtune.train import start
 from jaxtune.weights import source
 from jaxtune.weights.source import Model
+from jaxtune.workdir import write_whole
 
 Results = dict[str, tasks.Result]  # by the set's name
 
@@ -51,7 +51,7 @@ def read(sets: Sequence[Protected], places: Sequence[tuple[Path, str]]) -> Resul
 def keep(attempt: Path, whose: str, sets: Sequence[Protected], results: Results) -> None:
     """Writes what a model scores on each of these sets."""
     for one in sets:
-        ledger.write(place(attempt, whose, one.name), tasks.to_json(results[one.name], _asked(one)))
+        write_whole(place(attempt, whose, one.name), tasks.to_json(results[one.name], _asked(one)))
 
 
 def _asked(one: Protected) -> str:

@@ -14,11 +14,11 @@ from jaxtune.data import pipeline, templates
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.generate.logits import Sampling
 from jaxtune.generate.rollout import Roller
-from jaxtune.selftrain import task as task_lib
 from jaxtune.selftrain.task import Task
 from jaxtune.train import start
 from jaxtune.validation_retention import GOLD
 from jaxtune.weights import source
+from jaxtune.workdir import write_whole
 
 
 def counts_entropy(config: ConfigDict) -> bool:
@@ -54,7 +54,7 @@ def kept_entropy(file: Path, config: ConfigDict, asked: ConfigDict, task: Task, 
         return None
     if not file.exists():
         found = entropy(config, asked, task, tokenizer, show)
-        task_lib.write(file, json.dumps({"entropy": found}) + "\n")
+        write_whole(file, json.dumps({"entropy": found}) + "\n")
     return json.loads(file.read_text("utf-8"))["entropy"]
 
 

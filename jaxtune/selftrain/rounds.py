@@ -31,6 +31,7 @@ from jaxtune.selftrain.task import Task
 from jaxtune.train import start
 from jaxtune.types import UserError
 from jaxtune.weights import source
+from jaxtune.workdir import write_whole
 
 
 class Hands(NamedTuple):
@@ -127,8 +128,8 @@ def _claim(config: ConfigDict, workdir: Path, task: Task) -> None:
     file = workdir / "self_training_began.json"
     if not file.exists():
         checkpoint.check_workdir(str(workdir), resume=False)
-        task_lib.write(file, json.dumps({"config": config.to_dict(), "prompts": task.digest}, indent=2, default=list))
-        task_lib.write(workdir / "config.json", config_lib.to_json(config) + "\n")
+        write_whole(file, json.dumps({"config": config.to_dict(), "prompts": task.digest}, indent=2, default=list))
+        write_whole(workdir / "config.json", config_lib.to_json(config) + "\n")
         return
     if not config.checkpoint.resume:
         raise UserError(
@@ -184,7 +185,7 @@ def _round(
     told = {"round": number, **counts, "errors": {kind: [num, first[kind]] for kind, num in errors.items()}}
     told |= account.of_run(Path(training.workdir))
     told["entropy"] = limits.entropy(config, _policy(config, folder), task, tokenizer, show)
-    task_lib.write(done, json.dumps(told, indent=2) + "\n")
+    write_whole(done, json.dumps(told, indent=2) + "\n")
     return told
 
 
@@ -265,7 +266,7 @@ def _control(
     hands.train(training, Path(training.workdir))
     told = {"gold": len(taken), "wanted": num, **account.of_run(Path(training.workdir))}
     told["entropy"] = limits.entropy(config, _policy(config, folder), task, tokenizer, show)
-    task_lib.write(done, json.dumps(told, indent=2) + "\n")
+    write_whole(done, json.dumps(told, indent=2) + "\n")
     return told
 
 

@@ -23,6 +23,7 @@ from jaxtune.selftrain import task as task_lib
 from jaxtune.selftrain.selection import Sample, is_right
 from jaxtune.selftrain.task import Task
 from jaxtune.train.state import Params, Program
+from jaxtune.workdir import write_whole
 
 # (examples, their completions) -> (rewards, errors by name: kind, the first message of each).
 Judge = Callable[[Sequence[Example], Sequence[str]], tuple[np.ndarray, dict[str, int], dict[str, str]]]
@@ -60,7 +61,7 @@ def parts(
                 config, task, number, range(start, min(start + size, len(task.prompts))), tokenizer, answer, judge
             )
             told = {**part._asdict(), "samples": [_plain(sample) for sample in part.samples]}
-            task_lib.write(path, json.dumps(told, ensure_ascii=False))
+            write_whole(path, json.dumps(told, ensure_ascii=False))
         saved = json.loads(path.read_text("utf-8"))
         samples = [
             Sample(**{**one, "reward": math.nan if one["reward"] is None else one["reward"]})

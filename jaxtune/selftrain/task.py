@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import tracking
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import Example, fill
@@ -17,6 +16,7 @@ from jaxtune.rewards import scoring
 from jaxtune.selftrain import gold
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
+from jaxtune.workdir import write_whole
 
 
 class Task(NamedTuple):
@@ -127,16 +127,7 @@ def options(data: ConfigDict, is_chat: bool, train: Path, test: Path) -> None:
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Writes a JSON line each, all of them or no file."""
-    write(path, "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in lines))
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with tracking.writing(path):
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
+    write_whole(path, "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in lines))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 
-from jaxtune import tracking
 from jaxtune.config import ConfigDict
 from jaxtune.data import templates
 from jaxtune.data.formats import Example
@@ -24,6 +23,7 @@ from jaxtune.generate.rollout import Roller
 from jaxtune.train import guests, start
 from jaxtune.types import UserError
 from jaxtune.weights import source
+from jaxtune.workdir import write_whole
 
 _PART_PROMPTS = 64  # what a kill costs at most
 Answer = Callable[[Sequence[Example], int], list[tuple[str, bool]]]  # (examples, seed) -> (text, whether it ended)
@@ -54,7 +54,7 @@ def taught(config: ConfigDict, workdir: Path, examples: list[Example], show: Any
         if not path.exists():
             answer = answer or _teacher(config, show)
             part = examples[first : first + _PART_PROMPTS]
-            _write(path, json.dumps(answer(part, config.generate.seed + number), ensure_ascii=False))
+            write_whole(path, json.dumps(answer(part, config.generate.seed + number), ensure_ascii=False))
         found += [(text, bool(ended)) for text, ended in json.loads(path.read_text("utf-8"))]
     kept = [
         _answered(example, text)
@@ -90,15 +90,7 @@ def _check(folder: Path, about: str) -> None:
             f"{folder} holds answers of another teacher, to other rows, or drawn otherwise: choose another --workdir, or delete that "
             "folder to have them written anew"
         )
-    _write(file, about)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with tracking.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
+    write_whole(file, about)
 
 
 def _answered(example: Example, text: str) -> Example:

@@ -24,6 +24,7 @@ from jaxtune.objectives.ops import TOKEN_FIELDS
 from jaxtune.train import guests, rows, start, state, step
 from jaxtune.train.state import Params, Program
 from jaxtune.types import Batch, UserError
+from jaxtune.workdir import write_whole
 
 _FLUSH_BATCHES = 16  # what a kill costs at most
 _TOLD = {"rows": "other rows", "teacher": "another teacher", "form": "another distill.top_k, temperature or non_target"}
@@ -128,9 +129,7 @@ def _write(
             if (number + 1) % _FLUSH_BATCHES == 0 or number + 1 == len(starts):
                 words.flush()
                 done[name] = number + 1
-                partial = folder / "about.json.partial"
-                partial.write_text(json.dumps(about | {"done": done}))
-                partial.replace(folder / "about.json")
+                write_whole(folder / "about.json", json.dumps(about | {"done": done}))
 
 
 def _speaker(config: ConfigDict, program: Program, params: Params, show: Any) -> Callable[[Batch], Likeliest]:
