@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
 
-from jaxtune import config_methods, config_retention
+from jaxtune import config_methods, config_retention, config_review
 from jaxtune.types import UserError, nearest
 
 
@@ -286,7 +286,7 @@ def base() -> ConfigDict:
     config.optim, config.train, config.checkpoint = _optim(), _train(), _checkpoint()
     config.mesh, config.eval, config.generate = _mesh(), _eval(), _generate()
     config.export, config.plan, config.tracking = _export(), _plan(), _tracking()
-    for name, section in (config_methods.SECTIONS | config_retention.SECTIONS).items():
+    for name, section in (config_methods.SECTIONS | config_retention.SECTIONS | config_review.SECTIONS).items():
         config[name] = section()
     config.lock()
     return config

@@ -40,9 +40,15 @@ VERBS = {
     "merge": "put adapters or tuned models together, or a share of one with the base; no training",
     "frontier": "train by each of config.frontier.methods at each strength, and draw gain against what it cost",
     "update": "make the next release of config.lineage.folder from new data, or refuse it where it is worse than the last",
+    "review": "serve the page on which experts label, compare, correct and flag; invite them; import and export what they said",
+    "guide": "a round of guidance: rows or outputs to experts, their verdicts to data, training, evaluation, report",
+    "judge": "compare the outputs of two models side by side, by experts or a model judge, until one is better or neither is",
+    "audit": "probe a model for bias (groups swapped, BBQ, CrowS-Pairs), before and after",
 }
-_FILES = {
-    verb: f"jaxtune.{verb}" for verb in ("lr_find", "sweep", "merge", "frontier", "update")
+_FILES = {verb: f"jaxtune.{verb}" for verb in ("lr_find", "sweep", "merge", "frontier", "update", "guide")} | {
+    "review": "jaxtune.experts",
+    "judge": "jaxtune.judging",
+    "audit": "jaxtune.bias_audit",
 }  # verbs that run.py does not hold
 USAGE = (
     "usage: python -m jaxtune.launch [VERB] --config=configs/X.py [--config.a.b=value] [--workdir=DIR] [--dry_run]\n"

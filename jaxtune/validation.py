@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from jaxtune import validation_methods, validation_retention
+from jaxtune import validation_methods, validation_retention, validation_review
 from jaxtune.config import ConfigDict, base, keys, lookup
 from jaxtune.types import SAVED_NAMES, UserError, nearest
 
@@ -173,6 +173,7 @@ def validate(config: ConfigDict) -> None:
     _check_forms(config)
     validation_methods.validate(config)
     validation_retention.validate(config)
+    validation_review.validate(config)
     for what, own in validation_retention.of_other_rows(config):
         try:
             validate(own)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxtune import config as config_lib
-from jaxtune import config_methods, config_retention, launch, sharding, validation
+from jaxtune import config_methods, config_retention, config_review, launch, sharding, validation
 from jaxtune.train import state, step
 from jaxtune.weights.source import hf_preset, with_head
 
@@ -49,7 +49,7 @@ def test_json_round_trip() -> None:
 
 
 def test_every_field_is_in_base_with_a_comment_and_none_is_read_by_get() -> None:
-    source = "".join(Path(m.__file__).read_text() for m in (config_lib, config_methods, config_retention))
+    source = "".join(Path(m.__file__).read_text() for m in (config_lib, config_methods, config_retention, config_review))
     for key in config_lib.keys(config_lib.base()):
         assert f".{key.split('.')[-1]} = " in source
     sections = "|".join(config_lib.base().keys())

@@ -1,0 +1,43 @@
+"""The config's sections about people: the experts' page, rounds of guidance, judging two models, privacy, and the audit for bias."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def review() -> ConfigDict:
+    c = ConfigDict()
+    c.action = "serve"  # what `review` does: serve | invite | import | export | report
+    c.database = ""  # file (SQLite), or URL (postgresql://user@host/name); "" = review.db in the workdir
+    c.round = 1  # the round whose items are asked
+    c.tasks = ()  # what experts do: ((name, (("kind", "label"), ("labels", ("yes", "no")), …)), …); keys in review/tasks.py
+    c.host = (
+        "127.0.0.1"  # address to listen on; another one lets other machines in, and then needs tls_cert or behind_proxy
+    )
+    c.port = 8765
+    c.tls_cert = ""  # PEM file of a certificate
+    c.tls_key = ""  # PEM file of its key
+    return c
+
+
+def guide() -> ConfigDict:
+    c = ConfigDict()
+    return c
+
+
+def judging() -> ConfigDict:
+    c = ConfigDict()
+    return c
+
+
+def privacy() -> ConfigDict:
+    c = ConfigDict()
+    return c
+
+
+def audit() -> ConfigDict:
+    c = ConfigDict()
+    return c
+
+
+SECTIONS = {"review": review, "guide": guide, "judging": judging, "privacy": privacy, "audit": audit}
