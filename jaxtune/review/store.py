@@ -70,9 +70,10 @@ priorities = _table(  # the order of the queue: of an item the last row counts; 
     "priorities", _col("number", _Number, primary_key=True, autoincrement=True), _col("item", sa.ForeignKey("items.id"), index=True),
     _col("score", sa.Float), _col("reason", sa.String(200)), _col("at", sa.Float),
 )  # fmt: skip
-leases = _table(  # who has an item before them; one row for an item and a person, renewed in its place
+leases = _table(  # who has, or had, an item before them, and how; one row for an item and a person, renewed in its place
     "leases", _col("item", sa.ForeignKey("items.id"), primary_key=True), _col("person", sa.ForeignKey("people.id"), primary_key=True),
-    _col("at", sa.Float), _col("expires", sa.Float, index=True), _col("shown", sa.JSON),
+    _col("at", sa.Float), _col("expires", sa.Float, index=True), _col("shown", sa.JSON), _col("guideline", _Number),
+    _col("adjudicates", sa.Boolean),
 )  # fmt: skip
 verdicts = _table(
     "verdicts", _col("number", _Number, primary_key=True, autoincrement=True), _col("id", _Id, unique=True),
