@@ -79,7 +79,7 @@ def _work(url: str, numbers: range, lease_seconds: float) -> None:
 
     def one(person: Person) -> None:
         rng, idle = random.Random(person.id), 0
-        while idle < 4:
+        while idle < 3:
             given = queue.assign(engine, person, {"mood": LABEL}, 1, lease_seconds=lease_seconds)
             if given is None:
                 idle += 1
@@ -111,18 +111,18 @@ def _work(url: str, numbers: range, lease_seconds: float) -> None:
 
 def test_fifty_at_once_in_five_processes(db: store.Engine, url: str) -> None:
     """Ten experts in each of five processes: every place is filled once, nobody answers an item twice, nothing hangs."""
-    store.add_items(db, texts(60, overlap=3))
+    store.add_items(db, texts(30, overlap=3))
     for number in range(50):
         someone(db, f"p{number}")
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_work, args=(url, range(at, at + 10), 0.5)) for at in range(0, 50, 10)]
+    workers = [spawn.Process(target=_work, args=(url, range(at, at + 10), 1.0)) for at in range(0, 50, 10)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0] * 5
     counted = store.read_verdicts(db, 1)
-    assert Counter(one.item for one in counted) == {one.id: 3 for one in texts(60)}
+    assert Counter(one.item for one in counted) == {one.id: 3 for one in texts(30)}
     assert max(Counter((one.item, one.person) for one in counted).values()) == 1
     retracted = [one.supersedes for one in store.read_verdicts(db, 1, all_of_them=True) if one.kind == "retract"]
     assert retracted
