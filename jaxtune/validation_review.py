@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxtune.config import ConfigDict
+from jaxtune.types import UserError
 
 
 def validate(config: ConfigDict) -> None:
@@ -15,7 +16,19 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_review(config: ConfigDict) -> None:
-    pass
+    c = config.review
+    for key, low, high in (
+        ("port", 1, 65535), ("session_hours", 0.1, 24 * 31), ("lease_seconds", 10, 86400), ("requests_per_second", 1, 1e5),
+    ):  # fmt: skip
+        if not low <= c[key] <= high:
+            raise UserError(f"review.{key}={c[key]}; expected {low:g} to {high:g}")
+    if bool(c.tls_cert) != bool(c.tls_key):
+        raise UserError("review.tls_cert and review.tls_key go together; give both files, or neither")
+    if c.host not in ("127.0.0.1", "::1", "localhost") and not (c.tls_cert or c.behind_proxy):
+        raise UserError(
+            f"review.host={c.host!r} lets other machines in, and passwords would cross the network as text; give "
+            "review.tls_cert and review.tls_key, or set review.behind_proxy=True where a proxy ends TLS"
+        )
 
 
 def _check_guide(config: ConfigDict) -> None:

@@ -12,6 +12,7 @@ from fastapi import Depends, HTTPException, Request, Response
 from jaxtune.review import people
 from jaxtune.review.record import Person
 from jaxtune.review.server.guard import Limiter
+from jaxtune.review.server.guidelines import Watcher
 from jaxtune.review.store import Engine
 from jaxtune.review.tasks import Task
 
@@ -30,6 +31,7 @@ class Server(NamedTuple):
     session_seconds: float
     lease_seconds: float
     report: str  # path of the report of agreement, where one may be
+    watcher: Watcher
     by_person: Limiter
     sign_ins: Limiter  # failed ones, by address and by name
 

@@ -73,14 +73,10 @@ class Guard:
 
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
-                own = [(b"cache-control", cache), *self.headers]
-                named = {key for key, _ in own}
-                kept = [one for one in message.get("headers", ()) if one[0].lower() not in named]
-                given = {one[0].lower() for one in message.get("headers", ())}
-                if scope.get("own_policy"):  # a report, which styles itself: its own, stricter in all else
-                    own = [one for one in own if one[0] != b"content-security-policy" or one[0] not in given]
-                    kept += [one for one in message["headers"] if one[0].lower() == b"content-security-policy"]
-                message = {**message, "headers": [*kept, *own]}
+                given = list(message.get("headers", ()))
+                names = {key.lower() for key, _ in given}  # a page may bring a policy of its own: the report does
+                own = [one for one in (*self.headers, (b"cache-control", cache)) if one[0] not in names]
+                message = {**message, "headers": [*given, *own]}
             await send(message)
 
         refused = self._refused(scope)

@@ -17,12 +17,13 @@ export class Trouble extends Error {
   }
 }
 
-export async function post(path, body = {}) {
+export async function post(path, value = {}) {
+  const body = JSON.stringify(value);
   let answer;
   try {
     answer = await fetch(path, {
-      method: "POST", credentials: "same-origin", keepalive: true,
-      headers: { "content-type": "application/json", "x-csrf-token": token }, body: JSON.stringify(body),
+      method: "POST", credentials: "same-origin", keepalive: body.length < 15000, // browsers refuse more than 64 KiB of bytes
+      headers: { "content-type": "application/json", "x-csrf-token": token }, body,
     });
   } catch {
     throw new Trouble(0, { error: "The server cannot be reached." });

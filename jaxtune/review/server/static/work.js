@@ -2,7 +2,7 @@
 import { accept, label, rate } from "./choices.js";
 import { clock } from "./clock.js";
 import { compare } from "./compare.js";
-import { el, find, choice } from "./dom.js";
+import { el, find } from "./dom.js";
 import { edit } from "./edit.js";
 import { earlier, finished, showGuideline, showProgress } from "./frame.js";
 import * as kept from "./kept.js";
@@ -96,6 +96,7 @@ async function send(kind, answer) {
     hold(false);
     if (kind === "flag") return tell("Flag saved. You can still answer.", "saved");
     if (task.corrects) return location.assign("/history?changed=1");
+    if (!found.progress) return next("");
     took(found, "Saved");
   } catch (trouble) {
     clearTimeout(late);
@@ -115,7 +116,7 @@ async function refused(trouble, kind) {
   if (!(trouble instanceof Trouble)) throw trouble;
   if (trouble.status === 401) return signedOut();
   if (trouble.reason === "csrf") return tell("This page is from an earlier sign-in. Load it again; your answer is kept in this browser.", "trouble");
-  if (trouble.status === 409 && kind !== "flag" && !task.corrects) {
+  if ([404, 409].includes(trouble.status) && kind !== "flag" && !task.corrects) {
     kept.drop(draftKey());
     await next(trouble.message);
     return;
@@ -228,6 +229,12 @@ setInterval(async () => {
     // the answer itself will say it
   }
 }, every);
+
+for (const link of document.querySelectorAll(".top a")) {
+  link.addEventListener("click", () => {
+    if (item && !task.corrects && !waiting().length) post("/api/release", { item: item.item }).catch(() => {}); // the page is left: others may be asked
+  });
+}
 
 if (innerWidth < 960) guide.open = false;
 if (task.corrects) show(task.item);
