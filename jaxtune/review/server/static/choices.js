@@ -53,7 +53,7 @@ function steps(work, values, ends) {
     row.append(button);
     if (hint) keys[hint] = send;
   });
-  work.answers.append(row, ...(ends ? [ends] : []));
+  work.answers.append(el("div", { class: "rating" }, row, ends));
   return { keys, help: [[own ? `${values[0]} – ${values[values.length - 1]}` : `1 – ${Math.min(9, values.length)}`, own ? "rate" : "rate, from the lowest on"]] };
 }
 

@@ -6,10 +6,9 @@ export function compare(work) {
   stage.append(...asked(item.payload));
   const ids = item.payload.candidates.map((one) => one.id);
   const sides = item.payload.candidates.map((one, index) => {
-    const badge = el("span", { class: "rank", hidden: true });
-    const head = el("h2", {}, `Answer ${index + 1} `, badge);
+    const head = el("h2", {}, `Answer ${index + 1} `);
     if (item.prelabel?.order?.[0]?.includes(one.id)) head.append(el("span", { class: "tag warn" }, "suggested as best"));
-    return { id: one.id, badge, box: el("section", { class: "block side", "aria-label": `Answer ${index + 1}` }, head, el("div", { class: "text" }, one.text)) };
+    return { id: one.id, box: el("section", { class: "block side", "aria-label": `Answer ${index + 1}` }, head, el("div", { class: "text" }, one.text)) };
   });
   stage.append(el("div", { class: "sides" }, ...sides.map((one) => one.box)));
   return ids.length === 2 ? two(work, ids, sides) : rank(work, ids, sides);
@@ -46,9 +45,8 @@ function rank(work, ids, sides) {
   const draw = () => {
     sides.forEach((side, index) => {
       const place = groups.findIndex((group) => group.includes(side.id));
-      side.badge.hidden = place < 0;
-      side.badge.textContent = place < 0 ? "" : `place ${place + 1}`;
       buttons[index].setAttribute("aria-pressed", String(place >= 0));
+      buttons[index].querySelector(".label-text").textContent = place < 0 ? "Next place" : `Place ${place + 1}`;
     });
     equal.setAttribute("aria-pressed", String(tie));
     equal.disabled = !groups.length;
@@ -77,12 +75,17 @@ function rank(work, ids, sides) {
     draw();
     if (tie) work.say("The next one stands beside the last one.");
   };
-  const buttons = sides.map((_, index) => choice(String(index + 1), `Answer ${index + 1}`, () => pick(index), { pressed: false }));
+  const buttons = sides.map((side, index) => {
+    const button = choice(String(index + 1), "Next place", () => pick(index), { pressed: false });
+    button.setAttribute("aria-label", `Next place to answer ${index + 1}`);
+    side.box.querySelector("h2").after(button);
+    return button;
+  });
   const equal = choice("=", "Next one equal", join, { pressed: false });
   const tied = () => work.send("compare", { order: [ids], bad: false });
   const bad = () => work.send("compare", { order: [ids], bad: true });
   work.answers.append(
-    el("span", { class: "label" }, "Best first:"), ...buttons, equal, choice("⌫", "Take back", back), choice("T", "All equal", tied),
+    equal, choice("⌫", "Take back", back), choice("T", "All equal", tied),
     choice("B", "None is good", bad), choice("Enter", "Send", send, { cls: "primary" }),
   );
   draw();

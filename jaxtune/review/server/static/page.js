@@ -5,7 +5,7 @@ import { find } from "./dom.js";
 const root = document.documentElement, button = find("#theme");
 const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
 const name = () => {
-  if (button) button.textContent = dark() ? "Light" : "Dark";
+  if (button) button.textContent = dark() ? "◐ Light" : "◐ Dark";
 };
 button?.addEventListener("click", () => {
   root.dataset.theme = dark() ? "light" : "dark";

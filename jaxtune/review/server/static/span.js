@@ -4,7 +4,7 @@ import { asked, choice, el } from "./dom.js";
 
 const points = (text, units) => Array.from(text.slice(0, units)).length;
 const units = (text, points) => Array.from(text).slice(0, points).join("").length;
-const WORD = /[\p{L}\p{N}_]+(?:['’.-][\p{L}\p{N}_]+)*|[^\s]/gu;
+const WORD = /[\p{L}\p{N}_]+(?:['’.-][\p{L}\p{N}_]+)*/gu;
 
 export function span(work) {
   const { task, item, stage, answers } = work;
@@ -134,13 +134,14 @@ function placed(box) {
 
 /** Keys that go through the text: a word at a time, the choice growing with Shift. */
 function walking(box, text, place, say) {
-  const words = [...text.matchAll(WORD)].map((one) => ({ start: one.index, end: one.index + one[0].length }));
+  const found = [...text.matchAll(WORD)];
+  const words = (found.length ? found : [...text.matchAll(/\S+/gu)]).map((one) => ({ start: one.index, end: one.index + one[0].length }));
   const tell = (start, end) => say(text.slice(start, end), false, true);
   const go = (by) => () => {
     const now = place.read(true);
     let index = now ? words.findIndex((one) => one.end > now.start) : -1;
     if (now && now.start !== now.end) index += by;
-    else if (now && by < 0) index = index < 0 ? words.length - 1 : index - 1;
+    else if (now && by < 0 && (index < 0 || words[index].start >= now.start)) index = index < 0 ? words.length - 1 : index - 1;
     index = Math.max(0, Math.min(words.length - 1, index));
     if (!words.length) return;
     box.focus();
