@@ -11,9 +11,10 @@ export function edit(work) {
   const source = el("section", { class: "block", id: "original", hidden: true }, el("h2", {}, "Original"), el("div", { class: "text" }, original));
   const changes = el("div", { class: "text diff" });
   const shown = el("section", { class: "block", id: "changes" }, el("h2", {}, "Changes"), changes);
+  const help = el("div", { class: "row" });
   const suggestion = item.prelabel?.text;
   stage.append(
-    el("section", { class: "block" }, el("h2", {}, el("label", { for: "editor" }, "Answer, yours to correct")), area,
+    el("section", { class: "block" }, el("h2", {}, el("label", { for: "editor" }, "Answer, yours to correct")), area, help,
       suggestion ? el("div", { class: "row" }, el("span", { class: "tag warn" }, "suggested by a model"), choice("", "Put the suggestion in", () => { area.value = suggestion; changed(); area.focus(); }, { cls: "compact" })) : null),
     shown, source,
   );
@@ -46,9 +47,9 @@ export function edit(work) {
     work.say("The original text is back.");
   };
   const first = toggle(source, "Original"), second = toggle(shown, "Changes");
+  help.append(choice("O", "Original", first, { cls: "compact" }), choice("D", "Changes", second, { cls: "compact" }), choice("", "Start over", putBack, { cls: "compact" }));
   answers.append(
     choice("Ctrl+Enter", "Send", send, { cls: "primary" }), choice("K", "Fine as it is", keep), choice("E", "Write", write, { cls: "choice hide-small" }),
-    choice("O", "Original", first), choice("D", "Changes", second), choice("", "Start over", putBack),
   );
   requestAnimationFrame(() => (fit(), draw()));
   return {
