@@ -17,7 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jaxtune.review.record import ROLES, Person
+from jaxtune.review.record import MODEL, ROLES, Person
 from jaxtune.review.store import Engine, audit, invites, note, people, sessions, writing
 from jaxtune.types import UserError
 
@@ -57,9 +57,10 @@ def add(
 
 
 def everyone(engine: Engine) -> list[Person]:
-    """All accounts, in the order in which they were made, those that are closed included."""
+    """All accounts, in the order in which they were made, those that are closed included; model judges are none."""
+    query = sa.select(people).where(~people.c.id.startswith(MODEL)).order_by(people.c.at)
     with engine.connect() as connection:
-        return [_person(row) for row in connection.execute(sa.select(people).order_by(people.c.at)).mappings()]
+        return [_person(row) for row in connection.execute(query).mappings()]
 
 
 def named(engine: Engine, name: str) -> Person | None:
@@ -293,8 +294,10 @@ def _folded(name: str) -> str:
 
 def _name(name: str) -> str:
     name = " ".join(unicodedata.normalize("NFKC", name).split())
-    if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise UserError(f"name={name!r:.80}; expected 1 to {MAX_NAME} printable characters")
+    if not name or len(name) > MAX_NAME or not name.isprintable() or name.startswith(MODEL):
+        raise UserError(
+            f"name={name!r:.80}; expected 1 to {MAX_NAME} printable characters, not starting with {MODEL!r}"
+        )
     return name
 
 
