@@ -274,7 +274,8 @@ def history(engine: Engine, person: Person, round: int, limit: int = 50) -> list
 
 def progress(engine: Engine, person: Person, tasks: Tasks, round: int) -> Progress:
     """How far a person is, and how many gold items they had right. The gold figures are for the owner: they would tell which was one."""
-    query = places.counting(verdicts.c.person == person.id, verdicts.c.kind.in_(TASK_KINDS), items.c.round == round)
+    own = [verdicts.c.person == person.id, verdicts.c.kind.in_(TASK_KINDS), items.c.task.in_(list(tasks))]
+    query = places.counting(*own, items.c.round == round)
     left, gold_right, gold_of = 0, 0, 0
     with engine.connect() as connection:
         mine = [places.verdict_of(row) for row in connection.execute(query).mappings()]
