@@ -90,7 +90,13 @@ def open_again(caller: Owner, own: Own, person: str) -> Response:
 def round_page(request: Request, caller: Owner, own: Own) -> Response:
     counts = queue.open_items(own.engine, own.tasks, own.round)
     tasks = [
-        {"title": title(task), "kind": task.kind, "overlap": task.overlap, "there": counts[name][0], "of": counts[name][1]}
+        {
+            "title": title(task),
+            "kind": task.kind,
+            "overlap": task.overlap,
+            "there": counts[name][0],
+            "of": counts[name][1],
+        }
         for name, task in own.tasks.items()
     ]
     experts = []
