@@ -93,7 +93,10 @@ def head(x_ND: np.ndarray, y_N: np.ndarray) -> Any:
 
 def macro_f1(predicted_N: np.ndarray, gold_N: np.ndarray) -> float:
     """Mean over the classes of the harmonic mean of precision and recall."""
-    hits = [2 * np.sum((predicted_N == c) & (gold_N == c)) / np.sum([predicted_N == c, gold_N == c]) for c in range(3)]
+    hits = []
+    for one in range(3):
+        predicted, there = predicted_N == one, gold_N == one
+        hits.append(2 * np.sum(predicted & there) / max(1, predicted.sum() + there.sum()))
     return float(np.mean(hits))
 
 
