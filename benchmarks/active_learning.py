@@ -226,7 +226,8 @@ def draw(path: Path, curves: dict[str, list[Curve]], tables: dict[float, Any]) -
     right.axvline(1.0, color="black", linewidth=1)
     right.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     right.set(xlabel="labels needed / random's (95% interval over seeds)", xscale="log")
-    right.legend(frameon=False, fontsize=8)
+    right.set_ylim(-0.6, len(names) + 0.1)
+    right.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, linewidth=0.4)
