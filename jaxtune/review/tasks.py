@@ -34,7 +34,7 @@ class Task(NamedTuple):
     guideline: str = ""  # file of Markdown that is shown beside the task
     overlap: int = 1  # experts asked about each item
     skill: str = ""  # group that may be asked; "" = all
-    prelabels: str = "hide"  # show | hide | half: to which items (half of them, drawn by their ids) a suggestion is shown, to measure what it does
+    prelabels: str = "hide"  # show | hide | half: whether a suggestion is shown; half: drawn for each item and expert, to measure what it does
     order: str = "added"  # added | random | priority: as review/active.py ranks them
     gold_every: int = 0  # about one in so many items is a gold one, where there are any; 0 = none
     adjudicate: bool = True  # a senior settles what experts disagree about, from two verdicts on
@@ -161,7 +161,7 @@ def _compare(task: Task, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(bad, bool):
         raise UserError(f"bad={bad!r:.80} came; expected true or false")
     assert isinstance(order, list)
-    return {"order": [sorted(group) for group in order], "bad": bad}
+    return {"order": [sorted(str(one) for one in group) for group in order], "bad": bad}
 
 
 def _edit(task: Task, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
