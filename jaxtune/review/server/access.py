@@ -33,7 +33,8 @@ class Server(NamedTuple):
     report: str  # path of the report of agreement, where one may be
     watcher: Watcher
     by_person: Limiter
-    sign_ins: Limiter  # failed ones, by address and by name
+    by_name: Limiter  # failed sign-ins
+    by_address: Limiter  # failed sign-ins and invites: many people may share an address
 
     @property
     def cookie(self) -> str:

@@ -63,7 +63,7 @@ def make(engine: Engine, tasks: dict[str, Task], config: ConfigDict, workdir: st
         session_seconds=c.session_hours * 3600.0, lease_seconds=c.lease_seconds,
         report=str(Path(workdir) / REPORT) if workdir else "", watcher=guidelines.Watcher(engine, tasks),
         by_person=Limiter(c.requests_per_second, 5 * c.requests_per_second),
-        sign_ins=Limiter(1 / 15, 10),
+        by_name=Limiter(1 / 15, 10), by_address=Limiter(1 / 5, 60),
     )  # fmt: skip
     for routes in (doors.routes, desk.routes, api.routes, office.routes):
         app.include_router(routes)
