@@ -2,7 +2,7 @@
 
     python benchmarks/review_load.py                                             # SQLite in a temporary folder
     python benchmarks/review_load.py --server postgresql://postgres@127.0.0.1/   # PostgreSQL, in a database of its own
-    python benchmarks/review_load.py --experts 50 --seconds 120 --kills 10 --think 1.0
+    python benchmarks/review_load.py --experts 50 --seconds 120 --kills 10 --think 2.0
 
 The server is a process of its own (uvicorn on loopback, passwords and all), ended by SIGKILL at times drawn at random and started
 again at once. Each expert signs in, asks for an item, waits `--think` seconds on average, and sends a label under an id of their own;
@@ -218,11 +218,15 @@ def measure(url: str, experts: int, seconds: float, kills: int, think: float) ->
 
 def figures(working: list[Expert], took: float) -> dict[str, Any]:
     sent = [one for expert in working for one in expert.sent]
-    at = lambda values, share: sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")  # noqa: E731
+    at = lambda values, share: (
+        sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+    )  # noqa: E731
     outcomes: Counter[str] = Counter()
     for expert in working:
         outcomes += expert.outcomes
-    found = {f"p{round(100 * share)}_ms": 1000 * at([one.seconds for one in sent], share) for share in (0.5, 0.95, 0.99)}
+    found = {
+        f"p{round(100 * share)}_ms": 1000 * at([one.seconds for one in sent], share) for share in (0.5, 0.95, 0.99)
+    }
     found["longest_wait_seconds"] = max((one.waited for one in sent), default=float("nan"))
     return found | {"acknowledged": len(sent), "per_second": len(sent) / took, "outcomes": dict(outcomes)}
 
@@ -278,7 +282,7 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--think", type=float, default=1.0, help="seconds between an item and its answer, on average")
+    parser.add_argument("--think", type=float, default=2.0, help="seconds between an item and its answer, on average")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         url, drop = own_database(given.server) if given.server else (f"{folder}/review.db", lambda: None)
@@ -286,7 +290,9 @@ def main() -> int:
             found = measure(url, given.experts, given.seconds, given.kills, given.think)
         finally:
             drop()
-    print("| database | experts | seconds | kills | acknowledged | a second | p50 ms | p95 ms | p99 ms | lost, doubled, too many |")
+    print(
+        "| database | experts | seconds | kills | acknowledged | a second | p50 ms | p95 ms | p99 ms | lost, doubled, too many |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     kind = "PostgreSQL" if given.server else "SQLite"
     print(

@@ -38,7 +38,10 @@ from jaxtune.review.tasks import Task
 REPORT = "review_report.html"  # in the workdir: what `review --config.review.action=report` writes
 _log = logging.getLogger(__name__)
 _REFUSED = {
-    "lost": (409, "Others have answered this one while it was open here, so your answer was not needed. Here is the next."),
+    "lost": (
+        409,
+        "Others have answered this one while it was open here, so your answer was not needed. Here is the next.",
+    ),
     "answered": (409, "You have answered this one already. Here is the next; My answers lists what you said."),
     "unknown": (404, "This question is not yours, or your answer to it was changed meanwhile."),
 }
@@ -77,8 +80,12 @@ def _handle_errors(app: FastAPI) -> None:
     handlers: dict[Any, Any] = {
         access.NotSignedIn: _signed_out,
         AnyHTTPException: lambda request, error: _told(request, error.status_code, error.detail),
-        RequestValidationError: lambda request, error: _told(request, 422, "The server did not understand this request."),
-        queue.Refused: lambda request, error: _told(request, *_REFUSED.get(error.reason, (409, str(error))), error.reason),
+        RequestValidationError: lambda request, error: _told(
+            request, 422, "The server did not understand this request."
+        ),
+        queue.Refused: lambda request, error: _told(
+            request, *_REFUSED.get(error.reason, (409, str(error))), error.reason
+        ),
         UserError: _mistaken,
         exc.DBAPIError: _database,
         exc.TimeoutError: _database,
@@ -143,5 +150,3 @@ def serve(config: ConfigDict, engine: Engine, tasks: dict[str, Task], workdir: s
         uvicorn.Server(settings).run()
     except OSError as error:
         raise UserError(f"{c.host}:{c.port} cannot be listened on: {error.strerror or error}") from error
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -26,7 +26,7 @@ def _inside(to: str) -> str:
     return to if fine else "/"
 
 
-def _form(request: Request, template: str, title: str, status: int = 200, **values: object) -> HTMLResponse:
+def _form(request: Request, template: str, title: str, status: int = 200, **values: Any) -> HTMLResponse:
     token = access.form_token(request)
     made = page(request, template, title, status=status, csrf=token, **values)
     access.set_form_token(request, made, token)
@@ -68,7 +68,7 @@ def sign_in(request: Request, own: Own, name: _Text = "", password: _Text = "", 
 
 def _invite_page(request: Request, own: Server, token: str, problem: str = "", status: int = 200) -> Response:
     person = people.invited(own.engine, token)
-    values = {"who": person.name, "token": token, "passwords": own.passwords, "shortest": people.MIN_PASSWORD}
+    values: dict[str, Any] = {"who": person.name, "token": token, "passwords": own.passwords, "shortest": people.MIN_PASSWORD}
     hours = f"{own.session_seconds / 3600:g}"
     return _form(request, "invite.html", "Welcome", status, problem=problem, hours=hours, **values)
 

@@ -23,7 +23,7 @@ _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; 
 
 
 def _people(request: Request, caller: Caller, own: Server, **values: Any) -> Response:
-    shown = {"people": people.everyone(own.engine), "roles": ROLES, "link": "", "link_for": "", "days": 0} | values
+    shown: dict[str, Any] = {"people": people.everyone(own.engine), "roles": ROLES, "link": "", "link_for": "", "days": 0} | values
     return page(request, "people.html", "People", caller, **shown)
 
 
@@ -57,8 +57,8 @@ def add(request: Request, caller: Owner, own: Own, name: _Text = "", role: _Text
 
 @routes.post("/people/{person}")
 def change(caller: Owner, own: Own, person: str, role: _Text = "", skills: _Text = "") -> Response:
-    by = {"by": caller.person.id, "address": caller.address}
-    people.change(own.engine, _known(own, person), role=role, skills=_skills(skills), **by)
+    who = _known(own, person)
+    people.change(own.engine, who, role=role, skills=_skills(skills), by=caller.person.id, address=caller.address)
     return RedirectResponse("/people", 303)
 
 
@@ -89,8 +89,14 @@ def open_again(caller: Owner, own: Own, person: str) -> Response:
 @routes.get("/round")
 def round_page(request: Request, caller: Owner, own: Own) -> Response:
     counts = queue.open_items(own.engine, own.tasks, own.round)
-    tasks = [
-        {"title": title(task), "kind": task.kind, "overlap": task.overlap, "there": counts[name][0], "of": counts[name][1]}
+    tasks: list[dict[str, Any]] = [
+        {
+            "title": title(task),
+            "kind": task.kind,
+            "overlap": task.overlap,
+            "there": counts[name][0],
+            "of": counts[name][1],
+        }
         for name, task in own.tasks.items()
     ]
     experts = []

@@ -85,7 +85,9 @@ def items() -> list[Item]:
     for row, text in enumerate(_LETTERS):
         suggested = {"labels": ["complaint"], "score": 0.81, "model": "a-secret-model"}
         made.append(_item("letters", {"text": text, "prelabel": suggested}, row, overlap=2))
-    for row, text in enumerate(("Cheap, but it took nine days to arrive.", "The man in the shop knew every screw by name.")):
+    for row, text in enumerate(
+        ("Cheap, but it took nine days to arrive.", "The man in the shop knew every screw by name.")
+    ):
         made.append(_item("topics", {"text": text}, row))
     made += [_item("names", {"text": text}, row) for row, text in enumerate(_NAMES)]
     made += [_item("clear", {"prompt": prompt, "answer": answer}, row) for row, (prompt, answer) in enumerate(_ASKED)]
@@ -98,7 +100,9 @@ def items() -> list[Item]:
     messages = [{"role": "user", "content": "My train was two hours late. What now?"}, {"role": "assistant", "content": "Which ticket do you have?"}, {"role": "user", "content": "A return ticket, 84 pounds."}]  # fmt: skip
     made.append(_item("mend", {"prompt": messages, "answer": "You can get 25 percent back, that is 42 pounds. Send us the ticket in 28 days."}, 0))  # fmt: skip
     made.append(_item("mend", {"prompt": _ASKED[2][0], "answer": _ASKED[2][1]}, 1))
-    made += [_item("keep", {"prompt": prompt, "answer": answer}, row) for row, (prompt, answer) in enumerate(_ASKED[:2])]
+    made += [
+        _item("keep", {"prompt": prompt, "answer": answer}, row) for row, (prompt, answer) in enumerate(_ASKED[:2])
+    ]
     return made
 
 
@@ -139,7 +143,9 @@ def served(app: Any) -> Iterator[str]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = int(one.getsockname()[1])
-    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, ws="none", http="h11"))
+    running = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_level="warning", access_log=False, ws="none", http="h11")
+    )
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

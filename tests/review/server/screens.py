@@ -1,6 +1,6 @@
 """The guide's pictures: every page, at desktop and phone size, light and dark.
 
-    python -m tests.review.server.screens docs/screens      # from the repository's root; needs Chromium
+python -m tests.review.server.screens docs/screens      # from the repository's root; needs Chromium
 """
 
 from __future__ import annotations
