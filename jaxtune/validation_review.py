@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from jaxtune.config import ConfigDict
-from jaxtune.types import UserError
+from jaxtune.types import UserError, nearest
+
+_CHOICES = {
+    "action": ("serve", "invite", "import", "export", "report"),
+    "role": ("expert", "senior", "owner"),
+    "format": ("jsonl", "label_studio", "argilla"),
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -17,8 +23,16 @@ def validate(config: ConfigDict) -> None:
 
 def _check_review(config: ConfigDict) -> None:
     c = config.review
+    for key, choices in _CHOICES.items():
+        if c[key] not in choices:
+            raise UserError(f"review.{key}={c[key]!r}{nearest(c[key], choices)}; expected one of {', '.join(choices)}")
+    pairs = [pair for pair in c.columns if isinstance(pair, tuple | list) and len(pair) == 2]
+    if len(pairs) < len(c.columns) or not all(isinstance(one, str) for pair in pairs for one in pair):
+        raise UserError(
+            f'review.columns={tuple(c.columns)!r:.80}; expected pairs of names, such as (("text", "review"),)'
+        )
     for key, low, high in (
-        ("port", 1, 65535), ("session_hours", 0.1, 24 * 31), ("lease_seconds", 10, 86400), ("requests_per_second", 1, 1e5),
+        ("round", 1, 1_000_000), ("invite_days", 0.01, 365), ("port", 1, 65535), ("session_hours", 0.1, 24 * 31), ("lease_seconds", 10, 86400), ("requests_per_second", 1, 1e5),
     ):  # fmt: skip
         if not low <= c[key] <= high:
             raise UserError(f"review.{key}={c[key]}; expected {low:g} to {high:g}")

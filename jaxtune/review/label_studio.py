@@ -23,7 +23,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from jaxtune.review import parcel
-from jaxtune.review.label_studio_regions import answer_of, is_rating, objects, regions_of
+from jaxtune.review.label_studio_regions import about_of, answer_of, is_rating, objects, regions_of
 from jaxtune.review.parcel import Parcel, Reading, Writing
 from jaxtune.review.record import FLAG_TYPES, Item, Verdict
 from jaxtune.review.tasks import Task
@@ -38,14 +38,13 @@ def write(
     for verdict in verdicts:
         of[verdict.item].append(verdict)
     numbers = {person: at for at, person in enumerate(dict.fromkeys(one.person for one in verdicts), 1)}
-    lines = (
-        _task(at, item, of[item.id], numbers, writing) for at, item in enumerate(items, 1)
-    )  # a line for each, so that a broken one is found
+    shown = {
+        name: _shown([one for one in items if one.task == name]) for name in dict.fromkeys(one.task for one in items)
+    }
+    lines = (_task(at, item, of[item.id], numbers, writing, shown[item.task]) for at, item in enumerate(items, 1))
     yield path, "[\n" + ",\n".join(json.dumps(one, ensure_ascii=False) for one in lines) + "\n]\n"
-    for name in dict.fromkeys(one.task for one in items):
-        several = max(len(one.payload.get("candidates", ())) for one in items if one.task == name) > 2
-        shows = {key for one in items if one.task == name for key in one.payload}
-        yield path.with_name(f"{path.stem}.{name}.xml"), labeling_config(writing.tasks[name], shows, several)
+    for name, shows in shown.items():
+        yield path.with_name(f"{path.stem}.{name}.xml"), labeling_config(writing.tasks[name], shows)
 
 
 def read(row: dict[str, Any], reading: Reading) -> Parcel:
@@ -82,25 +81,19 @@ def read(row: dict[str, Any], reading: Reading) -> Parcel:
     return Parcel((item,), tuple(verdicts), tuple(people), problems=tuple(problems))
 
 
-def labeling_config(task: Task, shows: set[str], several: bool = False) -> str:
-    """The XML with which a project of Label Studio shows the task.
-
-    Args:
-      shows: keys of the items' payloads.
-      several: some compare more than two.
-    """
+def labeling_config(task: Task, shows: set[str]) -> str:
+    """The XML with which a project of Label Studio shows the task; `shows`: keys of its data."""
     name, kind = task.name, task.kind
     tags = [f"<Header value={quoteattr(task.question or task.title or name)}/>"]
-    objects = [key for key in ("prompt", "text", "answer") if key in shows]
-    tags += [f'<Text name="{key}" value="${key}"/>' for key in objects]
-    about = "text" if "text" in shows else "answer"
+    tags += [
+        f'<Text name="{key}" value="${key}"/>' for key in ("prompt", "text", "answer", "text1", "text2") if key in shows
+    ]
+    about = about_of(task, shows)
+    if "items" in shows:
+        tags += ['<List name="items" value="$items"/>', _tag("Ranker", f"{name}-rank", "items")]
     if kind == "compare":
-        about = "text1"
-        tags += [f'<Text name="{key}" value="${key}"/>' for key in ("text1", "text2")]
-        tags += [_tag("Pairwise", name, "text1,text2"), _choices(f"{name}-tie", about, ("tie",), True)]
-        tags += [_choices(f"{name}-bad", about, ("bad",), True)]
-        if several:
-            tags += ['<List name="items" value="$items"/>', _tag("Ranker", f"{name}-rank", "items")]
+        tags += [_tag("Pairwise", name, "text1,text2")] if "text1" in shows else []
+        tags += [_choices(f"{name}-tie", about, ("tie",), True), _choices(f"{name}-bad", about, ("bad",), True)]
     elif kind == "label":
         tags += [_choices(name, about, task.labels, task.multi)]
     elif kind == "accept":
@@ -130,7 +123,18 @@ def _choices(name: str, to: str, choices: Sequence[str], several: bool) -> str:
     return _tag("Choices", name, to, inside, f' choice="{"multiple" if several else "single"}"')
 
 
-def _task(number: int, item: Item, verdicts: Sequence[Verdict], numbers: dict[str, int], writing: Writing) -> Any:
+def _shown(items: Sequence[Item]) -> set[str]:
+    """The keys of a task's data: the labeling config names them, and Label Studio refuses data that lack one."""
+    shown = {key for one in items for key in ("text", "prompt", "answer") if key in one.payload}
+    numbers = {len(one.payload.get("candidates", ())) for one in items} - {0}
+    return (
+        shown | ({"text1", "text2"} if 2 in numbers else set()) | ({"items"} if max(numbers, default=0) > 2 else set())
+    )
+
+
+def _task(
+    number: int, item: Item, verdicts: Sequence[Verdict], numbers: dict[str, int], writing: Writing, shows: set[str]
+) -> dict[str, Any]:
     task, payload = writing.tasks[item.task], item.payload
     prelabel, candidates = payload.get("prelabel"), payload.get("candidates", [])
     data: dict[str, Any] = {key: payload[key] for key in ("text", "answer") if key in payload}
@@ -140,6 +144,7 @@ def _task(number: int, item: Item, verdicts: Sequence[Verdict], numbers: dict[st
         data |= {"text1": candidates[0]["text"], "text2": candidates[1]["text"]}
     elif candidates:
         data["items"] = [{"id": one["id"], "title": one["id"], "body": one["text"]} for one in candidates]
+    data |= {key: [] if key == "items" else "" for key in sorted(shows - set(data))}
     again = _data(data, {})
     rest = {key: value for key, value in payload.items() if again.get(key) != value}
     ours = {
@@ -152,11 +157,11 @@ def _task(number: int, item: Item, verdicts: Sequence[Verdict], numbers: dict[st
     ours |= {"overlap": item.overlap, "skill": item.skill}
     made: dict[str, Any] = {"id": number, "data": data, "meta": {"jaxtune": ours}, "predictions": [], "annotations": []}
     if prelabel is not None:
-        result = regions_of(task, item, task.kind, prelabel, "prelabel")
+        result = regions_of(task, item, task.kind, prelabel, "prelabel", shows)
         version = str(item.origin.get("prelabel_model", ""))
         made["predictions"] = [{"model_version": version, "score": prelabel.get("score"), "result": result}]
     for verdict in verdicts:
-        result = regions_of(task, item, verdict.kind, verdict.answer, verdict.id[:8])
+        result = regions_of(task, item, verdict.kind, verdict.answer, verdict.id[:8], shows)
         extra = parcel.told(verdict, writing)
         extra |= {"name": writing.names[verdict.person]} if verdict.person in writing.names else {}
         extra |= {"flags": verdict.answer["flags"]} if verdict.kind == "flag" else {}
@@ -176,7 +181,7 @@ def _data(data: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """The payload that follows from a task's data."""
     payload = {key: data.get(columns.get(key, key)) for key in ("text", "prompt", "answer")}
     two = [data.get(columns.get(key, default)) for key, default in (("a", "text1"), ("b", "text2"))]
-    if all(isinstance(one, str) for one in two):
+    if all(isinstance(one, str) and one for one in two):
         payload["candidates"] = [{"id": parcel.name_of(at), "text": one} for at, one in enumerate(two)]
     elif isinstance(several := data.get(columns.get("candidates", "items")), list):
         objects = all(isinstance(one, dict) for one in several)
@@ -186,7 +191,7 @@ def _data(data: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
             else several
         )
         payload["candidates"] = texts
-    return {key: value for key, value in payload.items() if value is not None}
+    return {key: value for key, value in payload.items() if value not in (None, "", [])}
 
 
 def _payload(task: Task, data: dict[str, Any], reading: Reading) -> dict[str, Any]:

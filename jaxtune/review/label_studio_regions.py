@@ -17,11 +17,18 @@ def is_rating(task: Task) -> bool:
     return all(float(one).is_integer() for one in task.scale) and task.scale[0] >= 0
 
 
-def regions_of(task: Task, item: Item, kind: str, answer: dict[str, Any], id: str) -> list[dict[str, Any]]:
+def about_of(task: Task, shows: set[str]) -> str:
+    """The object that a task's controls are bound to."""
+    order = ("text1", "prompt", "items") if task.kind == "compare" else ("answer", "text", "prompt")
+    return next((key for key in order if key in shows), "text")
+
+
+def regions_of(
+    task: Task, item: Item, kind: str, answer: dict[str, Any], id: str, shows: set[str]
+) -> list[dict[str, Any]]:
     """The result that stands for an answer."""
-    payload, name = item.payload, task.name
+    payload, name, about = item.payload, task.name, about_of(task, shows)
     found: list[dict[str, Any]] = []
-    about = "text1" if task.kind == "compare" else "text" if "text" in payload else "answer"
 
     def add(type: str, value: dict[str, Any], control: str = name, to: str = about) -> None:
         found.append({"id": f"{id}-{len(found)}", "from_name": control, "to_name": to, "type": type, "value": value})

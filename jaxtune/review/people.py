@@ -8,6 +8,7 @@ argon2-cffi, and hashed anew at a sign-in after those defaults have changed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 import time
 import unicodedata
@@ -68,6 +69,18 @@ def named(engine: Engine, name: str) -> Person | None:
     with engine.connect() as connection:
         row = _find(connection, name)
     return None if row is None else _person(row)
+
+
+def has_password(engine: Engine, person_id: str) -> bool:
+    """Whether someone can sign in without an invite."""
+    with engine.connect() as connection:
+        return _known(connection, person_id)["password_hash"] is not None
+
+
+def free_name(engine: Engine, name: str) -> str:
+    """The name, with a number where it is taken."""
+    numbered = (f"{name} {number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if named(engine, one) is None)
 
 
 def change(
