@@ -2,7 +2,7 @@
 
     python benchmarks/review_load.py                                             # SQLite in a temporary folder
     python benchmarks/review_load.py --server postgresql://postgres@127.0.0.1/   # PostgreSQL, in a database of its own
-    python benchmarks/review_load.py --experts 50 --seconds 120 --kills 10 --think 2.0
+    python benchmarks/review_load.py --experts 50 --seconds 120 --kills 10 --think 5.0
 
 The server is a process of its own (uvicorn on loopback, passwords and all), ended by SIGKILL at times drawn at random and started
 again at once. Each expert signs in, asks for an item, waits `--think` seconds on average, and sends a label under an id of their own;
@@ -75,6 +75,9 @@ class Expert(threading.Thread):
         except BaseException as error:
             self.trouble = error
             self.start_line.abort()
+        finally:
+            if self.connection is not None:
+                self.connection.close()
 
     def request(self, method: str, path: str, body: str | None, kind: str) -> tuple[int, str, Any]:
         if self.connection is None:
@@ -282,7 +285,7 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--think", type=float, default=2.0, help="seconds between an item and its answer, on average")
+    parser.add_argument("--think", type=float, default=5.0, help="seconds between an item and its answer, on average")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         url, drop = own_database(given.server) if given.server else (f"{folder}/review.db", lambda: None)

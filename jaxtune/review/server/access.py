@@ -30,10 +30,13 @@ class Server(NamedTuple):
     passwords: bool
     session_seconds: float
     lease_seconds: float
+    address: str  # where the page is found from outside, for invite links; "" = as it was asked
+    invite_seconds: float
     report: str  # path of the report of agreement, where one may be
     watcher: Watcher
     by_person: Limiter
     by_name: Limiter  # failed sign-ins
+    counts: Limiter  # how often someone's progress is counted; between, their page adds up
     by_address: Limiter  # failed sign-ins and invites: many people may share an address
 
     @property
