@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from jaxtune.types import UserError
 SCHEMA_VERSION = 1
 APPEND_ONLY = ("items", "verdicts", "guidelines", "audit", "priorities")
 Engine = sa.Engine
+_TURN = threading.RLock()  # SQLite's own waiting is by naps, and not in turn: threads of one process queue here
 
 _META = sa.MetaData()
 
@@ -164,11 +166,10 @@ def writing(engine: Engine) -> Iterator[sa.Connection]:
     """
     try:
         if engine.dialect.name == "sqlite":
-            with engine.connect() as connection, connection.begin():
+            with _TURN, engine.connect() as connection, connection.begin():
                 connection.exec_driver_sql("COMMIT")
-                connection.exec_driver_sql(
-                    "BEGIN IMMEDIATE"
-                )  # a reader that turns writer could not wait: it would fail
+                # A reader that turns writer could not wait: it would fail.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
                 yield connection
         else:
             with engine.begin() as connection:

@@ -9,6 +9,8 @@ Nothing is kept in the process but rate limits: a server that is killed and star
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ try:
 except ImportError as _error:
     raise UserError("the experts' page needs fastapi and uvicorn: pip install 'jaxtune[review]'") from _error
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -36,9 +39,13 @@ from jaxtune.review.store import Engine
 from jaxtune.review.tasks import Task
 
 REPORT = "review_report.html"  # in the workdir: what `review --config.review.action=report` writes
+THREADS = 12
 _log = logging.getLogger(__name__)
 _REFUSED = {
-    "lost": (409, "Others have answered this one while it was open here, so your answer was not needed. Here is the next."),
+    "lost": (
+        409,
+        "Others have answered this one while it was open here, so your answer was not needed. Here is the next.",
+    ),
     "answered": (409, "You have answered this one already. Here is the next; My answers lists what you said."),
     "unknown": (404, "This question is not yours, or your answer to it was changed meanwhile."),
 }
@@ -57,13 +64,14 @@ def make(engine: Engine, tasks: dict[str, Task], config: ConfigDict, workdir: st
     c = config.review
     secure = bool(c.tls_cert) or c.behind_proxy
     guidelines.load(engine, tasks)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_threads)
     app.state.server = access.Server(
         engine=engine, tasks=tasks, round=c.round, secure=secure, passwords=c.passwords,
         session_seconds=c.session_hours * 3600.0, lease_seconds=c.lease_seconds,
         report=str(Path(workdir) / REPORT) if workdir else "", watcher=guidelines.Watcher(engine, tasks),
         by_person=Limiter(c.requests_per_second, 5 * c.requests_per_second),
-        sign_ins=Limiter(1 / 15, 10),
+        counts=Limiter(1 / 10, 1), address=c.address, invite_seconds=c.invite_days * 86400.0,
+        by_name=Limiter(1 / 15, 10), by_address=Limiter(1 / 5, 60),
     )  # fmt: skip
     for routes in (doors.routes, desk.routes, api.routes, office.routes):
         app.include_router(routes)
@@ -73,12 +81,23 @@ def make(engine: Engine, tasks: dict[str, Task], config: ConfigDict, workdir: st
     return app
 
 
+@asynccontextmanager
+async def _few_threads(_: FastAPI) -> AsyncIterator[None]:
+    """Requests are answered by as many threads as find work: more of them wait for the database's one writer, and for each other."""
+    to_thread.current_default_thread_limiter().total_tokens = THREADS
+    yield
+
+
 def _handle_errors(app: FastAPI) -> None:
     handlers: dict[Any, Any] = {
         access.NotSignedIn: _signed_out,
         AnyHTTPException: lambda request, error: _told(request, error.status_code, error.detail),
-        RequestValidationError: lambda request, error: _told(request, 422, "The server did not understand this request."),
-        queue.Refused: lambda request, error: _told(request, *_REFUSED.get(error.reason, (409, str(error))), error.reason),
+        RequestValidationError: lambda request, error: _told(
+            request, 422, "The server did not understand this request."
+        ),
+        queue.Refused: lambda request, error: _told(
+            request, *_REFUSED.get(error.reason, (409, str(error))), error.reason
+        ),
         UserError: _mistaken,
         exc.DBAPIError: _database,
         exc.TimeoutError: _database,
@@ -143,5 +162,3 @@ def serve(config: ConfigDict, engine: Engine, tasks: dict[str, Task], workdir: s
         uvicorn.Server(settings).run()
     except OSError as error:
         raise UserError(f"{c.host}:{c.port} cannot be listened on: {error.strerror or error}") from error
-
-

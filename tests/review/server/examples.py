@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune.review import people, store, tasks
-from jaxtune.review.record import Item, make_item
+from jaxtune.review import people, queue, store, tasks
+from jaxtune.review.record import Item, Verdict, make_item
 
 PASSWORD = "four plain garden words"
 GUIDELINE = """\
@@ -85,7 +86,9 @@ def items() -> list[Item]:
     for row, text in enumerate(_LETTERS):
         suggested = {"labels": ["complaint"], "score": 0.81, "model": "a-secret-model"}
         made.append(_item("letters", {"text": text, "prelabel": suggested}, row, overlap=2))
-    for row, text in enumerate(("Cheap, but it took nine days to arrive.", "The man in the shop knew every screw by name.")):
+    for row, text in enumerate(
+        ("Cheap, but it took nine days to arrive.", "The man in the shop knew every screw by name.")
+    ):
         made.append(_item("topics", {"text": text}, row))
     made += [_item("names", {"text": text}, row) for row, text in enumerate(_NAMES)]
     made += [_item("clear", {"prompt": prompt, "answer": answer}, row) for row, (prompt, answer) in enumerate(_ASKED)]
@@ -98,7 +101,9 @@ def items() -> list[Item]:
     messages = [{"role": "user", "content": "My train was two hours late. What now?"}, {"role": "assistant", "content": "Which ticket do you have?"}, {"role": "user", "content": "A return ticket, 84 pounds."}]  # fmt: skip
     made.append(_item("mend", {"prompt": messages, "answer": "You can get 25 percent back, that is 42 pounds. Send us the ticket in 28 days."}, 0))  # fmt: skip
     made.append(_item("mend", {"prompt": _ASKED[2][0], "answer": _ASKED[2][1]}, 1))
-    made += [_item("keep", {"prompt": prompt, "answer": answer}, row) for row, (prompt, answer) in enumerate(_ASKED[:2])]
+    made += [
+        _item("keep", {"prompt": prompt, "answer": answer}, row) for row, (prompt, answer) in enumerate(_ASKED[:2])
+    ]
     return made
 
 
@@ -125,10 +130,30 @@ def known(guideline: Path | None = None, text: str = GUIDELINE) -> dict[str, tas
 
 
 def fill(engine: store.Engine) -> None:
-    """Three people who know the password, and all items."""
-    for name, role in (("Olive", "owner"), ("Selma", "senior"), ("Ben", "expert"), ("Ada", "expert")):
+    """Some people who know the password, and all items."""
+    for name, role in (("Olive", "owner"), ("Selma", "senior"), ("Ben", "expert"), ("Ada", "expert"), ("Cleo", "expert")):
         people.add(engine, name, role, password=PASSWORD)
     store.add_items(engine, items())
+
+
+def answer(engine: store.Engine, known: dict[str, tasks.Task]) -> None:
+    """Some answers, two of them at odds, and some flags."""
+    flags = [{"type": "bias", "group": "older people", "note": "It takes for granted that they need help."}]
+    said = (
+        ("Ben", "letters", "label", {"labels": ["complaint"]}), ("Ben", "letters", "label", {"labels": ["praise"]}),
+        ("Ada", "letters", "label", {"labels": ["request"]}), ("Ada", "letters", "label", {"labels": ["praise"]}),
+        ("Ada", "letters", "label", {"labels": ["request"]}), ("Cleo", "letters", "label", {"labels": ["request"]}),
+        ("Cleo", "keep", "accept", {"accept": False, "reason": "It does not answer the question."}),
+        ("Ada", "clear", "flag", {"flags": flags}), ("Ben", "clear", "flag", {"flags": [{"type": "wrong", "group": "", "note": ""}]}),
+    )  # fmt: skip
+    for name, task, kind, given in said:
+        person = people.named(engine, name)
+        assert person is not None
+        found = queue.assign(engine, person, known, 1, task)
+        assert found is not None
+        verdict = Verdict(uuid.uuid4().hex, found.item.id, person.id, kind, given, {}, 0, 6.5)
+        queue.submit(engine, person, known, verdict)
+        queue.release(engine, person, found.item.id)
 
 
 @contextmanager
@@ -139,7 +164,9 @@ def served(app: Any) -> Iterator[str]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = int(one.getsockname()[1])
-    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, ws="none", http="h11"))
+    running = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_level="warning", access_log=False, ws="none", http="h11")
+    )
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

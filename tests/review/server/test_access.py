@@ -55,7 +55,9 @@ def ask(visitor: Visitor, route: str, engine: store.Engine, csrf: str | None = N
     token = visitor.csrf if csrf is None else csrf
     if path.startswith("/api/"):
         return visitor.client.post(address, json=BODIES[path], headers={"x-csrf-token": token} if token else {})
-    return visitor.client.post(address, data={"csrf": token, "name": "New", "role": "expert"} if token else {"name": "New"})
+    return visitor.client.post(
+        address, data={"csrf": token, "name": "New", "role": "expert"} if token else {"name": "New"}
+    )
 
 
 def rows(engine: store.Engine) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def rows(engine: store.Engine) -> dict[str, Any]:
     with engine.connect() as connection:
         for table in (store.people, store.invites, store.verdicts, store.leases, store.audit):
             found[table.name] = connection.execute(sa.select(table)).all()
-        found["sessions"] = connection.execute(sa.select(store.sessions.c.token_sha256, store.sessions.c.ended_at)).all()
+        found["sessions"] = connection.execute(
+            sa.select(store.sessions.c.token_sha256, store.sessions.c.ended_at)
+        ).all()
     return found
 
 
@@ -153,7 +157,14 @@ def test_another_sites_request_is_refused(visit: Callable[..., Visitor], engine:
 
 
 def give(visitor: Visitor, item: dict[str, Any], kind: str, answer: dict[str, Any], **more: Any) -> Any:
-    body = {"id": str(uuid.uuid4()), "item": item["item"], "task": item["task"], "kind": kind, "answer": answer, "seconds": 1.5}
+    body = {
+        "id": str(uuid.uuid4()),
+        "item": item["item"],
+        "task": item["task"],
+        "kind": kind,
+        "answer": answer,
+        "seconds": 1.5,
+    }
     return visitor.api("verdicts", **(body | more))
 
 
