@@ -30,10 +30,14 @@ class Server(NamedTuple):
     passwords: bool
     session_seconds: float
     lease_seconds: float
+    address: str  # where the page is found from outside, for invite links; "" = as it was asked
+    invite_seconds: float
     report: str  # path of the report of agreement, where one may be
     watcher: Watcher
     by_person: Limiter
-    sign_ins: Limiter  # failed ones, by address and by name
+    by_name: Limiter  # failed sign-ins
+    counts: Limiter  # how often someone's progress is counted; between, their page adds up
+    by_address: Limiter  # failed sign-ins and invites: many people may share an address
 
     @property
     def cookie(self) -> str:

@@ -46,15 +46,17 @@ class Given(_Body):
     supersedes: Annotated[str, Field(max_length=64)] = ""
 
 
-def _next(own: Server, person: Person, task: str) -> dict[str, Any]:
-    """The item that someone has before them, and how far they are."""
+def _next(own: Server, person: Person, task: str, counted: bool = True) -> dict[str, Any]:
+    """The item that someone has before them, and, with `counted` or where that is due, how far they are."""
     if task not in own.tasks:
         raise HTTPException(404, "There is no such task.")
     own.watcher.look()
     found = queue.assign(own.engine, person, own.tasks, own.round, task, own.lease_seconds)
-    now = queue.progress(own.engine, person, {task: own.tasks[task]}, own.round)
-    progress = {"done": now.done, "left": now.left, "seconds_left": now.seconds_left}
-    return {"next": None if found is None else _shown(own, found), "progress": progress}
+    told: dict[str, Any] = {"next": None if found is None else _shown(own, found)}
+    if own.counts.take(f"{person.id} {task}") == 0.0 or counted or found is None:
+        now = queue.progress(own.engine, person, {task: own.tasks[task]}, own.round)
+        told["progress"] = {"done": now.done, "left": now.left, "seconds_left": now.seconds_left}
+    return told
 
 
 def _shown(own: Server, found: queue.Assignment) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def save(caller: Expert, own: Own, body: Given) -> dict[str, Any]:
     if body.kind == "flag" or body.supersedes:
         return told
     try:
-        return told | _next(own, person, item.task)
+        return told | _next(own, person, item.task, counted=False)
     except Exception:  # the answer is saved, and that must be said: the page asks for the next one by itself
         _log.exception("an answer was saved; the next item could not be given")
         return told

@@ -9,6 +9,8 @@ Nothing is kept in the process but rate limits: a server that is killed and star
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ try:
 except ImportError as _error:
     raise UserError("the experts' page needs fastapi and uvicorn: pip install 'jaxtune[review]'") from _error
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -36,6 +39,7 @@ from jaxtune.review.store import Engine
 from jaxtune.review.tasks import Task
 
 REPORT = "review_report.html"  # in the workdir: what `review --config.review.action=report` writes
+THREADS = 12
 _log = logging.getLogger(__name__)
 _REFUSED = {
     "lost": (
@@ -60,13 +64,14 @@ def make(engine: Engine, tasks: dict[str, Task], config: ConfigDict, workdir: st
     c = config.review
     secure = bool(c.tls_cert) or c.behind_proxy
     guidelines.load(engine, tasks)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_threads)
     app.state.server = access.Server(
         engine=engine, tasks=tasks, round=c.round, secure=secure, passwords=c.passwords,
         session_seconds=c.session_hours * 3600.0, lease_seconds=c.lease_seconds,
         report=str(Path(workdir) / REPORT) if workdir else "", watcher=guidelines.Watcher(engine, tasks),
         by_person=Limiter(c.requests_per_second, 5 * c.requests_per_second),
-        sign_ins=Limiter(1 / 15, 10),
+        counts=Limiter(1 / 10, 1), address=c.address, invite_seconds=c.invite_days * 86400.0,
+        by_name=Limiter(1 / 15, 10), by_address=Limiter(1 / 5, 60),
     )  # fmt: skip
     for routes in (doors.routes, desk.routes, api.routes, office.routes):
         app.include_router(routes)
@@ -74,6 +79,13 @@ def make(engine: Engine, tasks: dict[str, Task], config: ConfigDict, workdir: st
     _handle_errors(app)
     app.add_middleware(Guard, limiter=Limiter(10 * c.requests_per_second, 50 * c.requests_per_second), secure=secure)
     return app
+
+
+@asynccontextmanager
+async def _few_threads(_: FastAPI) -> AsyncIterator[None]:
+    """Requests are answered by as many threads as find work: more of them wait for the database's one writer, and for each other."""
+    to_thread.current_default_thread_limiter().total_tokens = THREADS
+    yield
 
 
 def _handle_errors(app: FastAPI) -> None:

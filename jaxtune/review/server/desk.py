@@ -59,7 +59,7 @@ def work(request: Request, caller: Expert, own: Own, name: str) -> Response:
     if name not in own.tasks or name not in [one.task.name for one in parts(own, caller)]:
         raise HTTPException(404, "There is no such task for you.")
     task = own.tasks[name]
-    values = {"task": task, "told_task": _told_task(own, task), "corrects": ""}
+    values: dict[str, Any] = {"task": task, "told_task": _told_task(own, task), "corrects": ""}
     rules = guidelines.in_force(own.engine, name)
     return page(request, "work.html", title(task), caller, guideline=rules, **values)
 
@@ -69,7 +69,7 @@ def history(request: Request, caller: Expert, own: Own, changed: str = "") -> Re
     lines = []
     for item, verdict in queue.history(own.engine, caller.person, own.round, _HISTORY):
         task = own.tasks.get(item.task)
-        told = {"title": title(task) if task else item.task, "excerpt": views.excerpt(item), "id": verdict.id}
+        told: dict[str, Any] = {"title": title(task) if task else item.task, "excerpt": views.excerpt(item), "id": verdict.id}
         told |= {"said": views.in_words(item, verdict), "kind": verdict.kind, "at": verdict.at}
         lines.append(told | {"change": task is not None and verdict.kind in places.ANSWERS})
     told_above = "The change is saved." if changed else ""
@@ -91,7 +91,7 @@ def _correction(request: Request, caller: Caller, own: Server, item: Item, verdi
         shown["former"] = views.answer_for_page(task.kind, verdict.answer, item, verdict.shown)
     told = _told_task(own, task, corrects=verdict.id, item=shown)
     rules = guidelines.numbered(own.engine, verdict.guideline)
-    values = {"task": task, "told_task": told, "guideline": rules, "corrects": verdict.id}
+    values: dict[str, Any] = {"task": task, "told_task": told, "guideline": rules, "corrects": verdict.id}
     return page(request, "work.html", f"Change: {title(task)}", caller, **values)
 
 

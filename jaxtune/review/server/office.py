@@ -23,7 +23,7 @@ _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; 
 
 
 def _people(request: Request, caller: Caller, own: Server, **values: Any) -> Response:
-    shown = {"people": people.everyone(own.engine), "roles": ROLES, "link": "", "link_for": "", "days": 0} | values
+    shown: dict[str, Any] = {"people": people.everyone(own.engine), "roles": ROLES, "link": "", "link_for": "", "days": ""} | values
     return page(request, "people.html", "People", caller, **shown)
 
 
@@ -38,10 +38,10 @@ def _known(own: Server, person: str) -> str:
 
 
 def _invite(request: Request, caller: Caller, own: Server, person_id: str, name: str) -> Response:
-    token = people.invite(own.engine, person_id, by=caller.person.id, address=caller.address)
-    link = f"{request.url.scheme}://{request.url.netloc}/invite/{token}"
-    days = round(people.INVITE_SECONDS / 86400)
-    return _people(request, caller, own, link=link, link_for=name, days=days)
+    token = people.invite(own.engine, person_id, own.invite_seconds, by=caller.person.id, address=caller.address)
+    here = own.address.rstrip("/") or f"{request.url.scheme}://{request.url.netloc}"
+    days = f"{own.invite_seconds / 86400:g}"
+    return _people(request, caller, own, link=f"{here}/invite/{token}", link_for=name, days=days)
 
 
 @routes.get("/people")
@@ -57,8 +57,8 @@ def add(request: Request, caller: Owner, own: Own, name: _Text = "", role: _Text
 
 @routes.post("/people/{person}")
 def change(caller: Owner, own: Own, person: str, role: _Text = "", skills: _Text = "") -> Response:
-    by = {"by": caller.person.id, "address": caller.address}
-    people.change(own.engine, _known(own, person), role=role, skills=_skills(skills), **by)
+    who = _known(own, person)
+    people.change(own.engine, who, role=role, skills=_skills(skills), by=caller.person.id, address=caller.address)
     return RedirectResponse("/people", 303)
 
 
@@ -89,7 +89,7 @@ def open_again(caller: Owner, own: Own, person: str) -> Response:
 @routes.get("/round")
 def round_page(request: Request, caller: Owner, own: Own) -> Response:
     counts = queue.open_items(own.engine, own.tasks, own.round)
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {
             "title": title(task),
             "kind": task.kind,

@@ -25,7 +25,8 @@ def quick_hashes() -> Iterator[None]:
     from argon2 import PasswordHasher
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(people, "_hasher", lambda hasher=PasswordHasher(1, 64, 1): hasher)
+        hasher = PasswordHasher(1, 64, 1)
+        patch.setattr(people, "_hasher", lambda: hasher)
         people._nobodys_hash.cache_clear()
         yield
     people._nobodys_hash.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune.review import people, store, tasks
-from jaxtune.review.record import Item, make_item
+from jaxtune.review import people, queue, store, tasks
+from jaxtune.review.record import Item, Verdict, make_item
 
 PASSWORD = "four plain garden words"
 GUIDELINE = """\
@@ -129,10 +130,30 @@ def known(guideline: Path | None = None, text: str = GUIDELINE) -> dict[str, tas
 
 
 def fill(engine: store.Engine) -> None:
-    """Three people who know the password, and all items."""
-    for name, role in (("Olive", "owner"), ("Selma", "senior"), ("Ben", "expert"), ("Ada", "expert")):
+    """Some people who know the password, and all items."""
+    for name, role in (("Olive", "owner"), ("Selma", "senior"), ("Ben", "expert"), ("Ada", "expert"), ("Cleo", "expert")):
         people.add(engine, name, role, password=PASSWORD)
     store.add_items(engine, items())
+
+
+def answer(engine: store.Engine, known: dict[str, tasks.Task]) -> None:
+    """Some answers, two of them at odds, and some flags."""
+    flags = [{"type": "bias", "group": "older people", "note": "It takes for granted that they need help."}]
+    said = (
+        ("Ben", "letters", "label", {"labels": ["complaint"]}), ("Ben", "letters", "label", {"labels": ["praise"]}),
+        ("Ada", "letters", "label", {"labels": ["request"]}), ("Ada", "letters", "label", {"labels": ["praise"]}),
+        ("Ada", "letters", "label", {"labels": ["request"]}), ("Cleo", "letters", "label", {"labels": ["request"]}),
+        ("Cleo", "keep", "accept", {"accept": False, "reason": "It does not answer the question."}),
+        ("Ada", "clear", "flag", {"flags": flags}), ("Ben", "clear", "flag", {"flags": [{"type": "wrong", "group": "", "note": ""}]}),
+    )  # fmt: skip
+    for name, task, kind, given in said:
+        person = people.named(engine, name)
+        assert person is not None
+        found = queue.assign(engine, person, known, 1, task)
+        assert found is not None
+        verdict = Verdict(uuid.uuid4().hex, found.item.id, person.id, kind, given, {}, 0, 6.5)
+        queue.submit(engine, person, known, verdict)
+        queue.release(engine, person, found.item.id)
 
 
 @contextmanager

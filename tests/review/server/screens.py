@@ -15,15 +15,30 @@ from jaxtune.review.server import app
 from tests.review.server import examples
 from tests.review.server.browser import chromium, sign_in
 
+GUIDE = {
+    "sign_in_desktop_light", "tasks_desktop_light", "letters_desktop_light", "better_desktop_light", "better_phone_dark", "names_desktop_light",
+    "mend_desktop_dark", "clear_phone_light", "flag_desktop_light", "ranking_desktop_dark", "history_desktop_light", "settle_desktop_light",
+    "round_desktop_light", "people_desktop_light", "flags_desktop_light",
+}  # fmt: skip
 SIZES = {"desktop": (1280, 860), "phone": (390, 780)}
 
 
 def _shots(page: Any, address: str, save: Any) -> None:
     page.goto(f"{address}/sign-in")
     save("sign_in")
-    sign_in(page, address, "Selma")
+    sign_in(page, address, "Cleo")
     save("tasks")
-    for name in ("letters", "topics", "names", "clear", "better", "ranking", "mend", "keep"):
+    page.goto(f"{address}/history")
+    save("history")
+    page.goto(f"{address}/work/letters")
+    page.wait_for_selector("#answers button")
+    save("letters")
+    page.click("text=Sign out")
+    sign_in(page, address, "Selma")
+    page.goto(f"{address}/work/letters")
+    page.wait_for_selector("text=You settle it")
+    save("settle")
+    for name in ("topics", "names", "clear", "better", "ranking", "mend", "keep"):
         page.goto(f"{address}/work/{name}")
         page.wait_for_selector("#answers button")
         if name == "names":
@@ -59,26 +74,30 @@ def _mark(page: Any) -> None:
 
 def _owners(page: Any, address: str, save: Any) -> None:
     sign_in(page, address, "Olive")
-    for name in ("round", "people", "flags", "audit", "adjudicate", "history"):
+    for name in ("round", "people", "flags", "audit", "adjudicate"):
         page.goto(f"{address}/{name}")
         save(name)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, wanted: set[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, store.opened(f"{temporary}/review.db") as engine:
         examples.fill(engine)
+        examples.answer(engine, examples.known())
         known = examples.known(Path(temporary) / "letters.md")
         with examples.served(app.make(engine, known, examples.config())) as address, chromium() as browser:
             for size, (width, height) in SIZES.items():
                 for theme in ("light", "dark"):
+                    if wanted is not None and not any(one.endswith(f"_{size}_{theme}") for one in wanted):
+                        continue
                     with browser.new_context(
                         viewport={"width": width, "height": height}, color_scheme=theme, reduced_motion="reduce"
                     ) as context:
                         page = context.new_page()
 
                         def save(name: str, page: Any = page, size: str = size, theme: str = theme) -> None:
-                            page.screenshot(path=folder / f"{name}_{size}_{theme}.png")
+                            if wanted is None or f"{name}_{size}_{theme}" in wanted:
+                                page.screenshot(path=folder / f"{name}_{size}_{theme}.png")
 
                         _shots(page, address, save)
                         page.goto(f"{address}/")
@@ -87,4 +106,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), None if "--all" in sys.argv else GUIDE)

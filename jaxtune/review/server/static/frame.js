@@ -3,7 +3,16 @@ import { el, find } from "./dom.js";
 
 const minutes = (seconds) => (seconds < 90 ? "about a minute" : seconds < 5400 ? `about ${Math.round(seconds / 60)} minutes` : `about ${(seconds / 3600).toFixed(1)} hours`);
 
+let last = { done: 0, left: 0, seconds_left: 0 };
+
+/** One more is answered, or passed by: the server counts anew only now and then. */
+export function countOne(done) {
+  const each = last.left ? last.seconds_left / last.left : 0;
+  showProgress({ done: last.done + (done ? 1 : 0), left: Math.max(0, last.left - 1), seconds_left: Math.max(0, last.seconds_left - each) });
+}
+
 export function showProgress(progress) {
+  last = progress;
   const bar = find("#bar"), of = progress.done + progress.left;
   bar.max = Math.max(of, 1);
   bar.value = progress.done;

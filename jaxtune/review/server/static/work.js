@@ -4,7 +4,7 @@ import { clock } from "./clock.js";
 import { compare } from "./compare.js";
 import { el, find } from "./dom.js";
 import { edit } from "./edit.js";
-import { earlier, finished, showGuideline, showProgress } from "./frame.js";
+import { countOne, earlier, finished, showGuideline, showProgress } from "./frame.js";
 import * as kept from "./kept.js";
 import { flagPanel, isOpen, keysPanel, opened, skipPanel } from "./panels.js";
 import { span } from "./span.js";
@@ -96,7 +96,8 @@ async function send(kind, answer) {
     hold(false);
     if (kind === "flag") return tell("Flag saved. You can still answer.", "saved");
     if (task.corrects) return location.assign("/history?changed=1");
-    if (!found.progress) return next("");
+    if (!("next" in found)) return next("");
+    if (!found.progress) countOne(kind !== "skip");
     took(found, "Saved");
   } catch (trouble) {
     clearTimeout(late);
@@ -106,7 +107,7 @@ async function send(kind, answer) {
 }
 
 function took(found, words) {
-  showProgress(found.progress);
+  if (found.progress) showProgress(found.progress);
   show(found.next, "");
   tell(words, "saved");
 }
