@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from jaxtune.review.record import Item, Verdict
+from jaxtune.review.record import MODEL, Item, Verdict
 from jaxtune.types import UserError
 
 SCHEMA_VERSION = 1
@@ -234,13 +234,18 @@ def read_items(engine: Engine, round: int | None = None, task: str | None = None
 
 
 def read_verdicts(
-    engine: Engine, round: int | None = None, task: str | None = None, all_of_them: bool = False
+    engine: Engine, round: int | None = None, task: str | None = None, all_of_them: bool = False, models: bool = False
 ) -> list[Verdict]:
-    """The verdicts that count, in the order in which they were given; with `all_of_them` also those superseded, and retractions."""
+    """People's verdicts that count, in the order in which they were given; with `all_of_them` also those superseded, and retractions.
+
+    With `models` those of model judges alone, whose persons' ids start with `record.MODEL`.
+    """
     query = sa.select(*(verdicts.c[name] for name in Verdict._fields)).join(items, items.c.id == verdicts.c.item)
     query = query.order_by(verdicts.c.number)
     query = query if round is None else query.where(items.c.round == round)
     query = query if task is None else query.where(items.c.task == task)
+    by_model = verdicts.c.person.startswith(MODEL)
+    query = query.where(by_model if models else ~by_model)
     if not all_of_them:
         later = verdicts.alias()
         query = query.where(verdicts.c.kind != "retract", ~sa.exists().where(later.c.supersedes == verdicts.c.id))
