@@ -27,7 +27,9 @@ FLEISS_UV = np.asarray([
     [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
     [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
 ])  # fmt: skip
-RATINGS = "pypi:vaderSentiment==3.3.2#additional_resources/hutto_ICWSM_2014.tar.gz#hutto_ICWSM_2014/{}_anonDataRatings.txt"
+RATINGS = (
+    "pypi:vaderSentiment==3.3.2#additional_resources/hutto_ICWSM_2014.tar.gz#hutto_ICWSM_2014/{}_anonDataRatings.txt"
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,9 @@ def test_alpha_by_hand() -> None:
     """Two raters, four units, one disagreement: coincidences 4, 1, 1, 2; n = 8; alpha = 1 - 7 * 2 / (2 * 5 * 3)."""
     ratings = np.asarray([[0, 0, 1, 0.0], [0, 0, 1, 1]])
     assert agreement.krippendorff_alpha(ratings, "nominal") == pytest.approx(1 - 7 * 2 / 30)
-    assert agreement.krippendorff_alpha(ratings, "interval") == pytest.approx(1 - 7 * 2 / 30)  # two values: all levels alike
+    assert agreement.krippendorff_alpha(ratings, "interval") == pytest.approx(
+        1 - 7 * 2 / 30
+    )  # two values: all levels alike
     assert agreement.krippendorff_alpha(ratings * 10 - 3, "interval") == pytest.approx(1 - 7 * 2 / 30)
 
 
