@@ -49,7 +49,8 @@ def encode(names_RU: Sequence[Sequence[str | None]], order: Sequence[str] = ()) 
         raise UserError(f"the rating {unknown[0]!r} came; expected one of {', '.join(known)}")
     number = {name: float(at) for at, name in enumerate(known)} | {None: math.nan}
     num_units = max(map(len, names_RU), default=0)
-    return np.asarray([[number[name] for name in row] for row in names_RU], np.float64).reshape(-1, num_units), known
+    ratings = np.asarray([[number[name] for name in row] for row in names_RU], np.float64)
+    return ratings.reshape(len(names_RU), num_units), known
 
 
 def krippendorff_alpha(ratings_RU: np.ndarray, level: str = "interval") -> float:
