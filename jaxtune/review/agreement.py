@@ -90,7 +90,7 @@ def interval(
 ) -> Estimate:  # fmt: skip
     """Returns a statistic of the ratings with its percentile bootstrap interval over units (Efron 1979)."""
     if isinstance(statistic, partial) and statistic.func is krippendorff_alpha and not statistic.args:
-        more = {"num_samples": num_samples, "confidence": confidence, "seed": seed}
+        more: Any = {"num_samples": num_samples, "confidence": confidence, "seed": seed}
         return alpha_interval(ratings_RU, **statistic.keywords, **more)
     if statistic is krippendorff_alpha:
         return alpha_interval(ratings_RU, num_samples=num_samples, confidence=confidence, seed=seed)

@@ -266,7 +266,8 @@ def _models(played: Sequence[Game]) -> dict[str, Any]:
     if not known:
         return {"win_rates": [], "strengths": {}}
     number = {model: at for at, model in enumerate(models)}
-    first, second = (np.asarray([number[name] for name in side]) for side in zip(*((g[5], g[6]) for g in known)))
+    first = np.asarray([number[g.first_model] for g in known])
+    second = np.asarray([number[g.second_model] for g in known])
     score, groups = np.asarray([g.score for g in known]), np.asarray([g.item for g in known])
     strengths = ranking.bradley_terry_intervals(first, second, score, len(models), groups)
     return {"win_rates": rates, "strengths": dict(zip(models, strengths, strict=True))}

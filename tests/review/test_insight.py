@@ -36,25 +36,33 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
         yield engine
 
 
-def give(engine: Engine, item: Item, person: str, kind: str, answer: dict[str, Any], **more: Any) -> None:
-    shown = more.pop("shown", {})
-    given = Verdict(
-        f"{item.id}/{person}/{kind}", item.id, person, kind, answer, shown, 0, more.pop("seconds", 4.0), **more
-    )
-    with store.writing(engine) as connection:
-        store.insert_new(connection, store.verdicts, [given._asdict() | {"at": 1.0}])
+class Writing:
+    """Items and verdicts, all written at once."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.said: list[Verdict] = []
+
+    def give(self, item: Item, person: str, kind: str, answer: dict[str, Any], **more: Any) -> None:
+        given = {"shown": {}, "guideline": 0, "seconds": 4.0, "at": 1.0} | more
+        self.said.append(Verdict(f"{item.id}/{person}/{kind}"[-64:], item.id, person, kind, answer, **given))
+
+    def write(self, engine: Engine) -> None:
+        store.add_items(engine, self.items)
+        with store.writing(engine) as connection:
+            store.insert_new(connection, store.verdicts, [one._asdict() for one in self.said])
 
 
 def test_labels(engine: Engine) -> None:
     """Ann is right, Bea nearly, Cem guesses, and follows what is suggested to him; a gold item tells so too."""
-    rng, items = np.random.default_rng(0), []
+    w, rng, items = Writing(), np.random.default_rng(0), []
     for number in range(120):
         truth, suggested = (("bad", "good")[rng.integers(2)] for _ in range(2))
         gold = {"labels": [truth]} if number < 20 else None
         payload = {"text": f"text {number}", "prelabel": {"labels": [suggested], "score": 0.9}}
         item = make_item(1, "mood", payload, {"row": number}, gold=gold, overlap=3)
         items.append((item, truth, suggested))
-    store.add_items(engine, [one for one, _, _ in items])
+    w.items = [one for one, _, _ in items]
     for number, (item, truth, suggested) in enumerate(items):
         is_shown = number % 2 == 0
         wrong = {"bad": "good", "good": "bad"}[truth]
@@ -63,10 +71,11 @@ def test_labels(engine: Engine) -> None:
             "cem": suggested if is_shown else ("bad", "good")[rng.integers(2)],
         }  # fmt: skip
         for person, label in said.items():
-            give(engine, item, person, "label", {"labels": [label]}, shown={"prelabel": is_shown}, seconds=2.0 if is_shown else 5.0)  # fmt: skip
-        give(engine, item, "model:x", "label", {"labels": [wrong]})
-    give(engine, items[3][0], "bea", "flag", {"flags": [{"type": "bias", "group": "age", "note": "x"}, {"type": "harm", "group": "", "note": ""}]})  # fmt: skip
-    give(engine, items[4][0], "cem", "skip", {"reason": "unclear"})
+            w.give(item, person, "label", {"labels": [label]}, shown={"prelabel": is_shown}, seconds=2.0 if is_shown else 5.0)  # fmt: skip
+        w.give(item, "model:x", "label", {"labels": [wrong]})
+    w.give(items[3][0], "bea", "flag", {"flags": [{"type": "bias", "group": "age", "note": "x"}, {"type": "harm", "group": "", "note": ""}]})  # fmt: skip
+    w.give(items[4][0], "cem", "skip", {"reason": "unclear"})
+    w.write(engine)
     found = insight.figures(engine, TASKS, 1)
     mood = found["tasks"]["mood"]
     assert (found["people"], mood["answers"], mood["answered"], mood["skips"], mood["gold_items"]) == (
@@ -98,15 +107,16 @@ def test_labels(engine: Engine) -> None:
 
 def test_labels_with_probabilities(engine: Engine) -> None:
     pytest.importorskip("cleanlab")
-    rng = np.random.default_rng(0)
+    w, rng = Writing(), np.random.default_rng(0)
     for number in range(60):
         truth = rng.integers(2)
         origin = {"probabilities": {"bad": 0.9 - 0.8 * truth, "good": 0.1 + 0.8 * truth}}
         item = make_item(1, "mood", {"text": str(number)}, origin)
-        store.add_items(engine, [item])
+        w.items += [item]
         for person, skill in zip(PEOPLE, (0.95, 0.9, 0.5), strict=True):
             label = ("bad", "good")[truth if rng.random() < skill else 1 - truth]
-            give(engine, item, person, "label", {"labels": [label]})
+            w.give(item, person, "label", {"labels": [label]})
+    w.write(engine)
     quality = insight.figures(engine, TASKS, 1)["tasks"]["mood"]["quality"]
     assert quality["method"] == "crowdlab"
     assert min(quality["people"], key=quality["people"].get) == "cem"
@@ -114,22 +124,23 @@ def test_labels_with_probabilities(engine: Engine) -> None:
 
 def test_comparisons(engine: Engine) -> None:
     """ "new" wins two of three; Cem takes whatever stands first, and is seen to; an adjudication settles an item."""
-    rng = np.random.default_rng(1)
+    w, rng = Writing(), np.random.default_rng(1)
     for number in range(90):
         swapped = bool(rng.integers(2))
         models = {"a": {"model": "new" if swapped else "old"}, "b": {"model": "old" if swapped else "new"}}
         candidates = [{"id": one, "text": f"{one} {number}"} for one in "ab"]
         item = make_item(1, "better", {"prompt": str(number), "candidates": candidates}, {"models": models}, overlap=2)
-        store.add_items(engine, [item])
+        w.items += [item]
         best = "a" if swapped == (number % 3 > 0) else "b"
         other = "b" if best == "a" else "a"
         for person in ("ann", "cem"):
             order = ["a", "b"] if rng.integers(2) else ["b", "a"]
             win = best if person == "ann" else order[0]
             lose = other if win == best else best
-            give(engine, item, person, "compare", {"order": [[win], [lose]], "bad": False}, shown={"order": order})
-        give(engine, item, "bea", "compare", {"order": [[best], [other]], "bad": number < 9}, shown={"order": ["a", "b"]}, adjudicates=True)  # fmt: skip
-        give(engine, item, "model:x", "compare", {"order": [["a"], ["b"]], "bad": False})
+            w.give(item, person, "compare", {"order": [[win], [lose]], "bad": False}, shown={"order": order})
+        w.give(item, "bea", "compare", {"order": [[best], [other]], "bad": number < 9}, shown={"order": ["a", "b"]}, adjudicates=True)  # fmt: skip
+        w.give(item, "model:x", "compare", {"order": [["a"], ["b"]], "bad": False})
+    w.write(engine)
     better = insight.figures(engine, TASKS, 1)["tasks"]["better"]
     (rate,) = better["models"]["win_rates"]
     assert (rate["model"], rate["other"], rate["items"], rate["better"], rate["worse"]) == ("new", "old", 90, 60, 30)
@@ -146,18 +157,20 @@ def test_comparisons(engine: Engine) -> None:
 
 def test_other_kinds(engine: Engine) -> None:
     """Cem rates a star higher than the others; spans are compared by characters; what was accepted and changed is counted."""
+    w = Writing()
     for number in range(30):
         stars = make_item(1, "stars", {"text": str(number)}, {})
         names = make_item(1, "names", {"text": f"Ann went to Rome {number}"}, {})
         keep = make_item(1, "keep", {"prompt": "p", "answer": str(number)}, {})
         mend = make_item(1, "mend", {"prompt": "p", "answer": str(number)}, {})
-        store.add_items(engine, [stars, names, keep, mend])
-        for at, person in enumerate(PEOPLE):
-            give(engine, stars, person, "rate", {"rating": float(1 + number % 4 + (person == "cem"))})
+        w.items += [stars, names, keep, mend]
+        for person in PEOPLE:
+            w.give(stars, person, "rate", {"rating": float(1 + number % 4 + (person == "cem"))})
             spans = [{"start": 0, "end": 3, "label": "who"}, {"start": 12, "end": 16, "label": "where"}]
-            give(engine, names, person, "span", {"spans": spans[: 1 if person == "cem" else 2]})
-        give(engine, keep, "ann", "accept", {"accept": number % 3 > 0, "reason": ""})
-        give(engine, mend, "ann", "edit", {"text": str(number) if number % 2 else "better"})
+            w.give(names, person, "span", {"spans": spans[: 1 if person == "cem" else 2]})
+        w.give(keep, "ann", "accept", {"accept": number % 3 > 0, "reason": ""})
+        w.give(mend, "ann", "edit", {"text": str(number) if number % 2 else "better"})
+    w.write(engine)
     found = insight.figures(engine, TASKS, 1)["tasks"]
     assert [round(one["offset"], 2) for one in found["stars"]["people"]] == [-0.5, -0.5, 1.0]
     assert found["stars"]["confusion"]["values"] == ["1", "2", "3", "4", "5"]
@@ -169,12 +182,13 @@ def test_other_kinds(engine: Engine) -> None:
 
 
 def test_page(engine: Engine, tmp_path: Path) -> None:
-    item = make_item(1, "mood", {"text": "x"}, {})
-    store.add_items(engine, [item])
+    w, item = Writing(), make_item(1, "mood", {"text": "x"}, {})
+    w.items += [item]
     for person in PEOPLE:
-        give(engine, item, person, "label", {"labels": ["bad"]})
+        w.give(item, person, "label", {"labels": ["bad"]})
     bad = {"type": "bias", "group": "<script>alert(1)</script>", "note": ""}
-    give(engine, item, "ann", "flag", {"flags": [bad]})
+    w.give(item, "ann", "flag", {"flags": [bad]})
+    w.write(engine)
     found = insight.write(engine, TASKS, 1, tmp_path / "insight")
     page = (tmp_path / "insight" / "report.html").read_text()
     assert json.loads((tmp_path / "insight" / "report.json").read_text())["figures"] == found
