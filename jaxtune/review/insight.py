@@ -35,7 +35,7 @@ def figures(engine: Engine, tasks: Mapping[str, Task], round: int) -> dict[str, 
         rows = connection.execute(sa.select(store.people.c.id, store.people.c.name))
         names = {str(person): str(name) for person, name in rows}
     found = {name: _of_task(task, items, verdicts, names) for name, task in tasks.items()}
-    return _plain({"round": round, "people": len({v.person for v in verdicts}), "tasks": found})
+    return plain({"round": round, "people": len({v.person for v in verdicts}), "tasks": found})
 
 
 def write(engine: Engine, tasks: Mapping[str, Task], round: int, folder: Path) -> dict[str, Any]:
@@ -275,54 +275,55 @@ def _models(played: Sequence[Game]) -> dict[str, Any]:
 
 def _prelabels(task: Task, answers: Answers) -> dict[str, Any]:
     """What showing a model's suggestion does: answers that agree with it, and seconds, where it was shown and where hidden."""
-    sides: dict[bool, dict[str, list[tuple[float, float]]]] = {True: defaultdict(list), False: defaultdict(list)}
+    found: dict[
+        str, tuple[list[list[float]], list[list[float]]]
+    ] = {}  # by item: [agrees, seconds] where hidden, where shown
     for item, v in answers:
         suggested = item.payload.get("prelabel")
-        if suggested and not v.adjudicates:
-            sides[bool(v.shown.get("prelabel"))][item.id].append((float(agrees(task, v.answer, suggested)), v.seconds))
-    if not any(sides.values()):
+        if isinstance(suggested, Mapping) and set(v.answer) & set(suggested) and not v.adjudicates:
+            pair = [float(agrees(task, v.answer, suggested)), v.seconds]
+            found.setdefault(item.id, ([], []))[bool(v.shown.get("prelabel"))].append(pair)
+    if not found:
         return {}
-    agreed, seconds = (
-        {side: [[pair[at] for pair in one] for one in items.values()] for side, items in sides.items()} for at in (0, 1)
-    )
+    items = list(found.values())
     return {
-        "shown": _side(agreed[True], seconds[True]),
-        "hidden": _side(agreed[False], seconds[False]),
-        "agreement_difference": _difference(agreed[True], agreed[False], np.mean),
-        "seconds_difference": _difference(seconds[True], seconds[False], np.median),
-    }  # fmt: skip
+        "shown": _side([pair for one in items for pair in one[1]]),
+        "hidden": _side([pair for one in items for pair in one[0]]),
+        "agreement_difference": _difference(items, 0, np.mean),
+        "seconds_difference": _difference(items, 1, np.median),
+    }
 
 
-def _side(agreed: list[list[float]], seconds: list[list[float]]) -> dict[str, Any]:
-    flat = [x for one in agreed for x in one]
-    share = sum(flat) / len(flat) if flat else math.nan
-    return {"items": len(agreed), "answers": len(flat), "agreement": share, "seconds": _seconds(sum(seconds, []))}
+def _side(pairs: list[list[float]]) -> dict[str, Any]:
+    agreed = [one[0] for one in pairs]
+    share = sum(agreed) / len(agreed) if agreed else math.nan
+    return {"answers": len(pairs), "agreement": share, "seconds": _seconds([one[1] for one in pairs])}
 
 
 def _difference(
-    shown: list[list[float]], hidden: list[list[float]], middle: Callable[[Any], Any], num_samples: int = 1000
+    items: Sequence[tuple[list[list[float]], list[list[float]]]], which: int, middle: Callable[[Any], Any]
 ) -> Estimate:
-    """middle(shown) - middle(hidden) with its bootstrap interval over items."""
-    if not shown or not hidden:
+    """middle where shown - middle where hidden, with its bootstrap interval over items."""
+
+    def gap(drawn: Sequence[Any]) -> float:
+        hidden, shown = ([pair[which] for one in drawn for pair in one[side]] for side in (0, 1))
+        return float(middle(shown) - middle(hidden)) if shown and hidden else math.nan
+
+    value, rng = gap(items), np.random.default_rng(0)
+    if not math.isfinite(value):
         return Estimate(math.nan, math.nan, math.nan)
-    rng = np.random.default_rng(0)
-
-    def drawn(items: list[list[float]]) -> Any:
-        return middle(np.concatenate([items[at] for at in rng.integers(len(items), size=len(items))]))
-
-    samples = [drawn(shown) - drawn(hidden) for _ in range(num_samples)]
-    value = middle(np.concatenate(shown)) - middle(np.concatenate(hidden))
-    return Estimate(float(value), *(float(end) for end in np.quantile(samples, [0.025, 0.975])))
+    samples = [gap([items[at] for at in rng.integers(len(items), size=len(items))]) for _ in range(500)]
+    return Estimate(value, *(float(end) for end in np.nanquantile(samples, [0.025, 0.975])))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's types; a number that is not finite is None."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value
