@@ -31,7 +31,7 @@ def judging() -> ConfigDict:
     c.first = ""  # what is compared: a file of outputs (lines as `generate` writes), a run's workdir, an adapter's folder, or a model by URI; "" = model.source
     c.second = ""  # what it is compared with, likewise; win rates are this one's
     c.names = ("first", "second")  # what the two are called in reports; no expert sees them
-    c.prompts = ""  # file of prompts or messages, by URI; "" = the column `prompt` of the files of outputs
+    c.prompts = ""  # file of prompts or messages, by URI; "" = the column `prompt` of the files of outputs, or where a side is none the rows of eval.split
     c.limit = 0  # prompts at most (a stable choice); 0 = all
     c.alpha = 0.05  # a wrong decision, ever, has at most this probability, however often one looks
     c.margin = 0.0  # also stop, with "no difference", once the win rate is known to lie within 0.5 ± this; 0 = never

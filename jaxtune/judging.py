@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jaxtune import config as config_lib
 from jaxtune import fetch, report, verbs
 from jaxtune.config import ConfigDict
-from jaxtune.data import templates
+from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import Example, read_examples
 from jaxtune.data.sources import read_rows
 from jaxtune.evals import measure, pairwise
@@ -31,6 +31,7 @@ from jaxtune.review.sequential import Decision
 from jaxtune.review.store import Engine
 from jaxtune.review.tasks import Task
 from jaxtune.train import guests
+from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
 from jaxtune.weights import source
 from jaxtune.workdir import write_whole
@@ -106,9 +107,7 @@ def _outputs(config: ConfigDict, workdir: Path) -> tuple[list[Output], list[Outp
     given = [config.judging.first, config.judging.second]
     if given[0] == given[1]:
         raise UserError(f"judging.first and judging.second are both {given[0]!r}; expected two that differ")
-    prompts = _prompts(config) if config.judging.prompts else []
-    if not prompts and not all(map(_is_file, given)):
-        raise UserError("judging.prompts is empty, and not both sides are files of outputs; expected a file of prompts")
+    prompts = _prompts(config)
     sides = [
         _read_outputs(uri, prompts) if _is_file(uri) else _generated(config, workdir, uri, prompts) for uri in given
     ]
@@ -135,7 +134,19 @@ def _is_file(uri: str) -> bool:
 
 
 def _prompts(config: ConfigDict) -> list[Example]:
-    return read_examples(fetch.local(config.judging.prompts), config.data, answers=False)[0]
+    """Those of `judging.prompts`; else, where a model is to answer, the rows of `eval.split`."""
+    if config.judging.prompts:
+        examples = read_examples(fetch.local(config.judging.prompts), config.data, answers=False)[0]
+    elif _is_file(config.judging.first) and _is_file(config.judging.second):
+        return []
+    elif not config.data.train:
+        raise UserError("judging.prompts and data.train are empty, and a side is no file of outputs; expected prompts")
+    else:
+        tokenizer = source.find_tokenizer(config, source.find(config))
+        examples = getattr(rows_lib.load(config, tokenizer, verbs.progress(config)), config.eval.split)
+    if not examples:
+        raise UserError(f"eval.split={config.eval.split!r} has no rows; set judging.prompts or data.test_fraction")
+    return pipeline.limited(examples, config.judging.limit)
 
 
 def _shown(example: Example) -> Any:
