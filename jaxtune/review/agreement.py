@@ -212,12 +212,13 @@ def confusion(first_U: np.ndarray, second_U: np.ndarray, num_values: int) -> np.
     return np.bincount(at_M, minlength=num_values**2).reshape(num_values, num_values)
 
 
-def pairwise(ratings_RU: np.ndarray, num_values: int) -> list[Confusion]:
-    """Each pair of raters with units in common, the most in common first; ratings as of `encode`."""
+def pairwise(ratings_RU: np.ndarray, num_values: int, weights: str = "") -> list[Confusion]:
+    """Each pair of raters with units in common, the most in common first; ratings as of `encode`, weights as of `cohen_kappa`."""
     ratings, found = _checked(ratings_RU), []
     for first in range(len(ratings)):
         for second in range(first + 1, len(ratings)):
-            found.append(_confused(first, second, confusion(ratings[first], ratings[second], num_values)))
+            counts_VV = confusion(ratings[first], ratings[second], num_values)
+            found.append(_confused(first, second, counts_VV, weights))
     return sorted((one for one in found if one.counts_VV.any()), key=lambda one: -one.counts_VV.sum())
 
 
@@ -242,6 +243,6 @@ def majority(votes_UV: np.ndarray) -> np.ndarray:
     return np.where(is_clear_U, votes_UV.argmax(1), np.nan)
 
 
-def _confused(first: int, second: int, counts_VV: np.ndarray) -> Confusion:
-    total: Any = max(int(counts_VV.sum()), 1)
-    return Confusion(first, second, counts_VV, float(np.trace(counts_VV) / total), _kappa(counts_VV.astype(np.float64)))
+def _confused(first: int, second: int, counts_VV: np.ndarray, weights: str = "") -> Confusion:
+    agreed = float(np.trace(counts_VV) / max(int(counts_VV.sum()), 1))
+    return Confusion(first, second, counts_VV, agreed, _kappa(counts_VV.astype(np.float64), weights))

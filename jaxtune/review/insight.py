@@ -196,9 +196,10 @@ def _confusion(rated: Ratings | None, names: Mapping[str, str]) -> dict[str, Any
     if not 2 <= len(labels) <= _MOST_VALUES:
         return {}
     by = [names.get(person, person) for person in rated.people]
-    pairs = [_told(one, by) for one in agreement.pairwise(numbers, len(labels))]
-    others = [_told(one, by) for one in agreement.against_others(numbers, len(labels))]
-    return {"values": list(labels), "pairs": pairs, "others": others}
+    weights = "" if rated.level == "nominal" else "quadratic"
+    pairs = [_told(one, by) for one in agreement.pairwise(numbers, len(labels), weights)]
+    others = [_told(one, by) for one in agreement.against_others(numbers, len(labels))] if rated.names else []
+    return {"values": list(labels), "weights": weights, "pairs": pairs, "others": others}
 
 
 def _told(one: agreement.Confusion, by: Sequence[str]) -> dict[str, Any]:
@@ -224,10 +225,20 @@ def _quality(task: Task, items: Sequence[Item], rated: Ratings | None) -> dict[s
         "people": {person: float(score) for person, score in zip(rated.people, found.quality_R, strict=True)},
         "consensus": Counter(rated.names[at] for at in found.label_U if at >= 0),
         "items": [
-            {"item": rated.items[at], "label": rated.names[found.label_U[at]], "quality": float(found.quality_U[at])}
+            {
+                "item": rated.items[at],
+                "text": _text(by_id[rated.items[at]]),
+                "label": rated.names[found.label_U[at]],
+                "quality": float(found.quality_U[at]),
+            }
             for at in order
         ],
     }
+
+
+def _text(item: Item) -> str:
+    told = str(item.payload.get("text") or item.payload.get("answer") or item.payload.get("prompt", ""))
+    return " ".join(told.split())[:120]
 
 
 def _probabilities(item: Item, labels: Sequence[str]) -> list[float]:

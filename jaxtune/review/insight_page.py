@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_PAIRS = 4  # confusions between experts that are shown, those with most in common
+_PAIRS = 12  # confusions between experts that are shown, those with most in common
 _LEAST_SURE = 10
 Table = dict[str, Any]
 
@@ -47,12 +47,12 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 def _tables(name: str, task: Mapping[str, Any]) -> list[Table]:
     return [
         _people(name, task),
-        *_confusions(name, task["confusion"]),
+        _confusion(name, task["confusion"]),
         _win_rates(name, task.get("models", {})),
         _strengths(name, task.get("models", {})),
         _position(name, task.get("position")),
         _prelabels(name, task["prelabels"]),
-        _least_sure(name, task["quality"]),
+        _least_sure(name, task["quality"] if task["agreement"].get("items_shared") else {}),
         _table(f"{name}: flags", ["Type", "Group", "Flags", "Items"],
                [[f["type"], f["group"], f["flags"], f["items"]] for f in task["flags"]]),
     ]  # fmt: skip
@@ -76,16 +76,25 @@ def _people(name: str, task: Mapping[str, Any]) -> Table:
     return _table(f"{name}: people", header, rows)
 
 
-def _confusions(name: str, confusion: Mapping[str, Any]) -> list[Table]:
-    if not confusion:
-        return []
-    values = confusion["values"]
-    tables = []
-    for one in [*confusion["others"], *confusion["pairs"][:_PAIRS]]:
-        title = f"{name}: {one['first']} (down) and {one['second']} (across), {one['units']:,} in common, κ {_number(one['kappa'])}"
-        rows = [[value, *counts] for value, counts in zip(values, one["counts"], strict=True)]
-        tables.append(_table(title, ["", *values], rows))
-    return tables
+def _confusion(name: str, confusion: Mapping[str, Any]) -> Table:
+    rows = []
+    for one in [*confusion["others"], *confusion["pairs"][:_PAIRS]] if confusion else []:
+        apart = sorted(_apart(one["counts"], confusion["values"]), reverse=True)[:3]
+        shown = "; ".join(f"{first} / {second}: {count}" for count, first, second in apart)
+        rows.append(
+            [one["first"], one["second"], one["units"], f"{one['agreement']:.0%}", _number(one["kappa"]), shown]
+        )
+    header = ["First", "Second", "In common", "Same", "κ", "Most often apart, first / second"]
+    return _table(f"{name}: who says what where others say something else", header, rows)
+
+
+def _apart(counts: Sequence[Sequence[int]], values: Sequence[str]) -> list[tuple[int, str, str]]:
+    return [
+        (count, values[at], values[to])
+        for at, row in enumerate(counts)
+        for to, count in enumerate(row)
+        if count and at != to
+    ]
 
 
 def _win_rates(name: str, models: Mapping[str, Any]) -> Table:
@@ -125,8 +134,8 @@ def _prelabels(name: str, found: Mapping[str, Any]) -> Table:
 
 
 def _least_sure(name: str, quality: Mapping[str, Any]) -> Table:
-    rows = [[one["item"][:12], one["label"], f"{one['quality']:.2f}"] for one in quality.get("items", ())[:_LEAST_SURE]]
-    return _table(f"{name}: consensus least sure", ["Item", "Consensus", "Quality"], rows)
+    rows = [[one["text"], one["label"], f"{one['quality']:.2f}"] for one in quality.get("items", ())[:_LEAST_SURE]]
+    return _table(f"{name}: consensus least sure", ["Text", "Consensus", "Quality"], rows)
 
 
 def _notices(name: str, task: Mapping[str, Any]) -> list[str]:
