@@ -19,7 +19,7 @@ Ask = Callable[[Sequence[Mapping[str, str]]], str]
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _FATAL = (401, 403, 404, 405)  # asking another question would end the same way
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_MOST_BYTES = 1 << 20
+_MOST_BYTES, _MOST_TOKENS = 1 << 20, 512  # of a reply
 _LONGEST_WAIT = 60.0  # seconds, whatever the server asks for
 
 
@@ -81,12 +81,13 @@ def client(url: str, model: str, key: str = "", timeout: float = 60.0, retries: 
     address = url.rstrip("/") + ("" if url.rstrip("/").endswith("/chat/completions") else "/chat/completions")
     headers = {"Content-Type": "application/json", "User-Agent": "jaxtune"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    settings: dict[str, Any] = {"temperature": 0, "max_tokens": _MOST_TOKENS}  # as this server wants them
 
     def ask(messages: Sequence[Mapping[str, str]]) -> str:
-        body = json.dumps({"model": model, "messages": list(messages), "temperature": 0, "max_tokens": 512}).encode()
         why = ""
         for attempt in range(retries + 1):
             try:
+                body = json.dumps({"model": model, "messages": list(messages), **settings}).encode()
                 with opener.open(urllib.request.Request(address, body, headers), timeout=timeout) as response:
                     return _content(response.read(_MOST_BYTES))
             except urllib.error.HTTPError as error:
@@ -94,7 +95,7 @@ def client(url: str, model: str, key: str = "", timeout: float = 60.0, retries: 
                     why = f"HTTP {error.code}: {_shown(error, key)}"
                 if error.code in _FATAL:
                     raise UserError(f"the judge {address} refuses ({why}); check address, model and key") from None
-                if error.code not in _AGAIN:
+                if error.code not in _AGAIN and not _adapted(settings, why):
                     raise Refused(why) from None
                 wait = _wait(error.headers.get("Retry-After"), backoff * 2**attempt)
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -104,6 +105,14 @@ def client(url: str, model: str, key: str = "", timeout: float = 60.0, retries: 
         raise Refused(why)
 
     return ask
+
+
+def _adapted(settings: dict[str, Any], why: str) -> bool:
+    """Changes a setting that the server says it does not take, once each; some models have another name for a reply's length."""
+    if "max_tokens" in why and settings.pop("max_tokens", None):
+        settings["max_completion_tokens"] = _MOST_TOKENS
+        return True
+    return "temperature" in why and settings.pop("temperature", None) is not None
 
 
 def _shown(error: urllib.error.HTTPError, key: str) -> str:

@@ -99,6 +99,18 @@ def test_what_no_retry_mends(server: Server) -> None:
     assert len(server.seen) == 3
 
 
+def test_settings_that_a_server_does_not_take(server: Server) -> None:
+    def fussy(body: dict[str, Any]) -> tuple[int, bytes]:
+        wrong = [name for name in ("max_tokens", "temperature") if name in body]
+        return (400, f"unsupported parameter: '{wrong[0]}'".encode()) if wrong else (200, says("C"))
+
+    server.reply = fussy
+    own = ask(server)
+    assert [own([]), own([])] == ["C", "C"]
+    assert len(server.seen) == 4  # it is told twice, and remembers
+    assert server.seen[-1]["max_completion_tokens"] == 512
+
+
 def test_nobody_listens(server: Server) -> None:
     gone = Server(("127.0.0.1", 0), Handler)
     url = gone.url
