@@ -24,6 +24,9 @@ class Server(ThreadingHTTPServer):
     reply: Reply
     seen: list[dict[str, Any]]
 
+    def handle_error(self, *_: Any) -> None:
+        """A client that went away is what a test wants."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
