@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
 from jaxtune import judging, validation
-from jaxtune.review import store
+from jaxtune.review import store, tasks
 from jaxtune.review.record import Item, Verdict
 from jaxtune.types import UserError
 from tests.review.test_endpoint import Server, says
@@ -264,3 +264,14 @@ def test_what_it_refuses(config: ConfigDict, tmp_path: Path) -> None:
     refused("different prompts", second=str(other))
     other.write_text(json.dumps({"row_id": "p:1", "prompt": "x"}) + "\n")
     refused("other.jsonl:1: no text", second=str(other))
+
+
+def test_a_judge_fills_no_place(config: ConfigDict, tmp_path: Path, server: Server) -> None:
+    """What a model has judged is asked of people all the same, and no disagreement with it is theirs."""
+    queue = pytest.importorskip("jaxtune.review.queue")
+    config.judging.judge, config.judging.judge_model, server.reply = server.url, "good", reads_well
+    judging.judge(config, tmp_path)
+    asked = tasks.read(config.review.tasks)
+    with store.opened(str(tmp_path / "review.db")) as engine:
+        assert queue.open_items(engine, asked, 1) == {"better": (0, NUM)}
+        assert not queue.disagreements(engine, asked, 1)
