@@ -45,6 +45,23 @@ def guide() -> ConfigDict:
 
 def judging() -> ConfigDict:
     c = ConfigDict()
+    c.task = ""  # task of kind compare in review.tasks whose form is filled in; "" = the only one
+    c.first = ""  # what is compared: a file of outputs (lines as `generate` writes), a run's workdir, an adapter's folder, or a model by URI; "" = model.source
+    c.second = ""  # what it is compared with, likewise; win rates are this one's
+    c.names = ("first", "second")  # what the two are called in reports; no expert sees them
+    c.prompts = ""  # file of prompts or messages, by URI; "" = the column `prompt` of the files of outputs, or where a side is none the rows of eval.split
+    c.limit = 0  # prompts at most (a stable choice); 0 = all
+    c.alpha = 0.05  # a wrong decision, ever, has at most this probability, however often one looks
+    c.margin = 0.0  # also stop, with "no difference", once the win rate is known to lie within 0.5 ± this; 0 = never
+    c.follow_seconds = 0.0  # look at the verdicts again every so many seconds until there is a decision or nothing left to ask; 0 = once
+    c.judge = ""  # a model that fills in the form too: "" (people alone) | local | an OpenAI-compatible endpoint, e.g. "https://host/v1"
+    c.judge_model = ""  # endpoint: the model's name there; local: a model by URI, "" = model.source
+    c.key_variable = ""  # environment variable that holds the endpoint's key; "" = no key
+    c.question = ""  # file with the judge's question, in which {prompt}, {first}, {second} and {guideline} are filled in; "" = the one in review/model_judge.py
+    c.trust = 0.7  # the judge counts once the lower end of its agreement with people exceeds this (and that of kappa exceeds 0)
+    c.parallel = 4  # questions to the endpoint at once
+    c.timeout_seconds = 60.0  # of one request
+    c.retries = 4  # of a request that the endpoint does not answer, at ever longer intervals
     return c
 
 

@@ -50,7 +50,27 @@ def _check_guide(config: ConfigDict) -> None:
 
 
 def _check_judging(config: ConfigDict) -> None:
-    pass
+    judging = config.judging
+    for key, low, high in (("alpha", 0.0, 1.0), ("margin", -1.0, 0.5), ("trust", 0.0, 1.0)):
+        value = judging[key]
+        if not low < value < high:
+            raise UserError(f"judging.{key}={value}; expected a number between {max(low, 0.0):g} and {high:g}")
+    for key, least in (("margin", 0.0), ("limit", 0), ("follow_seconds", 0.0), ("retries", 0), ("parallel", 1)):
+        if judging[key] < least:
+            raise UserError(f"judging.{key}={judging[key]}; expected {least:g} or more")
+    if judging.timeout_seconds <= 0:
+        raise UserError(f"judging.timeout_seconds={judging.timeout_seconds}; expected more than 0")
+    names = tuple(judging.names)
+    if len(names) != 2 or len(set(names)) != 2 or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"judging.names={names!r}; expected two names that differ")
+    if judging.judge not in ("", "local") and not judging.judge.startswith(("http://", "https://")):
+        raise UserError(
+            f"judging.judge={judging.judge!r}; expected '', 'local' or an address such as 'https://host/v1'"
+        )
+    if judging.judge.startswith("http") and not judging.judge_model:
+        raise UserError(
+            "judging.judge is an endpoint and judging.judge_model is empty; expected the model's name there"
+        )
 
 
 def _check_privacy(config: ConfigDict) -> None:

@@ -60,6 +60,7 @@ TOGETHER = {
     "update": {"lineage", "sweep"},
     "chips": {"types"},
     "frontier": {"sweep"},
+    "judging": {"verbs"},
 }
 
 
