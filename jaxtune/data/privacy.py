@@ -99,14 +99,20 @@ class Private:
         found = [span for find in self._finders for span in find(text)]
         if not found:
             return []
-        kept_out = [match.span() for match in self._known.finditer(text)]
-        found = [s for s in found if not any(s.start < end and start < s.end for start, end in kept_out)]
+        found = [span for span in found if not self._is_known(text, span)]
         replaced = [span for span in found if self.actions[span.kind] != "keep"]
         made = _joined(replaced)
         taken = [(span.start, span.end) for span in made]
         kept = [s for s in found if self.actions[s.kind] == "keep"]
         free = [s for s in kept if not any(s.start < end and start < s.end for start, end in taken)]
         return sorted(made + _strongest(free))
+
+    def _is_known(self, text: str, span: Span) -> bool:
+        """Whether it touches a mask or a surrogate, which are nobody's data."""
+        near = text[max(0, span.start - surrogates.LONGEST) : span.end + surrogates.LONGEST]
+        at = span.start - max(0, span.start - surrogates.LONGEST)
+        end = at + span.end - span.start
+        return any(match.start() < end and at < match.end() for match in self._known.finditer(near))
 
     def _replaced(
         self, text: str, spans: list[Span], shifts: list[tuple[int, int]]

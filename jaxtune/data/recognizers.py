@@ -17,6 +17,7 @@ from jaxtune.types import UserError, nearest
 
 ENTITIES = {"email": "EMAIL_ADDRESS", "phone": "PHONE_NUMBER", "iban": "IBAN_CODE", "ip": "IP_ADDRESS"}
 NAME = "name"
+_REMEMBERED = 400  # characters of a part of a text whose findings are remembered, at most
 _CONTEXT_WORDS, _CONTEXT_BONUS, _CONTEXT_SCORE = 5, 0.35, 0.4  # as Presidio's own enhancer has them
 
 
@@ -45,12 +46,18 @@ def recognizer(kind: str, regions: Sequence[str], min_score: float) -> Find:
       UserError: presidio-analyzer is not installed, or has no such kind.
     """
     entity = ENTITIES.get(kind, kind.upper())
-    made, windows = _made(entity, tuple(regions)), _WINDOWS.get(entity, _with_digits)
+    made, windows = _made(entity, _plans(regions)), _WINDOWS.get(entity, _with_digits)
+
+    @functools.lru_cache(maxsize=65536)  # addresses, hosts and dates come again and again
+    def seen(part: str) -> tuple[Span, ...]:
+        return tuple(Span(one.start, one.end, kind, one.score) for one in made.analyze(part, [entity]))
+
     context = tuple(word.strip().lower() for word in made.context or ())
 
     def find(text: str) -> Iterator[Span]:
         for start, end in windows(text):
-            for found in made.analyze(text[start:end], [entity]):
+            part = text[start:end]
+            for found in seen(part) if end - start <= _REMEMBERED else seen.__wrapped__(part):
                 score = found.score
                 if score < 1 and context and _has_context(text, start + found.start, context):
                     score = min(1.0, max(score + _CONTEXT_BONUS, _CONTEXT_SCORE))
@@ -144,6 +151,22 @@ def _reaches(text: str, first: re.Match[str], words: list[str]) -> int:
 def _has_context(text: str, start: int, context: tuple[str, ...]) -> bool:
     before = re.findall(r"\w+", text[max(0, start - 80) : start].lower())[-_CONTEXT_WORDS:]
     return any(word in one for one in before for word in context)
+
+
+def _plans(regions: Sequence[str]) -> tuple[str, ...]:
+    """The first region of each numbering plan: the United States and Canada have one."""
+    import phonenumbers
+
+    first: dict[int, str] = {}
+    for region in regions:
+        code = phonenumbers.country_code_for_region(region)
+        if not code:
+            raise UserError(
+                f"privacy.phone_regions has {region!r}{nearest(region.upper(), sorted(phonenumbers.SUPPORTED_REGIONS))}; expected "
+                "countries by their two capital letters, such as 'US'"
+            )
+        first.setdefault(code, region)
+    return tuple(first.values())
 
 
 @functools.lru_cache(maxsize=64)
@@ -248,8 +271,10 @@ def _with_digits(text: str) -> Iterator[tuple[int, int]]:
 _HEX_RUN, _TOKEN, _DIGIT = re.compile(r"[0-9A-Fa-f:.]{3,}"), re.compile(r"\S{4,}"), re.compile(r"\d")
 _WINDOWS: dict[str, _Windows] = {
     "EMAIL_ADDRESS": _addresses,
-    "PHONE_NUMBER": _around(r"[+(]{0,2}\d(?:[\s().\-/\u2010-\u2015\u00a0]{0,3}\d){5,}", 4, 16),
+    # Seven digits and more; not after a letter, for such a number is none to phonenumbers either.
+    "PHONE_NUMBER": _around(r"(?<![0-9A-Za-z])[+(]{0,2}\d(?:[\s().\-/\u2010-\u2015]{0,3}\d){6,}", 4, 16),
     "CREDIT_CARD": _around(r"\d(?:[- ]?\d){11,}", 1, 1),
+    "US_SSN": _around(r"\d(?:[- .]?\d){8,}", 1, 1),
     "IBAN_CODE": _around(r"[A-Z]{2}\d{2}", 1, 48),
     "IP_ADDRESS": _addresses_of_hosts,
     "URL": _dotted,

@@ -28,6 +28,9 @@ _FORMS = (  # of surrogates, wherever they stand in a text
 )
 
 
+LONGEST = 64  # characters of a mask or surrogate, and one on either side of it
+
+
 def known(kinds: Iterable[str]) -> re.Pattern[str]:
     """Returns what matches masks of these kinds, and surrogates: nobody's data, to be left as they are."""
     masks = "|".join(sorted(re.escape(kind.upper()) for kind in kinds))
