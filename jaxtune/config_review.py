@@ -51,9 +51,22 @@ def privacy() -> ConfigDict:
     return c
 
 
+def card() -> ConfigDict:
+    c = ConfigDict()
+    c.enabled = True  # README.md of an exported adapter or model is a model card: data, results, what was forgotten, personal data, bias, guidance
+    c.base_model = ""  # the base's name on the Hugging Face hub; "" = as model.source names it
+    c.license = ""  # of the weights, e.g. "apache-2.0"; "" = as the base's own README says, if it does
+    c.language = ()  # of the texts, e.g. ("en",)
+    c.intended_use = ""  # what the model is for, in Markdown
+    c.limitations = ""  # what it is not for, in Markdown
+    c.audit = ""  # audit.json of the verb `audit`, or its folder; "" = none
+    c.guidance = ""  # a round's folder of the verb `guide`, or a report.json of what experts said; "" = none
+    return c
+
+
 def audit() -> ConfigDict:
     c = ConfigDict()
     return c
 
 
-SECTIONS = {"review": review, "guide": guide, "judging": judging, "privacy": privacy, "audit": audit}
+SECTIONS = {"review": review, "guide": guide, "judging": judging, "privacy": privacy, "card": card, "audit": audit}

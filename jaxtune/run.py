@@ -214,6 +214,8 @@ def export(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"{config.workdir} holds no checkpoint: name the --workdir of a finished run")
     step, params = restored
     folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
+    if config.card.enabled and jax.process_index() == 0:
+        account.card(config, workdir, folder)
     print(f"step {step} written to {shown(config.workdir, workdir, folder)}")
 
 

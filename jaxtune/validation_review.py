@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from jaxtune.config import ConfigDict
 from jaxtune.types import UserError, nearest
@@ -15,6 +16,7 @@ def validate(config: ConfigDict) -> None:
     _check_judging(config)
     _check_privacy(config)
     _check_audit(config)
+    _check_card(config)
 
 
 def _check_review(config: ConfigDict) -> None:
@@ -71,6 +73,16 @@ def _check_privacy(config: ConfigDict) -> None:
         raise UserError(
             "privacy.enabled=True with neither privacy.kinds nor privacy.patterns: nothing would be looked for; name a kind"
         )
+
+
+def _check_card(config: ConfigDict) -> None:
+    """Named files are looked for before anything is trained, not when the card is written."""
+    for key in ("audit", "guidance"):
+        place = config.card[key]
+        if config.card.enabled and place and not Path(place).expanduser().exists():
+            raise UserError(f"card.{key}={place!r} does not exist; expected a file or folder on this machine, or ''")
+    if wrong := [one for one in config.card.language if not isinstance(one, str) or not one.strip()]:
+        raise UserError(f"card.language has {wrong[0]!r}; expected codes such as 'en'")
 
 
 def _check_audit(config: ConfigDict) -> None:

@@ -34,10 +34,23 @@ FLOORS = [
     },
     {"sharding", "models", "data", "moments"},
     {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
-    {"weights", "generate", "checkpoint", "tracking", "report"},
+    {"weights", "generate", "checkpoint", "tracking", "report", "model_card"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update", "experts", "guide", "judging", "bias_audit"},
+    {
+        "run",
+        "verbs",
+        "lr_find",
+        "sweep",
+        "merge",
+        "frontier",
+        "lineage",
+        "update",
+        "experts",
+        "guide",
+        "judging",
+        "bias_audit",
+    },
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -60,6 +73,7 @@ TOGETHER = {
     "update": {"lineage", "sweep"},
     "chips": {"types"},
     "frontier": {"sweep"},
+    "model_card": {"report"},
 }
 
 
