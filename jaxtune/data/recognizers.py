@@ -199,10 +199,10 @@ def _presidio() -> dict[str, Any]:
     suffixes = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)  # the list inside the package: asks no server
 
     class Email(shipped.EmailRecognizer):  # type: ignore[misc, name-defined]
-        """Presidio's, which would fetch a list of domains when first used."""
+        """Presidio's, which would fetch a list of domains when first used, and drop those of a company's own network."""
 
-        def validate_result(self, pattern_text: str) -> bool:
-            return bool(suffixes(pattern_text.rpartition("@")[2]).fqdn)
+        def validate_result(self, pattern_text: str) -> bool | None:
+            return bool(suffixes(pattern_text.rpartition("@")[2]).fqdn) or None  # None: as sure as the pattern
 
     found: dict[str, Any] = {}
     for name in sorted(dir(shipped)):

@@ -73,6 +73,11 @@ def test_a_word_of_context_makes_weak_patterns_sure() -> None:
     assert made().text("my social security number: 457555462")[0].endswith("number: [US_SSN]")
 
 
+def test_addresses_of_a_companys_own_network_are_addresses() -> None:
+    assert made().text("jane@mail.corp, jan@old.yu")[0] == "[EMAIL], [EMAIL]"
+    assert made(min_score=0.9).text("jane@mail.corp, jan@mail.com")[0] == "jane@mail.corp, [EMAIL]"
+
+
 def test_finding_asks_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("asked the network")
