@@ -130,8 +130,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
     told = {"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts()
     if config.privacy.enabled:
-        told["privacy"] = verbs.list_private(workdir, [(config.eval.split, held.examples)])
-        print(f"personal data: {privacy.told(told['privacy'])}")
+        found = verbs.list_private(workdir, [(config.eval.split, held.examples)])
+        print(f"personal data: {privacy.told(found)}")
+        told["privacy"] = found
     write_whole(workdir / "evaluation.json", json.dumps(told, indent=2) + "\n")
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
     print("\n".join([account.table(config, {what: result} | measure.beside(config, held)), *cost.lines()]))

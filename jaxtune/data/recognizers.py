@@ -208,7 +208,8 @@ def _presidio() -> dict[str, Any]:
     for name in sorted(dir(shipped)):
         one = getattr(shipped, name)
         if isinstance(one, type) and issubclass(one, presidio_analyzer.PatternRecognizer):
-            found[one().supported_entities[0]] = one
+            made: Any = one
+            found[made().supported_entities[0]] = made
     return found | {"PHONE_NUMBER": shipped.PhoneRecognizer, "EMAIL_ADDRESS": Email}
 
 
