@@ -67,6 +67,35 @@ def judging() -> ConfigDict:
 
 def privacy() -> ConfigDict:
     c = ConfigDict()
+    c.enabled = False  # personal data are looked for in every row that is read, before a model or a person sees it (extra: privacy)
+    # What is looked for, and what becomes of it: keep (found and counted, left as it is) | mask ("[EMAIL]") | pseudonym (a surrogate of
+    # the same kind, always the same one for the same person). Also url, and Presidio's entities of many countries: uk_nhs, de_tax_id, …
+    c.kinds = (
+        ("email", "mask"), ("phone", "mask"), ("credit_card", "mask"), ("iban", "mask"), ("ip", "mask"), ("us_ssn", "mask"), ("name", "mask"),
+    )  # fmt: skip
+    c.names = ()  # people by name; spellings of one person, an address or number of theirs too, between semicolons: ("Jane Doe; J. Doe",)
+    c.names_file = ""  # the same in a file, by URI, a person a line
+    c.patterns = ()  # kinds of your own: ((kind, regex), …); group 1 counts where there is one; masked unless `kinds` says otherwise
+    c.phone_regions = ("US", "GB", "DE", "FR", "IL", "IN", "CA", "BR")  # whose numbers are known without country code
+    c.min_score = (
+        0.4  # how sure a recognizer must be, 0 to 1: what has a checksum is 1, an SSN 0.5, nine digits alone 0.05
+    )
+    c.skip_columns = ()  # columns that are left as they are, such as a label's
+    c.key_file = ""  # pseudonym: file with the key of the surrogates, made if absent; share it within a project, keep it out of version control
+    c.key_variable = "JAXTUNE_PRIVACY_KEY"  # pseudonym: environment variable with the key; wins over the file
+    return c
+
+
+def card() -> ConfigDict:
+    c = ConfigDict()
+    c.enabled = True  # README.md of an exported adapter or model is a model card: data, results, what was forgotten, personal data, bias, guidance
+    c.base_model = ""  # the base's name on the Hugging Face hub; "" = as model.source names it
+    c.license = ""  # of the weights, e.g. "apache-2.0"; "" = as the base's own README says, if it does
+    c.language = ()  # of the texts, e.g. ("en",)
+    c.intended_use = ""  # what the model is for, in Markdown
+    c.limitations = ""  # what it is not for, in Markdown
+    c.audit = ""  # audit.json of the verb `audit`, or its folder; "" = none
+    c.guidance = ""  # a round's folder of the verb `guide`, or a report.json of what experts said; "" = none
     return c
 
 
@@ -75,4 +104,4 @@ def audit() -> ConfigDict:
     return c
 
 
-SECTIONS = {"review": review, "guide": guide, "judging": judging, "privacy": privacy, "audit": audit}
+SECTIONS = {"review": review, "guide": guide, "judging": judging, "privacy": privacy, "card": card, "audit": audit}

@@ -34,10 +34,23 @@ FLOORS = [
     },
     {"sharding", "models", "data", "moments"},
     {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
-    {"weights", "generate", "checkpoint", "tracking", "report"},
+    {"weights", "generate", "checkpoint", "tracking", "report", "model_card"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update", "experts", "guide", "judging", "bias_audit"},
+    {
+        "run",
+        "verbs",
+        "lr_find",
+        "sweep",
+        "merge",
+        "frontier",
+        "lineage",
+        "update",
+        "experts",
+        "guide",
+        "judging",
+        "bias_audit",
+    },
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -61,6 +74,7 @@ TOGETHER = {
     "chips": {"types"},
     "frontier": {"sweep"},
     "judging": {"verbs"},
+    "model_card": {"report"},
 }
 
 
