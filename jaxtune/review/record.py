@@ -25,6 +25,7 @@ TASK_KINDS = ("label", "span", "rate", "compare", "edit", "accept")
 VERDICT_KINDS = (*TASK_KINDS, "flag", "skip", "retract")
 FLAG_TYPES = ("bias", "privacy", "harm", "wrong", "off_guideline")
 ROLES = ("expert", "senior", "owner")  # each may do what those before it may
+MODEL = "model:"  # ids and names of model judges start so; their verdicts count in nothing that is said of people
 
 
 class Item(NamedTuple):

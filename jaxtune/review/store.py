@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from jaxtune.review.record import Item, Verdict
+from jaxtune.review.record import MODEL, Item, Verdict
 from jaxtune.types import UserError
 
 SCHEMA_VERSION = 1
@@ -70,9 +70,10 @@ priorities = _table(  # the order of the queue: of an item the last row counts; 
     "priorities", _col("number", _Number, primary_key=True, autoincrement=True), _col("item", sa.ForeignKey("items.id"), index=True),
     _col("score", sa.Float), _col("reason", sa.String(200)), _col("at", sa.Float),
 )  # fmt: skip
-leases = _table(  # who has an item before them; one row for an item and a person, renewed in its place
+leases = _table(  # who has, or had, an item before them, and how; one row for an item and a person, renewed in its place
     "leases", _col("item", sa.ForeignKey("items.id"), primary_key=True), _col("person", sa.ForeignKey("people.id"), primary_key=True),
-    _col("at", sa.Float), _col("expires", sa.Float, index=True), _col("shown", sa.JSON),
+    _col("at", sa.Float), _col("expires", sa.Float, index=True), _col("shown", sa.JSON), _col("guideline", _Number),
+    _col("adjudicates", sa.Boolean),
 )  # fmt: skip
 verdicts = _table(
     "verdicts", _col("number", _Number, primary_key=True, autoincrement=True), _col("id", _Id, unique=True),
@@ -234,13 +235,18 @@ def read_items(engine: Engine, round: int | None = None, task: str | None = None
 
 
 def read_verdicts(
-    engine: Engine, round: int | None = None, task: str | None = None, all_of_them: bool = False
+    engine: Engine, round: int | None = None, task: str | None = None, all_of_them: bool = False, models: bool = False
 ) -> list[Verdict]:
-    """The verdicts that count, in the order in which they were given; with `all_of_them` also those superseded, and retractions."""
+    """People's verdicts that count, in the order in which they were given; with `all_of_them` also those superseded, and retractions.
+
+    With `models` those of model judges alone, whose persons' ids start with `record.MODEL`.
+    """
     query = sa.select(*(verdicts.c[name] for name in Verdict._fields)).join(items, items.c.id == verdicts.c.item)
     query = query.order_by(verdicts.c.number)
     query = query if round is None else query.where(items.c.round == round)
     query = query if task is None else query.where(items.c.task == task)
+    by_model = verdicts.c.person.startswith(MODEL)
+    query = query.where(by_model if models else ~by_model)
     if not all_of_them:
         later = verdicts.alias()
         query = query.where(verdicts.c.kind != "retract", ~sa.exists().where(later.c.supersedes == verdicts.c.id))

@@ -34,7 +34,7 @@ class Task(NamedTuple):
     guideline: str = ""  # file of Markdown that is shown beside the task
     overlap: int = 1  # experts asked about each item
     skill: str = ""  # group that may be asked; "" = all
-    prelabels: str = "hide"  # show | hide | half: to which items (half of them, drawn by their ids) a suggestion is shown, to measure what it does
+    prelabels: str = "hide"  # show | hide | half: whether a suggestion is shown; half: drawn for each item and expert, to measure what it does
     order: str = "added"  # added | random | priority: as review/active.py ranks them
     gold_every: int = 0  # about one in so many items is a gold one, where there are any; 0 = none
     adjudicate: bool = True  # a senior settles what experts disagree about, from two verdicts on
