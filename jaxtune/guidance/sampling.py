@@ -150,7 +150,7 @@ def _task_items(
                 f"{without.row_id}: guide.answers='rows' shows the rows' own answers, and this one has none: set 'outputs'"
             )
         for example in rows:
-            found.append(_item(config, one, task, example, {"prompt": _prompt(example), "answer": example.answer}, {}))
+            found.append(_item(config, one, task, example, {"prompt": prompt_of(example), "answer": example.answer}, {}))
         return found, lost
     for example, texts, made_by in _outputs(config, one, task, rows, tokenizer, models, show):
         if task.kind == "compare":
@@ -160,14 +160,14 @@ def _task_items(
                 continue
             candidates = [{"id": chr(ord("a") + at), "text": text} for at, text in enumerate(said)]
             by = {one["id"]: made for one, made in zip(candidates, said.values(), strict=True)}
-            found.append(_item(config, one, task, example, {"prompt": _prompt(example), "candidates": candidates}, by))
+            found.append(_item(config, one, task, example, {"prompt": prompt_of(example), "candidates": candidates}, by))
             continue
         for text, made in zip(texts, made_by, strict=True):
             if not text.strip():
                 lost["empty_output"] += 1
                 continue
             found.append(
-                _item(config, one, task, example, {"prompt": _prompt(example), "answer": text}, {"answer": made})
+                _item(config, one, task, example, {"prompt": prompt_of(example), "answer": text}, {"answer": made})
             )
     return found, lost
 
@@ -176,13 +176,13 @@ def _item(
     config: ConfigDict, one: Round, task: Task, example: Example, payload: dict[str, Any], models: dict[str, Any]
 ) -> Item:
     origin = {
-        "source": config.data.train, "row": example.row_id, "row_sha256": _sha(example), "prompt": _prompt(example),
+        "source": config.data.train, "row": example.row_id, "row_sha256": _sha(example), "prompt": prompt_of(example),
         "answer": example.answer, "models": models,
     }  # fmt: skip
     return make_item(one.number, task.name, payload, origin, overlap=task.overlap, skill=task.skill)
 
 
-def _prompt(example: Example) -> Any:
+def prompt_of(example: Example) -> Any:
     """What comes before the answer, as the data's formats read it again."""
     if example.messages is not None:
         return [dict(turn) for turn in templates.before_answer(example)]
