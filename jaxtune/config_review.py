@@ -57,6 +57,22 @@ def judging() -> ConfigDict:
 
 def privacy() -> ConfigDict:
     c = ConfigDict()
+    c.enabled = False  # personal data are looked for in every row that is read, before a model or a person sees it (extra: privacy)
+    # What is looked for, and what becomes of it: keep (found and counted, left as it is) | mask ("[EMAIL]") | pseudonym (a surrogate of
+    # the same kind, always the same one for the same person). Also url, and Presidio's entities of many countries: uk_nhs, de_tax_id, …
+    c.kinds = (
+        ("email", "mask"), ("phone", "mask"), ("credit_card", "mask"), ("iban", "mask"), ("ip", "mask"), ("us_ssn", "mask"), ("name", "mask"),
+    )  # fmt: skip
+    c.names = ()  # people by name; spellings of one person, an address or number of theirs too, between semicolons: ("Jane Doe; J. Doe",)
+    c.names_file = ""  # the same in a file, by URI, a person a line
+    c.patterns = ()  # kinds of your own: ((kind, regex), …); group 1 counts where there is one; masked unless `kinds` says otherwise
+    c.phone_regions = ("US", "GB", "DE", "FR", "IL", "IN", "CA", "BR")  # whose numbers are known without country code
+    c.min_score = (
+        0.4  # how sure a recognizer must be, 0 to 1: what has a checksum is 1, an SSN 0.5, nine digits alone 0.05
+    )
+    c.skip_columns = ()  # columns that are left as they are, such as a label's
+    c.key_file = ""  # pseudonym: file with the key of the surrogates, made if absent; share it within a project, keep it out of version control
+    c.key_variable = "JAXTUNE_PRIVACY_KEY"  # pseudonym: environment variable with the key; wins over the file
     return c
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from jaxtune.config import ConfigDict
 from jaxtune.types import UserError, nearest
@@ -71,8 +72,48 @@ def _check_judging(config: ConfigDict) -> None:
     pass
 
 
+_ACTIONS = ("keep", "mask", "pseudonym")
+
+
 def _check_privacy(config: ConfigDict) -> None:
-    pass
+    section = config.privacy
+    pairs = {"kinds": ("kind, action", "email", "mask"), "patterns": ("kind, regex", "ticket", r"T-\d{6}")}
+    for name, (what, *example) in pairs.items():
+        for pair in section[name]:
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)):
+                raise UserError(f"privacy.{name} has {pair!r:.80}; expected ({what}), such as {tuple(example)!r}")
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", pair[0]):
+                raise UserError(f"privacy.{name} has the kind {pair[0]!r}; expected small letters, digits and _")
+        kinds = [pair[0] for pair in section[name]]
+        if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+            raise UserError(f"privacy.{name} has {twice!r} twice; expected each kind once")
+    for kind, action in section.kinds:
+        if action not in _ACTIONS:
+            raise UserError(
+                f"privacy.kinds has {kind!r} as {action!r}{nearest(action, _ACTIONS)}; expected {', '.join(_ACTIONS)}"
+            )
+    for kind, expression in section.patterns:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise UserError(
+                f"privacy.patterns, {kind!r}: {expression!r} is not a regular expression: {error}"
+            ) from None
+    if not 0 < section.min_score <= 1:
+        raise UserError(f"privacy.min_score={section.min_score}; expected above 0, and at most 1")
+    for name in ("names", "phone_regions", "skip_columns"):
+        if wrong := [one for one in section[name] if not isinstance(one, str) or not one.strip()]:
+            raise UserError(f"privacy.{name} has {wrong[0]!r}; expected texts")
+    if not section.enabled:
+        return
+    if (section.names or section.names_file) and "name" not in dict(section.kinds):
+        raise UserError(
+            "privacy.names are given, and privacy.kinds does not say what becomes of them; add ('name', 'mask')"
+        )
+    if not section.kinds and not section.patterns:
+        raise UserError(
+            "privacy.enabled=True with neither privacy.kinds nor privacy.patterns: nothing would be looked for; name a kind"
+        )
 
 
 def _check_audit(config: ConfigDict) -> None:

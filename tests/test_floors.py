@@ -37,7 +37,7 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update", "experts", "guide", "judging", "bias_audit"},
+    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update", "experts", "guide", "guidance", "judging", "bias_audit"},
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -58,6 +58,8 @@ TOGETHER = {
     "workdir": {"types"},
     "hosts": {"types"},
     "update": {"lineage", "sweep"},
+    "guide": {"guidance", "lineage", "run", "sweep"},
+    "guidance": {"lineage"},
     "chips": {"types"},
     "frontier": {"sweep"},
 }

@@ -12,7 +12,7 @@ import jax
 
 from jaxtune import report, tracking
 from jaxtune.config import ConfigDict
-from jaxtune.data import bm25, pipeline, preferences
+from jaxtune.data import bm25, pipeline, preferences, privacy
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, tasks
 from jaxtune.evals.retention import Retention
@@ -93,7 +93,8 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
             **_time(run),
             "how_to": _how_to(config, run.model, place) if place else [],
             **run.cost.facts(),
-            "config": config.to_dict(),
+            **_privacy(config, run.splits),
+            "config": privacy.without_names(config.to_dict()),
             "examples": _examples(run.held, before, after, run.tokenizer),
         }
         with tracking.writing(workdir / "report.html"):
@@ -193,6 +194,23 @@ def _data(run: Run) -> dict[str, Any]:
             if n and name not in _NOT_DROPPED and not name.startswith(rows_lib.REPLAY)
         },
     }
+
+
+def _privacy(config: ConfigDict, splits: pipeline.Splits) -> dict[str, Any]:
+    """The personal data that was found in the rows, in numbers and as a table of the page."""
+    if not config.privacy.enabled:
+        return {}
+    found = rows_lib.personal(splits)
+    header = ["Kind", "What became of it", *(f"In {split} rows" for split in found["by_split"])]
+    told = [
+        [kind, how, *(f"{one['found'].get(kind, {}).get(how, 0):,}" for one in found["by_split"].values())]
+        for kind, hows in found["found"].items()
+        for how in hows
+    ]
+    if not told:
+        return {"privacy": found}
+    title = f"Personal data in {found['rows']:,} rows"
+    return {"privacy": found, "tables": [{"title": title, "header": header, "rows": told, "plots": []}]}
 
 
 _NOT_DROPPED = (

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import pipeline, privacy, templates
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import likelihood
@@ -62,7 +62,9 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Pool:
     Raises:
       UserError: bad data, or none held out.
     """
-    splits = pipeline.load(config.data, rows_lib.paths(config), tokenizer, show, keep_rows=True, answers=False)
+    private = privacy.of(config.privacy)  # before people or a model see anything
+    paths = rows_lib.paths(config)
+    splits = pipeline.load(config.data, paths, tokenizer, show, keep_rows=True, answers=False, private=private)
     if not getattr(splits, config.eval.split):
         raise UserError(
             f"guide measures each round on held-out rows, and eval.split={config.eval.split!r} has none: set data.test_fraction or data.test"

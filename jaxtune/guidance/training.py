@@ -179,6 +179,7 @@ def run_config(config: ConfigDict, one: Round) -> ConfigDict:
     if config.protect.on_broken == "report" and not config.protect.every_steps:
         made.protect.sets = ()  # they are measured after the run, row by row
     made.export.output, made.guide, made.review = "", plain.guide, plain.review
+    made.tracking.report = True
     made.checkpoint.resume = checkpoint.is_used(made.workdir)
     return made
 
