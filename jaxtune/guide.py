@@ -93,14 +93,22 @@ def _tasks(config: ConfigDict) -> tuple[dict[str, Task], Task | None]:
         raise UserError("guide needs review.tasks: what experts are to do, e.g. (('better', (('kind', 'compare'),)),)")
     for name in (*guide.tasks, *([guide.compare_task] if guide.compare_task else [])):
         if name not in every:
-            raise UserError(f"guide names the task {name!r}{nearest(name, list(every))}; review.tasks has {', '.join(every)}")
+            raise UserError(
+                f"guide names the task {name!r}{nearest(name, list(every))}; review.tasks has {', '.join(every)}"
+            )
     compared = every[guide.compare_task] if guide.compare_task else None
     if compared is not None and compared.kind != "compare":
-        raise UserError(f"guide.compare_task={compared.name!r} is of kind {compared.kind!r}; expected one of kind 'compare'")
+        raise UserError(
+            f"guide.compare_task={compared.name!r} is of kind {compared.kind!r}; expected one of kind 'compare'"
+        )
     if compared is not None and compared.name in guide.tasks:
-        raise UserError(f"guide.tasks has {compared.name!r}, which is guide.compare_task: give one of them a task of its own")
+        raise UserError(
+            f"guide.tasks has {compared.name!r}, which is guide.compare_task: give one of them a task of its own"
+        )
     if compared is not None and training.is_reward_model(config):
-        raise UserError("train.objective='reward' makes a model that scores and does not answer: set guide.compare_task=''")
+        raise UserError(
+            "train.objective='reward' makes a model that scores and does not answer: set guide.compare_task=''"
+        )
     names = guide.tasks or tuple(name for name in every if name != guide.compare_task)
     if not names:
         raise UserError("every task of review.tasks is guide.compare_task: there is nothing to ask; add one")
@@ -121,7 +129,9 @@ def _asked(config: ConfigDict, one: Round, known: Known, engine: Engine) -> dict
     verdicts = [v for name in known.asked for v in store.read_verdicts(engine, one.number, name)]
     told = training.write(config, one, sampled.items, verdicts, known.asked, account.people(engine))
     made = {name: file["rows"] for name, file in told["files"].items() if name not in ("verdicts.jsonl", "train.jsonl")}
-    sweep.say(config, f"round {one.number}: {told['verdicts']} verdicts of {told['people']} people; {account.counted(made)}")
+    sweep.say(
+        config, f"round {one.number}: {told['verdicts']} verdicts of {told['people']} people; {account.counted(made)}"
+    )
     return told | {"sampled": {"left_out": sampled.left_out, "seconds": sampled.seconds}}
 
 
@@ -161,7 +171,9 @@ def _await(config: ConfigDict, one: Round, engine: Engine, tasks: Mapping[str, T
     try:
         while not _enough(config, queue.open_items(engine, tasks, one.number)):
             if process.poll() is not None:
-                raise UserError(f"the page ended (exit code {process.returncode}) before enough was answered: {command}")
+                raise UserError(
+                    f"the page ended (exit code {process.returncode}) before enough was answered: {command}"
+                )
             time.sleep(config.guide.poll_seconds)
     finally:
         process.terminate()
@@ -178,7 +190,8 @@ def _say_disputed(config: ConfigDict, one: Round, engine: Engine, tasks: Mapping
     disputed = len(queue.disagreements(engine, tasks, one.number))
     if disputed:
         sweep.say(
-            config, f"note: experts disagree about {disputed} items that no senior has settled; those without a majority are left out"
+            config,
+            f"note: experts disagree about {disputed} items that no senior has settled; those without a majority are left out",
         )
 
 
@@ -196,7 +209,9 @@ def _train(config: ConfigDict, one: Round, train: Train) -> None:
     train(made, Path(made.workdir))
     weights = training.result(one)
     if weights is None:
-        raise UserError(f"the run in {made.workdir} exported nothing (see its report): round {one.number} has no result")
+        raise UserError(
+            f"the run in {made.workdir} exported nothing (see its report): round {one.number} has no result"
+        )
     told = {"kind": "round", "round": one.number, "weights": str(weights.relative_to(one.root))}
     folder_lib.write_json(done, told)
 
@@ -252,5 +267,3 @@ def _compare(config: ConfigDict, one: Round, known: Known, engine: Engine) -> No
 
 def _progress(config: ConfigDict) -> Any:
     return partial(tracking.progress, mode=config.tracking.progress)
-
-

@@ -37,7 +37,21 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update", "experts", "guide", "guidance", "judging", "bias_audit"},
+    {
+        "run",
+        "verbs",
+        "lr_find",
+        "sweep",
+        "merge",
+        "frontier",
+        "lineage",
+        "update",
+        "experts",
+        "guide",
+        "guidance",
+        "judging",
+        "bias_audit",
+    },
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

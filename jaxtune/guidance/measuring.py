@@ -52,7 +52,9 @@ def sets(config: ConfigDict, pool: Pool, tokenizer: Tokenizer, show: Any) -> lis
     assert held is not None  # sampling.read refuses what has none
     metric = protected.metrics_of(held)[0]
     if any(name == HELD_OUT for name, _ in config.protect.sets):
-        raise UserError(f"config.protect.sets has {HELD_OUT!r}, which guide calls the rows held out: give the set another name")
+        raise UserError(
+            f"config.protect.sets has {HELD_OUT!r}, which guide calls the rows held out: give the set another name"
+        )
     first = Protected(HELD_OUT, own, held, metric, tasks.higher_is_better(metric), 0.0)
     return [first, *protected.read(own, tokenizer, show)]
 
@@ -66,7 +68,9 @@ def measured(
     places = [(one.folder, OLD)]
     if one.parent:
         places.append((one.root / f"round_{one.parent:02d}", NEW))
-    before = _of_model(config, one, folder_lib.policy(config, one, one.parent), OLD, places, every, asked, tokenizer, show, say)
+    before = _of_model(
+        config, one, folder_lib.policy(config, one, one.parent), OLD, places, every, asked, tokenizer, show, say
+    )
     mine = one._replace(lines=[*one.lines, folder_lib.read_json(one.folder / "trained.json")])
     own = folder_lib.policy(config, mine, one.number)
     after = _of_model(config, one, own, NEW, [(one.folder, NEW)], every, asked, tokenizer, show, say)

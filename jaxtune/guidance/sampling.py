@@ -152,7 +152,9 @@ def _task_items(
                 f"{without.row_id}: guide.answers='rows' shows the rows' own answers, and this one has none: set 'outputs'"
             )
         for example in rows:
-            found.append(_item(config, one, task, example, {"prompt": prompt_of(example), "answer": example.answer}, {}))
+            found.append(
+                _item(config, one, task, example, {"prompt": prompt_of(example), "answer": example.answer}, {})
+            )
         return found, lost
     for example, texts, made_by in _outputs(config, one, task, rows, tokenizer, models, show):
         if task.kind == "compare":
@@ -162,7 +164,9 @@ def _task_items(
                 continue
             candidates = [{"id": chr(ord("a") + at), "text": text} for at, text in enumerate(said)]
             by = {one["id"]: made for one, made in zip(candidates, said.values(), strict=True)}
-            found.append(_item(config, one, task, example, {"prompt": prompt_of(example), "candidates": candidates}, by))
+            found.append(
+                _item(config, one, task, example, {"prompt": prompt_of(example), "candidates": candidates}, by)
+            )
             continue
         for text, made in zip(texts, made_by, strict=True):
             if not text.strip():

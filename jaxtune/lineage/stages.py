@@ -95,7 +95,9 @@ _READ_BY = (
 def _digest(config: ConfigDict, files: Files) -> str:
     by = {key: value for key, value in config.data.to_dict().items() if key not in _READ_BY}
     told = {"files": {split: one["sha256"] for split, one in files.items()}, "by": by}
-    if config.privacy.enabled:  # which rows are read as; the key is no one's to know, and a new one changes every surrogate
+    if (
+        config.privacy.enabled
+    ):  # which rows are read as; the key is no one's to know, and a new one changes every surrogate
         told["privacy"] = {key: value for key, value in config.privacy.to_dict().items() if not key.startswith("key_")}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 

@@ -43,7 +43,9 @@ def read(config: ConfigDict, tokenizer: Tokenizer, max_positions: int, show: Any
     if not data.eval:
         data.validation_fraction = 0.0  # of what a round keeps there is no validation loss that would mean anything
     private = privacy.of(config.privacy)
-    splits = pipeline.load(data, rows_lib.paths(config), tokenizer, show, keep_rows=True, answers=False, private=private)
+    splits = pipeline.load(
+        data, rows_lib.paths(config), tokenizer, show, keep_rows=True, answers=False, private=private
+    )
     if not splits.test:
         raise UserError("self_train measures every round on held-out rows: set data.test_fraction or data.test")
     asked = splits.train
