@@ -49,7 +49,8 @@ def encode(names_RU: Sequence[Sequence[str | None]], order: Sequence[str] = ()) 
         raise UserError(f"the rating {unknown[0]!r} came; expected one of {', '.join(known)}")
     number = {name: float(at) for at, name in enumerate(known)} | {None: math.nan}
     num_units = max(map(len, names_RU), default=0)
-    return np.asarray([[number[name] for name in row] for row in names_RU], np.float64).reshape(-1, num_units), known
+    ratings = np.asarray([[number[name] for name in row] for row in names_RU], np.float64)
+    return ratings.reshape(len(names_RU), num_units), known
 
 
 def krippendorff_alpha(ratings_RU: np.ndarray, level: str = "interval") -> float:
@@ -89,7 +90,7 @@ def interval(
 ) -> Estimate:  # fmt: skip
     """Returns a statistic of the ratings with its percentile bootstrap interval over units (Efron 1979)."""
     if isinstance(statistic, partial) and statistic.func is krippendorff_alpha and not statistic.args:
-        more = {"num_samples": num_samples, "confidence": confidence, "seed": seed}
+        more: Any = {"num_samples": num_samples, "confidence": confidence, "seed": seed}
         return alpha_interval(ratings_RU, **statistic.keywords, **more)
     if statistic is krippendorff_alpha:
         return alpha_interval(ratings_RU, num_samples=num_samples, confidence=confidence, seed=seed)

@@ -16,6 +16,8 @@ from jaxtune.review.tasks import Task
 
 ANSWERS = (*TASK_KINDS, "skip")  # after one of them the person is done with the item
 _Found = Mapping[Any, Any]
+_given, _later = verdicts.alias("given"), verdicts.alias("later")  # made once: making them is slow
+_taken = leases.alias("taken")
 
 
 @contextmanager
@@ -45,8 +47,7 @@ def verdict_of(row: _Found) -> Verdict:
 
 def _counts(table: Any) -> Any:
     """Whether a verdict counts: it is no retraction, and nothing corrects or retracts it."""
-    later = verdicts.alias()
-    return (table.c.kind != "retract") & ~sa.exists().where(later.c.supersedes == table.c.id)
+    return (table.c.kind != "retract") & ~sa.exists().where(_later.c.supersedes == table.c.id).correlate(table)
 
 
 def counting(*conditions: Any) -> sa.Select[Any]:
@@ -54,32 +55,27 @@ def counting(*conditions: Any) -> sa.Select[Any]:
     return sa.select(verdicts).join(items, items.c.id == verdicts.c.item).where(_counts(verdicts), *conditions)
 
 
-def num_answers() -> Any:
-    """How many places of an item are filled."""
-    given = verdicts.alias()
-    filled = [given.c.item == items.c.id, given.c.kind.in_(TASK_KINDS), ~given.c.adjudicates, _counts(given)]
-    return sa.select(sa.func.count()).select_from(given).where(*filled).correlate(items).scalar_subquery()
+_OF_ITEM = (_given.c.item == items.c.id) & _counts(_given)
+_IS_ANSWER = _given.c.kind.in_(TASK_KINDS)
+_FILLS = _OF_ITEM & _IS_ANSWER & ~_given.c.adjudicates
+_TEXT = sa.cast(_given.c.answer, sa.Text)
+NUM_ANSWERS = sa.select(sa.func.count()).select_from(_given).where(_FILLS).correlate(items).scalar_subquery()
+_SETTLED = sa.exists().where(_OF_ITEM & _IS_ANSWER & _given.c.adjudicates).correlate(items)
+_NOT_ALIKE = (  # answers of one text are alike; the others are compared when they are read
+    sa.select(sa.func.min(_TEXT) != sa.func.max(_TEXT)).where(_FILLS).correlate(items).scalar_subquery()
+)
 
 
 def _num_leases(person: Person, adjudicates: bool) -> Any:
     """How many others have an item before them."""
-    held = [leases.c.item == items.c.id, leases.c.person != person.id, leases.c.expires > time.time()]
-    held.append(leases.c.adjudicates == adjudicates)
-    return sa.select(sa.func.count()).select_from(leases).where(*held).correlate(items).scalar_subquery()
+    held = [_taken.c.item == items.c.id, _taken.c.person != person.id, _taken.c.expires > time.time()]
+    held.append(_taken.c.adjudicates == adjudicates)
+    return sa.select(sa.func.count()).select_from(_taken).where(*held).correlate(items).scalar_subquery()
 
 
 def _mine(person: Person) -> Any:
     """Whether the person has answered or skipped an item."""
-    given = verdicts.alias()
-    own = [given.c.item == items.c.id, given.c.person == person.id, given.c.kind.in_(ANSWERS), _counts(given)]
-    return sa.exists().where(*own).correlate(items)
-
-
-def _settled() -> Any:
-    """Whether a senior has settled an item."""
-    given = verdicts.alias()
-    settling_ones = [given.c.item == items.c.id, given.c.adjudicates, given.c.kind.in_(TASK_KINDS), _counts(given)]
-    return sa.exists().where(*settling_ones).correlate(items)
+    return sa.exists().where(_OF_ITEM & (_given.c.person == person.id) & _given.c.kind.in_(ANSWERS)).correlate(items)
 
 
 def _skilled(person: Person, task: Task) -> Any:
@@ -95,7 +91,7 @@ def may(person: Person, task: Task, item: Item) -> bool:
 
 def free(person: Person, task: Task, round: int) -> sa.Select[Any]:
     """The items of a task with a place for this person, who has not answered them. Gold ones are not among them."""
-    place = num_answers() + _num_leases(person, False) < items.c.overlap
+    place = NUM_ANSWERS + _num_leases(person, False) < items.c.overlap
     of_task = [items.c.round == round, items.c.task == task.name, items.c.gold.is_(None), _skilled(person, task)]
     return sa.select(items).where(*of_task, ~_mine(person), place)
 
@@ -126,14 +122,8 @@ def num_given(connection: sa.Connection, person: Person, task: Task, round: int)
 
 def differing(connection: sa.Connection, task: Task, round: int, *conditions: Any) -> list[tuple[Item, list[Verdict]]]:
     """Items whose places are filled by answers that differ and that nobody has settled, with the answers."""
-    given = verdicts.alias()
-    text = sa.cast(given.c.answer, sa.Text)
-    filled = [given.c.item == items.c.id, given.c.kind.in_(TASK_KINDS), ~given.c.adjudicates, _counts(given)]
-    not_alike = (
-        sa.select(sa.func.min(text) != sa.func.max(text)).where(*filled).correlate(items).scalar_subquery()
-    )  # answers of one text are alike: the others are compared below
     of_task = [items.c.round == round, items.c.task == task.name, items.c.gold.is_(None), items.c.overlap > 1]
-    query = sa.select(items).where(*of_task, num_answers() >= items.c.overlap, ~_settled(), not_alike, *conditions)
+    query = sa.select(items).where(*of_task, items.c.overlap <= NUM_ANSWERS, ~_SETTLED, _NOT_ALIKE, *conditions)
     asked = {one.id: one for one in read_items(connection, query.order_by(items.c.number))}
     answers: dict[str, list[Verdict]] = {one: [] for one in asked}
     ids = list(asked)
@@ -159,11 +149,11 @@ def disputed(
 def has_place(connection: sa.Connection, person: Person, item: Item, adjudicates: bool) -> bool:
     """Whether an item has a place for this person, whose own lease is not counted."""
     if adjudicates:
-        room = ~_settled() & (_num_leases(person, True) == 0)
+        room = ~_SETTLED & (_num_leases(person, True) == 0)
     elif item.gold is not None:
         return True
     else:
-        room = num_answers() + _num_leases(person, False) < items.c.overlap
+        room = NUM_ANSWERS + _num_leases(person, False) < items.c.overlap
     return bool(connection.scalar(sa.select(sa.func.count()).select_from(items).where(items.c.id == item.id, room)))
 
 
@@ -191,14 +181,19 @@ def held(connection: sa.Connection, person: Person, tasks: Mapping[str, Task], r
 
 
 def lease(
-    connection: sa.Connection, person: Person, task: Task, item: Item, adjudicates: bool, expires: float
+    connection: sa.Connection, person: Person, tasks: Mapping[str, Task], item: Item, adjudicates: bool, expires: float
 ) -> _Found:
-    """Gives an item to a person under the guideline in force, and returns the lease."""
+    """Gives an item to a person under the guideline in force, or keeps it theirs as it stood, and returns the lease."""
+    before, task, now = lease_of(connection, person, item), tasks[item.task], time.time()
+    if before is not None and before["expires"] > now:
+        set_lease(connection, person, item, expires=expires)
+        return {**before, "expires": expires}
     query = sa.select(guidelines.c.number).where(guidelines.c.task == task.name).order_by(guidelines.c.version.desc())
-    new = {"at": time.time(), "expires": expires, "guideline": connection.scalar(query.limit(1)) or 0}
+    new = {"at": now, "expires": expires, "guideline": connection.scalar(query.limit(1)) or 0}
     new |= {"shown": settling.shown(task, item, person.id), "adjudicates": adjudicates}
-    key = {"item": item.id, "person": person.id}
-    if not store.insert_new(connection, leases, [key | new]):
+    if before is None:
+        connection.execute(leases.insert().values(item=item.id, person=person.id, **new))
+    else:
         set_lease(connection, person, item, **new)
     return new
 

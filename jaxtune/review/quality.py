@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def consensus(ratings_RU: np.ndarray, num_labels: int, probs_UV: np.ndarray | No
     if probs_UV is None:
         return plain
     probs = np.asarray(probs_UV, np.float64)
-    used_U = rated_U & ~np.isnan(probs).any(1)
+    used_U = np.logical_and(rated_U, ~np.isnan(probs).any(1))
     rows = probs[used_U]
     if len(rows) and (np.any(rows < 0) or not np.allclose(rows.sum(1), 1, atol=1e-3)):
         raise UserError("probabilities came that are below 0 or do not add up to 1; expected one for each label")
@@ -55,7 +55,7 @@ def consensus(ratings_RU: np.ndarray, num_labels: int, probs_UV: np.ndarray | No
     return _crowdlab(ratings, used_U, rows, plain)
 
 
-def _crowdlab(ratings: np.ndarray, used_U: np.ndarray, probs: np.ndarray, plain: Consensus) -> Consensus:
+def _crowdlab(ratings: np.ndarray, used_U: Any, probs: np.ndarray, plain: Consensus) -> Consensus:
     if importlib.util.find_spec("cleanlab") is None:
         raise UserError("label quality by a model's probabilities needs cleanlab: pip install 'jaxtune[review]'")
     from cleanlab.multiannotator import get_label_quality_multiannotator

@@ -84,28 +84,58 @@ def assign(
     wanted = {name: one for name, one in tasks.items() if task in ("", name)}
     if not person.active or not wanted:
         return None
-    expires = time.time() + lease_seconds
-    with places.turn(engine, round) as connection:
-        lease = places.held(connection, person, wanted, round)
-        if lease is not None:
-            item = places.read_item(connection, lease["item"])
-            assert item is not None
-            places.set_lease(connection, person, item, expires=expires)
-            return _assignment(connection, tasks, item, {**lease, "expires": expires})
-    for one in wanted.values():
-        while True:
-            with engine.connect() as connection:  # looked for while others write: it is the longest part
-                disputed = _disputed(connection, person, one, round)
-                query = places.ordered(places.free(person, one, round), one)
-                seen = places.read_items(connection, query.limit(_AT_ONCE))
-            if not disputed and not seen:
-                break
-            with places.turn(engine, round) as connection:
-                item, adjudicates = _choose(connection, person, one, round, disputed, seen)
-                if item is not None:
-                    new = places.lease(connection, person, one, item, adjudicates, expires)
-                    return _assignment(connection, tasks, item, new)
+    while True:
+        with engine.connect() as connection:  # looked for while others write: it is the longest part
+            seen = _look(connection, person, wanted, round)
+        if seen is None:
+            return None
+        with places.turn(engine, round) as connection:
+            found = _take(connection, person, wanted, round, *seen)
+            if found is not None:
+                expires = time.time() + lease_seconds
+                return _assignment(connection, found[0], places.lease(connection, person, tasks, *found, expires))
+
+
+def _look(
+    connection: sa.Connection, person: Person, tasks: Tasks, round: int
+) -> tuple[str, list[str], list[str]] | None:
+    """The task that is next, and ids of its items that are free: to be settled, and to be answered. None: nothing is left."""
+    held = places.held(connection, person, tasks, round)
+    if held is not None:
+        return "", [], []
+    for task in tasks.values():
+        disputed = [one.id for one in _disputed(connection, person, task, round)]
+        query = places.ordered(places.free(person, task, round), task).with_only_columns(items.c.id)
+        free = list(connection.scalars(query.limit(_AT_ONCE)))
+        if disputed or free:
+            return task.name, disputed[:_AT_ONCE], free
     return None
+
+
+def _take(
+    connection: sa.Connection, person: Person, tasks: Tasks, round: int, name: str, disputed: list[str], free: list[str]
+) -> tuple[Item, bool] | None:
+    """What the person has already, else of what was free when looked at the first that still is, or a gold item in its place.
+
+    Returns:
+      the item, and whether it is to be settled; None: all of it was taken meanwhile.
+    """
+    held = places.held(connection, person, tasks, round)
+    if held is not None:
+        return places.read_items(connection, sa.select(items).where(items.c.id == held["item"]))[0], held["adjudicates"]
+    if not name:
+        return None
+    task = tasks[name]
+    still = places.disputed(connection, person, task, round, disputed) if disputed else []
+    if still:
+        return still[0], True
+    query = places.ordered(places.free(person, task, round).where(items.c.id.in_(free)), task)
+    found = places.read_items(connection, query.limit(1))
+    if found and settling.gold_is_due(task, round, person.id, places.num_given(connection, person, task, round)):
+        golden = places.read_items(connection, places.gold_left(person, task, round))
+        if golden:
+            return min(golden, key=lambda one: settling.drawn("which gold", one.id, person.id)), False
+    return (found[0], False) if found else None
 
 
 def _disputed(connection: sa.Connection, person: Person, task: Task, round: int) -> list[Item]:
@@ -113,25 +143,7 @@ def _disputed(connection: sa.Connection, person: Person, task: Task, round: int)
     return places.disputed(connection, person, task, round) if settles else []
 
 
-def _choose(
-    connection: sa.Connection, person: Person, task: Task, round: int, disputed: list[Item], seen: list[Item]
-) -> tuple[Item | None, bool]:
-    """Of what was free when looked at the first that still is, or a gold item in its place; and whether it is to be settled."""
-    still = (
-        places.disputed(connection, person, task, round, [one.id for one in disputed[:_AT_ONCE]]) if disputed else []
-    )
-    if still:
-        return still[0], True
-    query = places.free(person, task, round).where(items.c.id.in_([one.id for one in seen]))
-    found = places.read_items(connection, places.ordered(query, task).limit(1))
-    if found and settling.gold_is_due(task, round, person.id, places.num_given(connection, person, task, round)):
-        golden = places.read_items(connection, places.gold_left(person, task, round))
-        if golden:
-            return min(golden, key=lambda one: settling.drawn("which gold", one.id, person.id)), False
-    return (found[0] if found else None), False
-
-
-def _assignment(connection: sa.Connection, tasks: Tasks, item: Item, lease: Mapping[Any, Any]) -> Assignment:
+def _assignment(connection: sa.Connection, item: Item, lease: Mapping[Any, Any]) -> Assignment:
     earlier: list[Verdict] = []
     if lease["adjudicates"]:
         filled = [verdicts.c.item == item.id, verdicts.c.kind.in_(TASK_KINDS), ~verdicts.c.adjudicates]
@@ -282,7 +294,7 @@ def progress(engine: Engine, person: Person, tasks: Tasks, round: int) -> Progre
 
 def open_items(engine: Engine, tasks: Tasks, round: int) -> dict[str, tuple[int, int]]:
     """By task: answers that are there, and answers wanted. Gold items are not counted."""
-    query = sa.select(items.c.task, items.c.overlap, places.num_answers().label("there"))
+    query = sa.select(items.c.task, items.c.overlap, places.NUM_ANSWERS.label("there"))
     query = query.where(items.c.round == round, items.c.gold.is_(None), items.c.task.in_(list(tasks)))
     found = dict.fromkeys(tasks, (0, 0))
     with engine.connect() as connection:

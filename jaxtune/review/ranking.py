@@ -24,14 +24,19 @@ class Position(NamedTuple):
 
 
 def win_rate(wins: int, ties: int, losses: int, confidence: float = 0.95) -> Estimate:
-    """Returns (wins + ties / 2) / all with Wilson's score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953).
-
-    With ties the interval is wider than it need be: half-wins vary less than wins. For looking more than once see `sequential`.
-    """
+    """Returns (wins + ties / 2) / all with Wilson's interval. With ties it is wider than it need be: half-wins vary less than wins."""
     n = wins + ties + losses
+    return wilson((wins + ties / 2) / n if n else math.nan, n, confidence)
+
+
+def wilson(share: float, n: int, confidence: float = 0.95) -> Estimate:
+    """Returns a share of n with Wilson's score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+
+    It holds for one look; for looking more than once see `sequential`.
+    """
     if not n:
         return Estimate(math.nan, 0.0, 1.0)
-    z, share = NormalDist().inv_cdf((1 + confidence) / 2), (wins + ties / 2) / n
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))

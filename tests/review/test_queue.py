@@ -79,7 +79,7 @@ def _work(url: str, numbers: range, lease_seconds: float) -> None:
 
     def one(person: Person) -> None:
         rng, idle = random.Random(person.id), 0
-        while idle < 4:
+        while idle < 3:
             given = queue.assign(engine, person, {"mood": LABEL}, 1, lease_seconds=lease_seconds)
             if given is None:
                 idle += 1
@@ -98,7 +98,8 @@ def _work(url: str, numbers: range, lease_seconds: float) -> None:
                 if rng.random() < 0.05:
                     queue.undo(engine, person, 1)
             except Refused as refused:
-                assert refused.reason == "lost", refused
+                if refused.reason != "lost":
+                    raise
 
     threads = [threading.Thread(target=one, args=(person,)) for person in people]
     for thread in threads:
@@ -110,18 +111,18 @@ def _work(url: str, numbers: range, lease_seconds: float) -> None:
 
 def test_fifty_at_once_in_five_processes(db: store.Engine, url: str) -> None:
     """Ten experts in each of five processes: every place is filled once, nobody answers an item twice, nothing hangs."""
-    store.add_items(db, texts(60, overlap=3))
+    store.add_items(db, texts(30, overlap=3))
     for number in range(50):
         someone(db, f"p{number}")
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_work, args=(url, range(at, at + 10), 0.5)) for at in range(0, 50, 10)]
+    workers = [spawn.Process(target=_work, args=(url, range(at, at + 10), 1.0)) for at in range(0, 50, 10)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0] * 5
     counted = store.read_verdicts(db, 1)
-    assert Counter(one.item for one in counted) == {one.id: 3 for one in texts(60)}
+    assert Counter(one.item for one in counted) == {one.id: 3 for one in texts(30)}
     assert max(Counter((one.item, one.person) for one in counted).values()) == 1
     retracted = [one.supersedes for one in store.read_verdicts(db, 1, all_of_them=True) if one.kind == "retract"]
     assert retracted
@@ -283,24 +284,24 @@ def test_groups(db: store.Engine) -> None:
 
 def test_gold_is_mixed_in_and_scored_and_stays_inside(db: store.Engine) -> None:
     tasks = {"mood": LABEL._replace(gold_every=4)}
-    gold = [make_item(1, "mood", {"text": f"gold {i}"}, {}, gold={"labels": ["good"]}) for i in range(40)]
-    store.add_items(db, [*gold, *texts(90, overlap=2)])
+    gold = [make_item(1, "mood", {"text": f"gold {i}"}, {}, gold={"labels": ["good"]}) for i in range(24)]
+    store.add_items(db, [*gold, *texts(45, overlap=2)])
     sharp, blunt = someone(db, "sharp"), someone(db, "blunt")
     seen = {}
     for person, label in ((sharp, "good"), (blunt, "bad")):
-        seen[person.id] = [give(db, person, tasks, label).item for _ in range(110)]
+        seen[person.id] = [give(db, person, tasks, label).item for _ in range(56)]
         assert all(one.gold is None and one.origin == {} for one in seen[person.id])
         golden = [i for i, one in enumerate(seen[person.id]) if one.payload["text"].startswith("gold")]
-        assert 15 < len(golden) < 41
+        assert 5 < len(golden) < 24
         assert len({later - earlier for earlier, later in zip(golden, golden[1:], strict=False)}) > 2  # not countable
         told = queue.progress(db, person, tasks, 1)
-        assert (told.done, told.gold_of, told.gold_right) == (110, len(golden), len(golden) if label == "good" else 0)
+        assert (told.done, told.gold_of, told.gold_right) == (56, len(golden), len(golden) if label == "good" else 0)
     assert seen["sharp"] != seen["blunt"]
     while queue.assign(db, sharp, tasks, 1) is not None:
         give(db, sharp, tasks)
     assert queue.progress(db, sharp, tasks, 1).left == 0  # gold that is left over is asked of nobody
     assert all(item.gold is None for item, _ in queue.history(db, sharp, 1, 1000))
-    assert queue.open_items(db, tasks, 1)["mood"][1] == 180
+    assert queue.open_items(db, tasks, 1)["mood"][1] == 90
 
 
 def test_a_senior_settles_what_others_disagree_about(db: store.Engine) -> None:
@@ -359,11 +360,11 @@ def test_order_of_the_queue(db: store.Engine) -> None:
 def test_half_of_the_suggestions_are_shown(db: store.Engine) -> None:
     """Within each item and within each expert about half: both comparisons of shown with hidden are there. Hidden stays inside."""
     tasks = {"mood": LABEL._replace(prelabels="half")}
-    asked = [make_item(1, "mood", {"text": str(i), "prelabel": {"labels": ["bad"]}}, {}, overlap=8) for i in range(25)]
+    asked = [make_item(1, "mood", {"text": str(i), "prelabel": {"labels": ["bad"]}}, {}, overlap=6) for i in range(14)]
     store.add_items(db, asked)
-    people = [someone(db, f"p{i}") for i in range(8)]
+    people = [someone(db, f"p{i}") for i in range(6)]
     for person in people:
-        for _ in range(25):
+        for _ in range(14):
             given = give(db, person, tasks)
             assert ("prelabel" in given.item.payload) == given.shown["prelabel"]
     counted = store.read_verdicts(db)
@@ -371,9 +372,9 @@ def test_half_of_the_suggestions_are_shown(db: store.Engine) -> None:
         [one.shown["prelabel"] for one in counted if getattr(one, key) == value]
         for key, value in [*(("person", person.id) for person in people), *(("item", one.id) for one in asked)]
     ]
-    assert 80 < sum(one.shown["prelabel"] for one in counted) < 120
-    assert all(0 < sum(share) < len(share) for share in shares[:8])
-    assert sum(0 < sum(share) < len(share) for share in shares[8:]) >= 23
+    assert 28 < sum(one.shown["prelabel"] for one in counted) < 56
+    assert all(0 < sum(share) < len(share) for share in shares[:6])
+    assert sum(0 < sum(share) < len(share) for share in shares[6:]) >= 12
 
 
 def test_sides_are_swapped_by_item_and_person() -> None:
@@ -412,12 +413,12 @@ def test_what_differs(kind: str, same: Any, other: Any) -> None:
     assert settling.differ(task, other)
 
 
-def test_the_queue_in_ten_thousand_items(db: store.Engine) -> None:
-    """Nine in ten are answered: the next is found in well under a second."""
-    new = [make_item(1, "mood", {"text": str(i)}, {}) for i in range(10_000)]
+def test_a_long_queue(db: store.Engine) -> None:
+    """Nine in ten of its items are answered: the next is found in well under a second."""
+    new = [make_item(1, "mood", {"text": str(i)}, {}) for i in range(4_000)]
     someone(db, "a")
     rows = [one._asdict() | {"at": 0.0} for one in new]
-    done = [Verdict(one.id, one.id, "a", "label", {"labels": ["good"]}, {}, 0, 1.0)._asdict() for one in new[:9_000]]
+    done = [Verdict(one.id, one.id, "a", "label", {"labels": ["good"]}, {}, 0, 1.0)._asdict() for one in new[:3_600]]
     with store.writing(db) as connection:
         connection.execute(sa.insert(store.items), rows)
         connection.execute(sa.insert(store.verdicts), done)
@@ -426,5 +427,5 @@ def test_the_queue_in_ten_thousand_items(db: store.Engine) -> None:
     given = queue.assign(db, b, {"mood": LABEL}, 1)
     took = time.perf_counter() - start
     assert given is not None
-    assert given.item.id == new[9_000].id
-    assert took < 1.0, took
+    assert given.item.id == new[3_600].id
+    assert took < 0.5, took
