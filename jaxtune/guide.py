@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import sqlalchemy as sa
 
 from jaxtune import run, sweep, tracking, validation
 from jaxtune.config import ConfigDict
@@ -25,7 +26,7 @@ from jaxtune.guidance import account, measuring, sampling, tracing, training
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance.folder import Round
 from jaxtune.lineage import stages
-from jaxtune.review import active, queue, store
+from jaxtune.review import queue, store
 from jaxtune.review import tasks as tasks_lib
 from jaxtune.review.record import Item
 from jaxtune.review.store import Engine
@@ -141,15 +142,24 @@ def _put(config: ConfigDict, one: Round, engine: Engine, tasks: Mapping[str, Tas
         text = tasks_lib.guideline(task)
         if text:
             store.set_guideline(engine, task.name, text)
-    if store.add_items(engine, items):
-        for task in tasks.values():
-            own = [item for item in items if item.task == task.name and "shares" in item.origin]
-            if task.order == "priority" and own:
-                active.prioritise(engine, own, [item.origin["shares"] for item in own])
+    store.add_items(engine, items)
+    for task in tasks.values():
+        if task.order == "priority":
+            _rank(engine, [item for item in items if item.task == task.name and "shares" in item.origin])
     review = config.copy_and_resolve_references()
     review.workdir, review.review.round = str(one.root), one.number
     review.review.database, review.review.action = folder_lib.database(config, one.root), "serve"
     folder_lib.write_json(one.folder / "review.json", review.to_dict())
+
+
+def _rank(engine: Engine, items: Sequence[Item]) -> None:
+    """Has the items asked first of whose label the model is least sure; those that have a place in the order keep it."""
+    with store.writing(engine) as connection:
+        known = set(connection.scalars(sa.select(store.priorities.c.item)))
+        new = [(item.id, 1 - max(item.origin["shares"])) for item in items if item.id not in known]
+        rows = [{"item": one, "score": score, "reason": "uncertainty", "at": time.time()} for one, score in new]
+        if rows:
+            connection.execute(store.priorities.insert(), rows)
 
 
 def _await(config: ConfigDict, one: Round, engine: Engine, tasks: Mapping[str, Task], what: str) -> None:

@@ -38,9 +38,9 @@ def _check_guide(config: ConfigDict) -> None:
         "slots": 1,
         "compare_rows": 0,
     }
-    for key, low in lowest.items():
-        if guide[key] < low:
-            raise UserError(f"config.guide.{key} is {guide[key]!r}; expected {low} or more")
+    for key, least in lowest.items():
+        if guide[key] < least:
+            raise UserError(f"config.guide.{key} is {guide[key]!r}; expected {least} or more")
     for key, low, high in (("enough", 0.0, 1.0), ("top_p", 0.0, 1.0), ("temperature", 0.0, 100.0)):
         if not low <= guide[key] <= high:
             raise UserError(f"config.guide.{key} is {guide[key]!r}; expected a number from {low:g} to {high:g}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import Example
@@ -155,11 +157,11 @@ def won(items: Sequence[Item], verdicts: Sequence[Answer], task: Task, num_asked
     same = num_asked - len(items)
     ties = len(reasons) - open_ones + same
     rate = ranking.win_rate(wins, ties, losses)
-    p = statistics.mcnemar([False] * wins + [True] * losses, [True] * wins + [False] * losses) if wins + losses else 1.0
+    new_M = np.arange(wins + losses) < wins
     first = _shown_first(by_id, verdicts)
     return {
         "wins": wins, "ties": ties, "losses": losses, "same_answers": same, "unanswered": open_ones,
-        "rate": rate._asdict(), "p": p, "verdicts": len(verdicts), "people": len({one.person for one in verdicts}),
+        "rate": rate._asdict(), "p": statistics.mcnemar(~new_M, new_M) if wins + losses else 1.0, "verdicts": len(verdicts), "people": len({one.person for one in verdicts}),
         "seconds": round(sum(one.seconds for one in verdicts), 1), "shown_first": first,
     }  # fmt: skip
 

@@ -163,7 +163,8 @@ def run_config(config: ConfigDict, one: Round) -> ConfigDict:
         "label_separator", "label_bins", "split_regex", "limit",
     ):  # fmt: skip
         made.data[key] = plain.data[key]
-    kinds = [kind for kind in LEARNS[config.train.objective] if (data / f"{kind}.jsonl").exists()]
+    learns = LEARNS[config.train.objective]
+    kinds = [kind for kind in learns if (data / f"{kind}.jsonl").exists()] or learns  # none before rows are made
     made.data.train, made.data.format, made.data.split_key = str(data / "train.jsonl"), _FORMATS[kinds[0]], "item"
     validates = made.train.patience or made.train.eval_every_steps
     made.data.validation_fraction = config.data.validation_fraction if validates else 0.0
