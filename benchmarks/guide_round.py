@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=100, help="items of each of the two tasks")
     parser.add_argument("--compared", type=int, default=60, help="held-out sentences of the blind comparison")
     parser.add_argument("--held-out", type=int, default=300, help="held-out sentences that are scored")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
     parser.add_argument("--experts", type=int, default=6, help="simulated experts, 20 at most")
     parser.add_argument("--no-record", action="store_true", help="leave docs/ as it is")
     options = parser.parse_args(argv)

@@ -32,7 +32,7 @@ def get_config():
 
     config.train.beside = (("dpo", 0.5, "guide:pairs"),)  # corrected answers are learned; better ones are preferred too
     config.train.batch_size = 4
-    config.train.steps = 30
+    config.train.steps = 20
     config.train.eval_every_steps = 0
     config.generate.max_new_tokens = 16
     config.protect.sets = (

@@ -74,6 +74,7 @@ def _known(config: ConfigDict, one: Round) -> tuple[Round, Known]:
     """Reads tasks and rows, refuses what is not in order, and begins the round."""
     asked, compared = _tasks(config)
     training.check_tasks(config, asked)
+    sampling.check(config, asked)
     validation.validate(training.run_config(config, one))
     show = _progress(config)
     model, tokenizer = stages.tokenizer_of(config)

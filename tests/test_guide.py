@@ -121,7 +121,7 @@ def whole(config: ConfigDict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "rounds"
     mine = in_folder(config, folder)
     with pytest.raises(
-        Waiting, match=r"round 1 waits for .*fix 0 of 48 answers.*jaxtune review --config=\S+review.json"
+        Waiting, match=r"(?s)round 1 waits for .*fix 0 of 48 answers.*jaxtune review --config=\S+review.json"
     ):
         guide.guide(mine, Path("unused"))
     assert experts(folder, mine, flagged=2) > 48
@@ -330,6 +330,7 @@ def change(config: ConfigDict, **fields: Any) -> ConfigDict:
         ({"train__objective": "kto", "train__beside": ()}, "from which train.objective='kto' learns nothing"),
         ({"train__objective": "grpo"}, "learns from none of them"),
         ({"guide__round": 2}, "needs round 1"),
+        ({"guide__temperature": 0.0}, "needs outputs that differ"),
         ({"data__test_fraction": 0.0}, "measures each round on held-out rows"),
         ({"train__beside": (("dpo", 0.5, "guide:pears"),)}, "guide:pears"),
     ],

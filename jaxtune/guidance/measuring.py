@@ -65,8 +65,6 @@ def measured(
     config: ConfigDict, one: Round, every: list[Protected], asked: Sequence[Example], tokenizer: Tokenizer, show: Any, say: Any
 ) -> Measured:  # fmt: skip
     """Measures both models on every set, and has both answer `asked`; what the folder has is not measured again."""
-    weights = one.line("round")
-    assert weights is not None or (one.folder / "trained.json").exists()
     places = [(one.folder, OLD)]
     if one.parent:
         places.append((one.root / f"round_{one.parent:02d}", NEW))

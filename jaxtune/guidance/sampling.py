@@ -73,6 +73,26 @@ def read(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Pool:
     return Pool(splits.train, splits, folder_lib.sha256(rows))
 
 
+def check(config: ConfigDict, tasks: Mapping[str, Task]) -> None:
+    """Refuses settings by which a task would have nothing to show.
+
+    Raises:
+      UserError: with the field to change.
+    """
+    guide = config.guide
+    for task in tasks.values():
+        if task.kind == "rate" and guide.answers == "rows":
+            raise UserError(
+                f"task {task.name!r} rates answers, and guide.answers='rows' shows one to each prompt, which is better than none: set 'outputs'"
+            )
+        several = task.kind == "rate" or (task.kind == "compare" and not guide.against)
+        if several and (guide.candidates < 2 or guide.temperature == 0):
+            raise UserError(
+                f"task {task.name!r} needs outputs that differ, and guide.candidates={guide.candidates} at guide.temperature="
+                f"{guide.temperature:g} gives none: set two or more, at a temperature above 0"
+            )
+
+
 def items(
     config: ConfigDict, one: Round, tasks: Mapping[str, Task], pool: Pool, tokenizer: Tokenizer, show: Any, say: Any
 ) -> Sampled:
