@@ -129,7 +129,8 @@ def _asked(config: ConfigDict, one: Round, known: Known, engine: Engine) -> dict
     if not (one.folder / "data" / "data.json").exists():
         _await(config, one, engine, known.asked, "the answers of the round")
     verdicts = [v for name in known.asked for v in store.read_verdicts(engine, one.number, name)]
-    told = training.write(config, one, sampled.items, verdicts, known.asked, account.people(engine))
+    items = [item for name in known.asked for item in store.read_items(engine, one.number, name)]  # imported ones too
+    told = training.write(config, one, items, verdicts, known.asked, account.people(engine))
     made = {name: file["rows"] for name, file in told["files"].items() if name not in ("verdicts.jsonl", "train.jsonl")}
     sweep.say(
         config, f"round {one.number}: {told['verdicts']} verdicts of {told['people']} people; {account.counted(made)}"
@@ -240,13 +241,12 @@ def _line(config: ConfigDict, one: Round, known: Known, engine: Engine, told: di
     """The ledger's line of a round that is trained; measures it first."""
     measured = _measured(config, one, known)
     text = (one.folder / "config.json").read_text("utf-8")
-    items = folder_lib.read_lines(one.folder / "items.jsonl")
     return {
         "kind": "round", "round": one.number, "parent": one.parent, "name": config.name,
         "objective": config.train.objective, "starts_others": not training.is_reward_model(config),
         "config": {"path": str((one.folder / "config.json").relative_to(one.root)), "sha256": folder_lib.sha256(text)},
         "train_config_sha256": folder_lib.sha256(one.folder / "train.json"),
-        "items": {name: sum(item["task"] == name for item in items) for name in known.asked},
+        "items": {name: len(store.read_items(engine, one.number, name)) for name in known.asked},
         "verdicts": {key: told[key] for key in ("verdicts", "people", "seconds")}, "data": told["files"],
         "left_out": told["left_out"], "flagged": told["flagged"], "not_asked": told["sampled"]["left_out"],
         "weights": folder_lib.read_json(one.folder / "trained.json")["weights"],

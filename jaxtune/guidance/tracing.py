@@ -13,7 +13,7 @@ from jaxtune.guidance import account
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.lineage import chain
 from jaxtune.review import store
-from jaxtune.review.record import Verdict
+from jaxtune.review.record import Item, Verdict
 from jaxtune.types import UserError
 
 
@@ -33,10 +33,10 @@ def told(config: ConfigDict, root: Path) -> str:
             raise UserError(
                 f"{folder / 'data' / name} is not what round {number} trained on (another SHA-256): put it back as it was"
             )
-    items = {one["id"]: one for one in folder_lib.read_lines(folder / "items.jsonl")}
     taken = {one["id"]: one for one in folder_lib.read_lines(folder / "data" / "verdicts.jsonl")}
     with store.opened(folder_lib.database(config, root)) as engine:
         names = account.shown_names(config, engine)
+        items = {one.id: one for one in store.read_items(engine, number, row["task"])}
         kept = {one.id: one for one in store.read_verdicts(engine, number, all_of_them=True)}
         guidelines = _guidelines(engine)
     parts = [_row(row, number, folder, trained)]
@@ -97,8 +97,8 @@ def _row(row: dict[str, Any], number: int, folder: Path, trained: dict[str, Any]
     return f"row {row['id']}: {where}\n  {_json(kept)}\n  {run}"
 
 
-def _item(item: dict[str, Any]) -> str:
-    origin = item["origin"]
+def _item(item: Item) -> str:
+    origin = item.origin
     models = [
         f"{name}: {one['model']}"
         + (f" with {one['checkpoint']}" if one["checkpoint"] else "")
@@ -109,7 +109,7 @@ def _item(item: dict[str, Any]) -> str:
     where = (
         f"{origin.get('source', '')}, row {origin.get('row', '')}, SHA-256 {str(origin.get('row_sha256', ''))[:12]}…"
     )
-    return f"item {item['id']}: {where}\n  asked: {_json(item['payload'])}{made_by}"
+    return f"item {item.id}: {where}\n  asked: {_json(item.payload)}{made_by}"
 
 
 def _verdict(one: Verdict, names: dict[str, str], guidelines: dict[int, str]) -> str:
