@@ -24,6 +24,7 @@ _KINDS = {
     "sft": "answers to learn (sft)", "texts": "texts to learn (texts)", "pairs": "better and worse answers (pairs)",
     "kto": "judged answers (kto)", "rewards": "rated answers (rewards)", "train": "rows of the run (train)",
 }  # fmt: skip
+_PAIRS = "(down)"  # in the titles of tables of two raters: many, and for the page of its own
 
 
 def people(engine: Engine) -> dict[str, str]:
@@ -168,13 +169,16 @@ def _compared(compared: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _insight(config: ConfigDict, one: Round, engine: Engine, tasks: Tasks) -> list[dict[str, Any]]:
-    """Who agreed with whom, as `review/insight.py` has it."""
+    """Who agreed with whom, as `review/insight.py` has it; all of it in a page of its own, `agreement/report.html`."""
     figures = insight.figures(engine, tasks, one.number)
     if not config.guide.show_names:
         names, shown = people(engine), shown_names(config, engine)
         figures = _renamed(figures, {name: shown[person] for person, name in names.items()} | shown)
-    tables: list[dict[str, Any]] = insight_page.facts(figures)["tables"]
-    return tables
+    page = insight_page.facts(figures)
+    with tracking.writing(one.folder / "agreement" / "report.html"):
+        (one.folder / "agreement").mkdir(exist_ok=True)
+        report.write(one.folder / "agreement", page)
+    return [table for table in page["tables"] if _PAIRS not in table["title"]]
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
