@@ -34,7 +34,9 @@ TASKS = (
 def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
     """A model that says good or bad, taught by a few steps; experts correct its answers and compare them."""
     folder, rng = tmp_path_factory.mktemp("moods"), np.random.default_rng(0)
-    rows = [f"{' '.join(rng.choice(['red', 'cat', 'sat'], 3))} {mood},{mood}" for mood in ["good", "bad"] * 40]
+    words = ["red", "cat", "sat", "ran", "mat", "hill", "sky", "under"]
+    rows = [f"{' '.join(rng.choice(words, 4))} {mood},{mood}" for mood in ["good", "bad"] * 40]
+    assert len(set(rows)) == len(rows)
     (folder / "rows.csv").write_text("text,answer\n" + "\n".join(rows) + "\n")
     (folder / "guideline.md").write_text("The last word is the answer.")
     made = config_lib.base()
@@ -45,6 +47,7 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config
     made.tune.rank, made.tune.dropout, made.optim.learning_rate = 4, 0.0, 1e-2
     made.tracking.progress, made.eval.before_after = "off", False
     made.eval.bootstrap_samples, made.generate.max_new_tokens, made.eval.labels = 20, 6, ("bad", "good")
+    made.generate.temperature = 1.5
     run.train(made.copy_and_resolve_references(), Path(made.workdir))
     made.tune.adapter, made.train.steps, made.train.beside = (
         str(folder / "sft" / "adapter"),
@@ -427,6 +430,7 @@ def test_a_reward_model_learns_from_ratings(config: ConfigDict, tmp_path: Path) 
         (),
     )
     mine.review.tasks, mine.eval.metric, mine.eval.labels = (("score", (("kind", "rate"),)),), "auto", ()
+    mine.model.head = "sequence"
     with pytest.raises(Waiting):
         guide.guide(mine, Path("unused"))
     with store.opened(str(folder / "review.db")) as engine:

@@ -33,7 +33,9 @@ def test_every_sentence_has_its_twenty_ratings() -> None:
     from jaxtune import fetch
 
     found = ROUND["ratings"]()
-    text = fetch.local(ROUND["ARCHIVE"] + "amazonReviewSnippets_GroundTruth.txt").read_text("utf-8-sig", errors="replace")
+    text = fetch.local(ROUND["ARCHIVE"] + "amazonReviewSnippets_GroundTruth.txt").read_text(
+        "utf-8-sig", errors="replace"
+    )
     means = [float(line.split("\t")[1]) for line in text.splitlines() if line.strip()]
     assert len(found) == len(means) == 3708
     assert all(len(ratings) == 20 for ratings in found.values())

@@ -120,6 +120,8 @@ def items(
         made, lost = _task_items(config, one, task, rows, tokenizer, models, show)
         found, left_out[task.name] = [*found, *made], dict(lost)
     unique = list({item.id: item for item in found}.values())
+    for task, num in (Counter(item.task for item in found) - Counter(item.task for item in unique)).items():
+        left_out[task]["same_as_another"] = num
     sampled = Sampled(unique, left_out, round(time.monotonic() - began, 1))
     folder_lib.write_json(about, {"left_out": left_out, "seconds": sampled.seconds})
     folder_lib.write_lines(path, [item._asdict() for item in unique])
@@ -235,6 +237,9 @@ def _models(
         if which not in loaded:
             loaded.clear()
             asked = folder_lib.policy(config, one, one.parent)
+            asked.train.objective, asked.train.beside = "sft", ()
+            if config.train.objective == "reward":  # its head scores, and what is rated is to be written
+                asked.model.head, asked.model.labels = "", ()
             if which:
                 folder = source_is_adapter(which)
                 asked.tune.adapter, asked.model.source = (which, config.model.source) if folder else ("", which)
