@@ -11,12 +11,30 @@ def review() -> ConfigDict:
     c.database = ""  # file (SQLite), or URL (postgresql://user@host/name); "" = review.db in the workdir
     c.round = 1  # the round whose items are asked
     c.tasks = ()  # what experts do: ((name, (("kind", "label"), ("labels", ("yes", "no")), …)), …); keys in review/tasks.py
-    c.host = (
-        "127.0.0.1"  # address to listen on; another one lets other machines in, and then needs tls_cert or behind_proxy
-    )
+    c.host = "127.0.0.1"  # address to listen on; another one lets other machines in: needs tls_cert or behind_proxy
     c.port = 8765
     c.tls_cert = ""  # PEM file of a certificate
     c.tls_key = ""  # PEM file of its key
+    c.behind_proxy = False  # a proxy of this machine ends TLS: its X-Forwarded-For and -Proto are believed
+    c.passwords = (
+        True  # invited people choose a password; False: an invite link starts one session, the next needs a new link
+    )
+    c.session_hours = 12.0  # after which a session ends, whatever is done in it
+    c.lease_seconds = 600.0  # for which an item is one expert's; an open page renews it
+    c.requests_per_second = 20.0  # of one person on average, ten times that of one address; five seconds' worth at once
+    c.address = ""  # how experts reach the page, for the links that are printed, such as "https://review.example.org"; "" = host and port
+    c.person = ""  # invite: name of the person; one who has an account gets a new link
+    c.role = "expert"  # invite: expert | senior | owner
+    c.skills = ()  # invite: groups whose items they may be asked, as tasks name them by `skill`
+    c.invite_days = 7.0  # for which an invite is good, once
+    c.file = ""  # import: what is read, a path or URI; export: where it is written, "" = in the workdir
+    c.format = "jsonl"  # import, export: jsonl | label_studio | argilla
+    c.task = ""  # import: task of records that name none, "" = the only one; export: of which task, "" = all
+    c.columns = ()  # import: how the file names what a task shows: ((ours, theirs), …), such as (("text", "review"),)
+    c.everything = False  # export: all rounds and tasks, not review.round and review.task alone
+    c.pseudonyms = (
+        True  # export: people by pseudonyms, the same in each export of a database; False = by their ids and names
+    )
     return c
 
 

@@ -136,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, options, values = _parse(arguments)
     _without_accelerator()
     validation.validate(options)
-    if verb not in ("sweep", "frontier", "update"):  # which start runs, each a process of its own
+    if verb not in ("sweep", "frontier", "update", "review"):  # which start runs, each a process of its own, or none
         hosts.join(values.coordinator, values.num_processes, values.process_id, options.mesh.heartbeat_seconds)
     from jaxtune import run
     from jaxtune.train import compiled, goodput
@@ -151,7 +151,12 @@ def _dispatch(arguments: list[str]) -> int:
     action = run.dry_run if values.dry_run else getattr(room, verb)
     if action is run.train:
         action = partial(run.train, began=goodput.process_began())
-    elsewhere = verb in ("plan", "sweep", "frontier")  # compiled for devices that are not here, or in other processes
+    elsewhere = verb in (
+        "plan",
+        "sweep",
+        "frontier",
+        "review",
+    )  # compiled for devices not here, in other processes, or not at all
     keeping = nullcontext() if elsewhere else compiled.kept(options)
     resuming = verb in ("sweep", "frontier") or (verb in ("train", "self_train") and options.checkpoint.resume)
     with keeping, workdir.Folder(options.workdir, resume=resuming) as folder:

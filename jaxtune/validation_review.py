@@ -9,6 +9,11 @@ from jaxtune.config import ConfigDict
 from jaxtune.types import UserError, nearest
 
 FLAGS = ("bias", "privacy", "harm", "wrong", "off_guideline")  # as review/record.py has them
+_CHOICES = {
+    "action": ("serve", "invite", "import", "export", "report"),
+    "role": ("expert", "senior", "owner"),
+    "format": ("jsonl", "label_studio", "argilla"),
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -21,7 +26,27 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_review(config: ConfigDict) -> None:
-    pass
+    c = config.review
+    for key, choices in _CHOICES.items():
+        if c[key] not in choices:
+            raise UserError(f"review.{key}={c[key]!r}{nearest(c[key], choices)}; expected one of {', '.join(choices)}")
+    pairs = [pair for pair in c.columns if isinstance(pair, tuple | list) and len(pair) == 2]
+    if len(pairs) < len(c.columns) or not all(isinstance(one, str) for pair in pairs for one in pair):
+        raise UserError(
+            f'review.columns={tuple(c.columns)!r:.80}; expected pairs of names, such as (("text", "review"),)'
+        )
+    for key, low, high in (
+        ("round", 1, 1_000_000), ("invite_days", 0.01, 365), ("port", 1, 65535), ("session_hours", 0.1, 24 * 31), ("lease_seconds", 10, 86400), ("requests_per_second", 1, 1e5),
+    ):  # fmt: skip
+        if not low <= c[key] <= high:
+            raise UserError(f"review.{key}={c[key]}; expected {low:g} to {high:g}")
+    if bool(c.tls_cert) != bool(c.tls_key):
+        raise UserError("review.tls_cert and review.tls_key go together; give both files, or neither")
+    if c.host not in ("127.0.0.1", "::1", "localhost") and not (c.tls_cert or c.behind_proxy):
+        raise UserError(
+            f"review.host={c.host!r} lets other machines in, and passwords would cross the network as text; give "
+            "review.tls_cert and review.tls_key, or set review.behind_proxy=True where a proxy ends TLS"
+        )
 
 
 def _check_guide(config: ConfigDict) -> None:

@@ -8,6 +8,7 @@ argon2-cffi, and hashed anew at a sign-in after those defaults have changed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 import time
 import unicodedata
@@ -17,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jaxtune.review.record import ROLES, Person
+from jaxtune.review.record import MODEL, ROLES, Person
 from jaxtune.review.store import Engine, audit, invites, note, people, sessions, writing
 from jaxtune.types import UserError
 
@@ -57,9 +58,10 @@ def add(
 
 
 def everyone(engine: Engine) -> list[Person]:
-    """All accounts, in the order in which they were made, those that are closed included."""
+    """All accounts, in the order in which they were made, those that are closed included; model judges are none."""
+    query = sa.select(people).where(~people.c.id.startswith(MODEL)).order_by(people.c.at)
     with engine.connect() as connection:
-        return [_person(row) for row in connection.execute(sa.select(people).order_by(people.c.at)).mappings()]
+        return [_person(row) for row in connection.execute(query).mappings()]
 
 
 def named(engine: Engine, name: str) -> Person | None:
@@ -67,6 +69,18 @@ def named(engine: Engine, name: str) -> Person | None:
     with engine.connect() as connection:
         row = _find(connection, name)
     return None if row is None else _person(row)
+
+
+def has_password(engine: Engine, person_id: str) -> bool:
+    """Whether someone can sign in without an invite."""
+    with engine.connect() as connection:
+        return _known(connection, person_id)["password_hash"] is not None
+
+
+def free_name(engine: Engine, name: str) -> str:
+    """The name, with a number where it is taken."""
+    numbered = (f"{name} {number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if named(engine, one) is None)
 
 
 def change(
@@ -293,8 +307,10 @@ def _folded(name: str) -> str:
 
 def _name(name: str) -> str:
     name = " ".join(unicodedata.normalize("NFKC", name).split())
-    if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise UserError(f"name={name!r:.80}; expected 1 to {MAX_NAME} printable characters")
+    if not name or len(name) > MAX_NAME or not name.isprintable() or name.startswith(MODEL):
+        raise UserError(
+            f"name={name!r:.80}; expected 1 to {MAX_NAME} printable characters, not starting with {MODEL!r}"
+        )
     return name
 
 

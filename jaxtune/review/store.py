@@ -11,6 +11,7 @@ whoever asks. People, invites, sessions and leases may change; what changes in t
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from jaxtune.types import UserError
 SCHEMA_VERSION = 1
 APPEND_ONLY = ("items", "verdicts", "guidelines", "audit", "priorities")
 Engine = sa.Engine
+_TURN = threading.Lock()  # threads that write to SQLite: its own way to wait, to sleep and to try again, is unfair
 
 _META = sa.MetaData()
 
@@ -138,7 +140,7 @@ def writing(engine: Engine) -> Iterator[sa.Connection]:
     """
     try:
         if engine.dialect.name == "sqlite":
-            with engine.connect() as connection, connection.begin():
+            with _TURN, engine.connect() as connection, connection.begin():
                 connection.exec_driver_sql("COMMIT")
                 connection.exec_driver_sql(
                     "BEGIN IMMEDIATE"

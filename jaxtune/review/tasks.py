@@ -161,7 +161,7 @@ def _compare(task: Task, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(bad, bool):
         raise UserError(f"bad={bad!r:.80} came; expected true or false")
     assert isinstance(order, list)
-    return {"order": [sorted(group) for group in order], "bad": bad}
+    return {"order": [sorted(str(one) for one in group) for group in order], "bad": bad}
 
 
 def _edit(task: Task, item: Item, answer: dict[str, Any]) -> dict[str, Any]:

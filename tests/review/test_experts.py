@@ -1,0 +1,160 @@
+"""The verb `review`: what its actions do and print, and that none starts a device."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from jaxtune import experts, validation
+from jaxtune.review import people, store
+from jaxtune.types import UserError
+
+CONFIG = """
+from jaxtune import config as config_lib
+
+def get_config():
+    config = config_lib.base()
+    config.name = "experts"
+    config.review.tasks = (("tone", (("kind", "label"), ("labels", ("good", "bad")), ("skill", "legal"))),)
+    return config
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    space: dict = {}
+    exec(CONFIG, space)
+    made = space["get_config"]()
+    made.workdir = str(tmp_path)
+    return made
+
+
+def _do(config, workdir: Path, action: str, **fields) -> None:
+    config.review.action = action
+    for key, value in fields.items():
+        config.review[key] = value
+    validation.validate(config)
+    experts.review(config, workdir)
+
+
+def test_invite_import_export(config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config.review.address = "https://review.example.org/"
+    _do(config, tmp_path, "invite", person="Ann Lee", role="senior", skills=("legal",))
+    told = capsys.readouterr().out
+    token = re.search(r"https://review\.example\.org/invite/(\S{43})\n", told).group(1)
+    with store.opened(str(tmp_path / "review.db")) as db:
+        assert people.accept_invite(db, token, None)[1:] == ("Ann Lee", "senior", ("legal",), True)
+    _do(config, tmp_path, "invite", person="ann lee", role="expert")
+    assert "Ann Lee, senior, who has an account" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no task needs the skill 'medical'"):
+        _do(config, tmp_path, "invite", person="Bo", skills=("medical",))
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\nbroken\n{"text": "poor"}\n')
+    _do(config, tmp_path, "import", file=str(tmp_path / "rows.jsonl"))
+    told = capsys.readouterr().out
+    assert "2 items are new" in told
+    assert "line 2: no JSON" in told
+    assert json.loads((tmp_path / "rows.jsonl.broken.jsonl").read_text())["line"] == 2
+    _do(config, tmp_path, "export", file="")
+    assert "2 items and 0 verdicts" in capsys.readouterr().out
+    assert len((tmp_path / "export.jsonl").read_text().splitlines()) == 3
+    with store.opened(str(tmp_path / "review.db")) as db:
+        assert [line["action"] for line in people.audit_log(db)][:2] == ["export", "import"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("action", "server", "did you mean 'serve'"),
+        ("role", "boss", "expected one of expert, senior, owner"),
+        ("format", "json", "did you mean 'jsonl'"),
+        ("columns", ("text",), "pairs"),
+        ("round", 0, "review.round"),
+        ("host", "0.0.0.0", "tls_cert"),
+        ("tls_cert", "cert.pem", "go together"),
+    ],
+)
+def test_config_is_checked(config, field: str, value: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config.review[field] = value
+        validation.validate(config)
+
+
+def test_what_is_missing_is_said(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for action, said in (("invite", "person=NAME"), ("import", "file=FILE")):
+        with pytest.raises(UserError, match=said):
+            _do(config, tmp_path, action)
+    config.review.tasks = ()
+    with pytest.raises(UserError, match="review.tasks is empty"):
+        _do(config, tmp_path, "serve")
+    config.workdir = "gs://bucket/run"
+    with pytest.raises(UserError, match="cannot be in Cloud Storage"):
+        experts._database(config, tmp_path)
+    monkeypatch.setitem(experts._NEEDS, "no_such_module_here", "Nothing")
+    with pytest.raises(UserError, match=r"needs Nothing: pip install 'jaxtune\[review\]'"):
+        _do(config, tmp_path, "serve")
+
+
+def test_report_stands_where_the_page_looks(config, tmp_path: Path) -> None:
+    pytest.importorskip("jaxtune.review.insight")
+    _do(config, tmp_path, "report")
+    assert (tmp_path / "review_report.html").read_text() == (tmp_path / "review" / "report.html").read_text()
+
+
+def test_serves_without_a_device_until_it_is_told_to_stop(config, tmp_path: Path) -> None:
+    """The first start prints a link for an owner, and so does the next, as long as none has a password."""
+    from tests.review.conftest import free_port
+
+    code = (
+        "import sys; from jaxtune import launch; code = launch.main(sys.argv[1:]); import jax; from jax._src import xla_bridge; "
+        "print('devices', xla_bridge.backends_are_initialized(), jax.config.jax_compilation_cache_dir); sys.exit(code)"
+    )
+    port = free_port()
+    flags = [f"--config={tmp_path / 'config.py'}", f"--config.review.port={port}", f"--workdir={tmp_path / 'run'}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    links = []
+    for _ in range(2):
+        command = [sys.executable, "-u", "-c", code, "review", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            links.append(
+                re.search(
+                    r"sign in as 'owner' by this link, which is good once: (\S+)", process.stdout.readline()
+                ).group(1)
+            )
+            assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
+            answer = _get(links[-1])
+            process.send_signal(signal.SIGINT)
+            said, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert "owner" in answer
+        assert process.returncode == 130, errors
+        assert "devices False None" in said
+    assert links[0] != links[1]
+    with store.opened(str(tmp_path / "run" / "review.db")) as db:
+        assert [(one.name, one.role) for one in people.everyone(db)] == [("owner", "owner")]
+        with pytest.raises(UserError, match="expired"):
+            people.invited(db, links[0].rsplit("/", 1)[1])
+
+
+def _get(url: str) -> str:
+    for _ in range(200):
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return answer.read().decode()
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError):
+                raise
+            time.sleep(0.05)
+    raise AssertionError("it does not answer")
