@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import sqlalchemy as sa
 
 from jaxtune import run, sweep, tracking, validation
@@ -26,7 +27,7 @@ from jaxtune.guidance import account, measuring, sampling, tracing, training
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance.folder import Round
 from jaxtune.lineage import stages
-from jaxtune.review import queue, store
+from jaxtune.review import active, queue, store
 from jaxtune.review import tasks as tasks_lib
 from jaxtune.review.record import Item
 from jaxtune.review.store import Engine
@@ -155,13 +156,13 @@ def _put(config: ConfigDict, one: Round, engine: Engine, tasks: Mapping[str, Tas
 
 
 def _rank(engine: Engine, items: Sequence[Item]) -> None:
-    """Has the items asked first of whose label the model is least sure; those that have a place in the order keep it."""
-    with store.writing(engine) as connection:
+    """Has those items asked first of whose label the model is least sure; what has a place in the order keeps it."""
+    with engine.connect() as connection:
         known = set(connection.scalars(sa.select(store.priorities.c.item)))
-        new = [(item.id, 1 - max(item.origin["shares"])) for item in items if item.id not in known]
-        rows = [{"item": one, "score": score, "reason": "uncertainty", "at": time.time()} for one, score in new]
-        if rows:
-            connection.execute(store.priorities.insert(), rows)
+    new = [item for item in items if item.id not in known]
+    if new:
+        unsure_N = active.entropy(np.asarray([item.origin["shares"] for item in new]))
+        active.write(engine, [item.id for item in new], unsure_N.tolist(), "entropy of the model's label")
 
 
 def _await(config: ConfigDict, one: Round, engine: Engine, tasks: Mapping[str, Task], what: str) -> None:

@@ -448,6 +448,30 @@ def test_a_reward_model_learns_from_ratings(config: ConfigDict, tmp_path: Path) 
         guide.guide(mine, Path("unused"))
 
 
+def test_the_unsure_are_asked_first_and_suggestions_stand_with_their_item(config: ConfigDict, tmp_path: Path) -> None:
+    folder = tmp_path / "rounds"
+    mine = in_folder(config, folder, compare_task="", prelabels=True)
+    mine.review.tasks = (
+        ("mood", (("kind", "label"), ("labels", ("bad", "good")), ("order", "priority"), ("prelabels", "show"))),
+    )
+    mine.train.beside = ()
+    with pytest.raises(Waiting):
+        guide.guide(mine, Path("unused"))
+    with store.opened(str(folder / "review.db")) as engine:
+        items = {item.id: item for item in store.read_items(engine, 1)}
+        person, every, scores = people.add(engine, "Ann", "expert"), tasks.read(mine.review.tasks), []
+        while (assigned := queue.assign(engine, person, every, 1)) is not None:
+            item = items[assigned.item.id]
+            suggested, shares = assigned.item.payload["prelabel"], item.origin["shares"]
+            assert suggested["score"] == max(shares)
+            assert suggested["labels"] == [("bad", "good")[shares.index(max(shares))]]
+            scores.append(max(shares))
+            given = Verdict(uuid.uuid4().hex, item.id, person.id, "label", {"labels": ["good"]}, {}, 0, 1.0)
+            queue.submit(engine, person, every, given)
+    assert len(scores) == 16
+    assert scores == sorted(scores)
+
+
 def test_every_objective_that_learns_from_preferences_has_its_rows() -> None:
     from jaxtune.train.preferences import READERS
 
