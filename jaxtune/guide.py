@@ -180,7 +180,8 @@ def _await(config: ConfigDict, one: Round, engine: Engine, tasks: Mapping[str, T
             f"round {one.number} waits for {what}: {account.missing(found)}. Serve the page with\n  {command}\nand run the same command again"
         )
     sweep.say(config, f"round {one.number} waits for {what}: {account.missing(found)}; the page is served meanwhile")
-    process = subprocess.Popen([sys.executable, "-m", "jaxtune.launch", *command.split()[1:]])
+    flags = ["review", f"--config={one.folder / 'review.json'}", f"--workdir={one.root}"]
+    process = subprocess.Popen([sys.executable, "-m", "jaxtune.launch", *flags])
     try:
         while not _enough(config, queue.open_items(engine, tasks, one.number)):
             if process.poll() is not None:

@@ -315,6 +315,54 @@ def test_the_command_line_ends_with_75_while_answers_are_missing(
     assert "fix 0 of 48 answers" in capsys.readouterr().err
 
 
+class Served:
+    """A page behind which experts sit, in the place of the process that serves it."""
+
+    def __init__(self, answer: Any, command: list[str]):
+        self.answer, self.command, self.ended, self.returncode = answer, command, False, 1
+        served.append(self)
+
+    def poll(self) -> int | None:
+        return self.answer()
+
+    def terminate(self) -> None:
+        self.ended = True
+
+    def wait(self) -> int:
+        return 0
+
+
+served: list[Served] = []
+
+
+def test_waiting_serves_the_page_until_enough_is_answered(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "rounds of mine"
+    mine = in_folder(config, folder, answers="rows", tasks=("fix",), wait=True, poll_seconds=0.01)
+    mine.train.beside = ()
+
+    def stop(config: ConfigDict, workdir: Path) -> None:
+        raise Stopped
+
+    def answered() -> None:
+        experts(folder, mine)
+
+    monkeypatch.setattr(guide.subprocess, "Popen", lambda command: Served(lambda: 1, command))
+    with pytest.raises(UserError, match="the page ended .exit code 1. before enough was answered"):
+        guide.guide(mine, Path("unused"), stop)
+    monkeypatch.setattr(guide.subprocess, "Popen", lambda command: Served(answered, command))
+    with pytest.raises(Stopped):
+        guide.guide(mine, Path("unused"), stop)
+    assert len(lines(folder / "round_01" / "data" / "train.jsonl")) == 16
+    assert all(one.ended for one in served)
+    assert served[-1].command[-3:] == [
+        "review",
+        f"--config={folder / 'round_01' / 'review.json'}",
+        f"--workdir={folder}",
+    ]
+
+
 def change(config: ConfigDict, **fields: Any) -> ConfigDict:
     made = config.copy_and_resolve_references()
     for key, value in fields.items():
