@@ -120,8 +120,8 @@ def items(
         made, lost = _task_items(config, one, task, rows, tokenizer, models, show)
         found, left_out[task.name] = [*found, *made], dict(lost)
     unique = list({item.id: item for item in found}.values())
-    for task, num in (Counter(item.task for item in found) - Counter(item.task for item in unique)).items():
-        left_out[task]["same_as_another"] = num
+    for name, num in (Counter(item.task for item in found) - Counter(item.task for item in unique)).items():
+        left_out[name]["same_as_another"] = num
     sampled = Sampled(unique, left_out, round(time.monotonic() - began, 1))
     folder_lib.write_json(about, {"left_out": left_out, "seconds": sampled.seconds})
     folder_lib.write_lines(path, [item._asdict() for item in unique])
