@@ -40,6 +40,31 @@ def review() -> ConfigDict:
 
 def guide() -> ConfigDict:
     c = ConfigDict()
+    c.folder = ""  # folder of the rounds, their ledger and (unless review.database is set) review.db; "" = the workdir
+    c.round = 1  # the round to begin or to go on with; it needs the one before to be trained
+    c.start_from = -1  # round whose result this one starts from; 0 = model.source; -1 = the round before
+    c.tasks = ()  # names of the tasks of review.tasks that this round asks; () = all but compare_task
+    c.rows = 200  # training rows of data.train that each task asks about, none that a round before asked; 0 = all
+    c.answers = "outputs"  # what edit, accept and rate show: outputs (the model's) | rows (the data's own answers)
+    c.candidates = 2  # outputs to a prompt that compare shows side by side, and that rate shows one by one
+    c.against = ""  # compare: adapter or model, by URI, whose output stands beside the model's; "" = all are its own
+    c.temperature = 1.0  # of these outputs
+    c.top_p = 1.0  # 1 = off
+    c.max_new_tokens = 64  # of an output
+    c.slots = 32  # outputs that are made side by side
+    c.prelabels = False  # label: the model's likeliest label stands with the item, with its probability; `prelabels` of the task says who sees it
+    c.enough = 1.0  # share of the answers wanted from which a round goes on
+    c.wait = False  # serve the page and wait for answers; False = say how to serve, and end with exit code 75
+    c.poll_seconds = 5.0  # wait: between two looks at what was answered
+    c.keep_flagged = ()  # types of flags with which an item may still train (bias, privacy, harm, wrong, off_guideline)
+    c.edits = "majority"  # several edits of one answer: majority (what more than half wrote) | each (a row for every different text)
+    c.pairs_from_edits = True  # an edited text is preferred over the answer that was shown
+    c.repeat_agreed = False  # a row is there once for each expert who agreed with it
+    c.trust = ()  # weights of people's answers by name, 1 where there is none: (("ann", 0.5), …); 0 = not used
+    c.compare_task = ""  # task, of kind compare, that sets this round's model blind beside the one before; "" = none
+    c.compare_rows = 50  # held-out prompts of that comparison; answers are made as `generate` says
+    c.trace = ""  # print where a trained row comes from, and do nothing else: its id, or file:line
+    c.show_names = False  # trace and report: people by their names; False = by a number of the folder's
     return c
 
 
