@@ -37,7 +37,20 @@ FLOORS = [
     {"weights", "generate", "checkpoint", "tracking", "report"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update", "experts", "guide", "judging", "bias_audit"},
+    {
+        "run",
+        "verbs",
+        "lr_find",
+        "sweep",
+        "merge",
+        "frontier",
+        "lineage",
+        "update",
+        "experts",
+        "guide",
+        "judging",
+        "bias_audit",
+    },
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -60,6 +73,7 @@ TOGETHER = {
     "update": {"lineage", "sweep"},
     "chips": {"types"},
     "frontier": {"sweep"},
+    "bias_audit": {"sweep"},
 }
 
 
