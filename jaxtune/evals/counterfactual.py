@@ -6,7 +6,6 @@ Rows are swapped, or put into frames, on the user's own data (`data/counterfactu
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,10 +46,11 @@ class Probes(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a model makes of a row: what it decides (None where it decides nothing) and a number (None where there is none)."""
+    """What a model makes of a row: what it decides (None where it decides nothing), a number (None where there is none), and whether it is right."""
 
     prediction: Any
     score: float | None
+    correct: bool | None = None
 
 
 def make(
@@ -78,28 +78,22 @@ def make(
     for column in columns:
         texts.check_column(rows[0][1], column, "audit.columns")
     for axis in axes:
-        told: Counter[str] = Counter(dict.fromkeys(("changed", "unchanged", "unsure"), 0))
+        kinds: dict[str, set[str]] = {"changed": set(), "unsure": set()}
         for a, b in axis.pairs():
-            group_a, group_b = axis.groups[a], axis.groups[b]
-            name = f"{axis.name}: {group_a}, {group_b}"
             taken = 0
             for row_id, row in rows:
                 other, found = texts.swap_row(row, axis, a, b, columns, keep)
-                told["unsure" if found.unsure else "changed" if found.changed else "unchanged"] += 1
-                if not found.changed or (limit and taken >= limit):
-                    continue
-                taken += 1
-                original_is_b = found.found == {group_b}
-                direction = (
-                    MIXED
-                    if len(found.found) > 1
-                    else f"{group_b} to {group_a}"
-                    if original_is_b
-                    else f"{group_a} to {group_b}"
-                )
-                first, second = (other, row) if original_is_b else (row, other)
-                compared.append(Probe(row_id, name, number(first), number(second), direction, original_is_b))
-        counts[axis.name] = dict(told)
+                if found.unsure or found.changed:
+                    kinds["unsure" if found.unsure else "changed"].add(row_id)
+                if found.changed and (not limit or taken < limit):
+                    taken += 1
+                    compared.append(
+                        _swapped(
+                            row_id, axis.name, (axis.groups[a], axis.groups[b]), found.found, number(row), number(other)
+                        )
+                    )
+        counts[axis.name] = {kind: len(ids) for kind, ids in kinds.items()}
+        counts[axis.name]["unchanged"] = len(rows) - len(kinds["changed"] | kinds["unsure"])
     for column, template, axis in templates:
         for row_id, row in rows[: limit or None]:
             texts.check_column(row, column, "audit.templates")
@@ -121,6 +115,16 @@ def make(
     return Probes(versions, compared, counts)
 
 
+def _swapped(
+    row_id: str, axis: str, groups: tuple[str, str], found: frozenset[str], original: int, other: int
+) -> Probe:
+    """The probe of a row and its swapped version, the first group's version first."""
+    turned = found == {groups[1]}
+    direction = MIXED if len(found) > 1 else f"{groups[1]} to {groups[0]}" if turned else f"{groups[0]} to {groups[1]}"
+    first, second = (other, original) if turned else (original, other)
+    return Probe(row_id, f"{axis}: {groups[0]}, {groups[1]}", first, second, direction, turned)
+
+
 def examples(probes: Probes, data: ConfigDict) -> list[Example]:
     """The versions as examples, whose ids are their numbers."""
     plain = data.copy_and_resolve_references()
@@ -139,16 +143,18 @@ def held(config: ConfigDict, probes: Probes, labels: Sequence[str], tokenizer: A
     Raises:
       UserError: a model or metric whose answers cannot be compared.
     """
+    kind = config.train.objective if config.train.objective == "contrastive" else reader.kind
+    if kind not in ("next", "label", "labels", "number") or config.eval.metric == "reward":
+        raise UserError(
+            f"train.objective={config.train.objective!r} with eval.metric={config.eval.metric!r} gives a row neither a label, nor a number, a "
+            "likelihood or a text, which probes compare: give the model a head with labels (train.objective='classify'), choose another "
+            "eval.metric, or set audit.groups=()"
+        )
     own = config.copy_and_resolve_references()
     own.eval.limit, own.eval.split, own.eval.labels = 0, "test", tuple(labels)
     splits = pipeline.Splits([], [], examples(probes, config.data), {})
     found = measure.held_out(own, splits, tokenizer, reader)
     assert found is not None
-    if found.metric not in ("labels", "label", "number", "perplexity", "exact_match"):
-        raise UserError(
-            f"probes cannot be measured by {found.metric!r}: they compare a label, a number, a text's likelihood or a generated answer; set "
-            "eval.metric, give the model a head with labels (model.head='sequence'), or set audit.groups=()"
-        )
     return found
 
 
@@ -172,21 +178,26 @@ def answers(result: tasks.Result, label: str) -> list[Answer]:
         if "scores" in row:
             scores = np.asarray(list(row["scores"].values()), np.float64)
             shares = np.exp(scores - scores.max())
-            found.append(Answer(row["prediction"], float((shares / shares.sum())[list(row["scores"]).index(label)])))
+            found.append(
+                Answer(
+                    row["prediction"], float((shares / shares.sum())[list(row["scores"]).index(label)]), row["correct"]
+                )
+            )
         elif "probabilities" in row:
-            found.append(Answer(list(row["prediction"]), float(row["probabilities"][label])))
+            found.append(Answer(list(row["prediction"]), float(row["probabilities"][label]), row["correct"]))
         elif "nll_sum" in row:
             found.append(Answer(None, -float(row["nll_sum"]) / max(1, row["num_tokens"])))
         elif isinstance(row["prediction"], int | float):
             found.append(Answer(None, float(row["prediction"])))
         else:
-            found.append(Answer(tasks.normalise(row["prediction"]), None))
+            found.append(Answer(tasks.normalise(row["prediction"]), None, row["correct"]))
     return found
 
 
 def figures(compared: Sequence[Probe], found: Sequence[Answer]) -> list[Figure]:
     """Of each axis, pair of groups and template: how often the answer flips, by how much scores differ (mean of the absolute gap), and to
-    whose side (the gap, second group minus first, of rows about one group), in all and in each direction.
+    whose side (the gap, second group minus first, of rows about one group), in all and in each direction. Beside it the accuracy of both
+    versions together: what a mitigation must not cost.
     """
     made: list[Figure] = []
     for name in dict.fromkeys(probe.name for probe in compared):
@@ -195,6 +206,9 @@ def figures(compared: Sequence[Probe], found: Sequence[Answer]) -> list[Figure]:
         if pairs[0][0].prediction is not None:
             flips = np.asarray([a.prediction != b.prediction for a, b in pairs], bool)
             made.append(Figure("probes", name, "flip rate", flips))
+        if pairs[0][0].correct is not None:
+            right = np.asarray([[a.correct, b.correct] for a, b in pairs], np.float64)
+            made.append(Figure("probes", name, "accuracy", right.mean(-1)))
         if pairs[0][0].score is None:
             continue
         first, second = (np.asarray([one[side].score for one in pairs], np.float64) for side in (0, 1))
