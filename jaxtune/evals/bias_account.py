@@ -81,9 +81,14 @@ def say(config: ConfigDict, told: Mapping[str, Any]) -> None:
         print(
             f"{_PARTS[part]} ({told['how'][part]})\n{tradeoff.columns(*table(told, part, short=True))}\n{_READ[part]}\n"
         )
-    print(
-        f"{headline(told)} ({config.eval.confidence:.0%} intervals; of such figures 1 in {1 / (1 - config.eval.confidence):.0f} would by chance alone)"
-    )
+    if told["figures"]:
+        print(f"{headline(told)} {by_chance(config)}")
+
+
+def by_chance(config: ConfigDict) -> str:
+    """What many intervals at once mean."""
+    share = 1 - config.eval.confidence
+    return f"Each interval leaves out the true value in {share:.0%} of samples: of 20 such figures without any bias about {20 * share:.2g} would be among them."
 
 
 def _parts(told: Mapping[str, Any]) -> list[str]:
@@ -137,7 +142,7 @@ def write(config: ConfigDict, workdir: Path, told: Mapping[str, Any]) -> None:
         )
     facts = {
         "name": f"{config.name}: audit for bias", "headline": headline(told) if told["figures"] else "", "about": told["about"],
-        "notices": [*told["notices"], *(f"{_PARTS[part]}: {_READ[part]}." for part in _parts(told))], "tables": tables,
+        "notices": [*told["notices"], by_chance(config), *(f"{_PARTS[part]}: {_READ[part]}." for part in _parts(told))], "tables": tables,
         "config": config.to_dict(),
     }  # fmt: skip
     with tracking.writing(workdir / "report.html"):

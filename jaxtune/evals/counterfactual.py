@@ -18,6 +18,7 @@ from jaxtune.data.counterfactual import Axis, Row
 from jaxtune.data.formats import Example, to_examples
 from jaxtune.evals import measure, tasks
 from jaxtune.evals.figures import Figure
+from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError, nearest
 
 MIXED = "both"  # the direction of a row that has words of both groups
@@ -144,11 +145,11 @@ def held(config: ConfigDict, probes: Probes, labels: Sequence[str], tokenizer: A
       UserError: a model or metric whose answers cannot be compared.
     """
     kind = config.train.objective if config.train.objective == "contrastive" else reader.kind
-    if kind not in ("next", "label", "labels", "number") or config.eval.metric == "reward":
+    if kind not in ("next", "label", "labels", "number") or rows_lib.judged(config):
         raise UserError(
             f"train.objective={config.train.objective!r} with eval.metric={config.eval.metric!r} gives a row neither a label, nor a number, a "
-            "likelihood or a text, which probes compare: give the model a head with labels (train.objective='classify'), choose another "
-            "eval.metric, or set audit.groups=()"
+            "likelihood or a text, which probes compare: set train.objective to 'sft' or, with a head of labels, 'classify', another eval.metric, "
+            "or audit.groups=()"
         )
     own = config.copy_and_resolve_references()
     own.eval.limit, own.eval.split, own.eval.labels = 0, "test", tuple(labels)
