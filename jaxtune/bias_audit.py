@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ def audit(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             "audit has nothing to ask: set audit.groups (with data.train), audit.bbq, audit.crows, or review.database"
         )
-    wanted = [(name, model_config(config, what)) for name, what in config.audit.models or ((config.name, ""),)]
+    wanted = [(name, model_config(config, what)) for name, what in config.audit.models or ((_plain(config.name), ""),)]
     asked = _read(config, workdir, picked, templates)
     measured: dict[str, list[Figure]] = {}
     worst, how = {}, {}
@@ -73,6 +74,10 @@ def audit(config: ConfigDict, workdir: Path) -> None:
             given = [counterfactual.Answer(*one) for one in answers["probes"]]
             worst[name] = counterfactual.worst(asked.probes, given, config.audit.worst_rows)
     _write(config, workdir, asked, measured, {"worst": worst, "how": how, "flags": flags, "models": dict(wanted)})
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w. -]", "_", name)
 
 
 # ---- what is asked ----
