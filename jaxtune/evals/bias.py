@@ -269,10 +269,10 @@ def bbq_figures(rows: Sequence[dict[str, Any]]) -> list[Figure]:
             mine = [row for row in rows if row["ambiguous"] == ambiguous and name in ("all", row["category"])]
             if not mine:
                 continue
-            made.append(Figure("bbq", name, f"accuracy, {told}", np.asarray([row["correct"] for row in mine], bool)))
-            made.append(
-                Figure("bbq", name, metric, np.asarray([row["lean"] for row in mine], np.float64), statistic, 0.0)
-            )
+            right, lean = (np.asarray([row[key] for row in mine]) for key in ("correct", "lean"))
+            made.append(Figure("bbq", name, f"accuracy, {told}", right))
+            leans = "rows" if ambiguous else "answers"
+            made.append(Figure("bbq", name, metric, lean.astype(np.float64), statistic, 0.0, leans=leans))
     return made
 
 
@@ -299,9 +299,11 @@ def read_crows(path: Path, kinds: Sequence[str], limit: int) -> list[Sentences]:
             )
         )
     known = sorted({one.kind for one in found})
-    for name in kinds:
-        if name not in known:
-            raise UserError(f"audit.crows_types has {name!r}{nearest(name, known)}; {path.name} has {', '.join(known)}")
+    unknown = next((name for name in kinds if name not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"audit.crows_types has {unknown!r}{nearest(unknown, known)}; {path.name} has {', '.join(known)}"
+        )
     found = [one for one in found if not kinds or one.kind in kinds]
     if not found:
         raise UserError(f"{path} holds no pair of sentences")

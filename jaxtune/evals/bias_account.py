@@ -25,15 +25,19 @@ _READ = {
 
 
 def found(measured: Mapping[str, Sequence[Figure]], options: dict[str, Any]) -> dict[str, Any]:
-    """Returns `figures` of each model, and `differences` of each but the first from the first on the same rows."""
-    first = next(iter(measured))
-    base = figures_lib.by_key(measured[first])
+    """Returns `figures` of each model, and `differences` on the same rows: of each from the first, and from the one before it."""
+    names = list(measured)
+    pairs = [(names[0], name) for name in names[1:]] + list(zip(names[1:], names[2:], strict=False))
+    sides = {name: figures_lib.by_key(each) for name, each in measured.items()}
     return {
         "figures": {name: [figures_lib.estimate(one, options) for one in each] for name, each in measured.items()},
         "differences": {
-            f"{name} - {first}": [figures_lib.compare(base[one.key], one, options) for one in each if one.key in base]
-            for name, each in measured.items()
-            if name != first
+            f"{after} - {before}": [
+                figures_lib.compare(sides[before][key], one, options)
+                for key, one in sides[after].items()
+                if key in sides[before]
+            ]
+            for before, after in pairs
         },
     }
 

@@ -19,7 +19,8 @@ class Figure(NamedTuple):
 
     column: of each row what `statistic` reduces. against: a second column, which the first is compared with row by row (the scores of
     both versions of a row); the figure is then the difference. nothing: the value at which nothing is shown (0.5 of a
-    preference, 0 of a gap); None where no value is that.
+    preference, 0 of a gap); None where no value is that. leans: the column is of 1, -1 and 0, where 0 counts
+    among the "rows" or is none of the "answers"; "" of another column.
     """
 
     part: str
@@ -29,6 +30,7 @@ class Figure(NamedTuple):
     statistic: statistics.Statistic = statistics.mean
     nothing: float | None = None
     against: np.ndarray | None = None
+    leans: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -42,7 +44,8 @@ class Figure(NamedTuple):
 def estimate(figure: Figure, options: dict[str, Any]) -> dict[str, Any]:
     """Returns part, name, metric, rows, value, low, high, `interval` (how it was made), and p with its test where there is one.
 
-    Shares of rows have Wilson's interval, for a bootstrap of few rows that are all alike has none; all else a percentile bootstrap.
+    Shares of rows have Wilson's interval, and so have leans that are all alike, for a bootstrap of few such rows has no width; all else
+    has a percentile bootstrap.
     """
     values = figure.values
     told = {"part": figure.part, "name": figure.name, "metric": figure.metric, "rows": len(values)}
@@ -52,11 +55,24 @@ def estimate(figure: Figure, options: dict[str, Any]) -> dict[str, Any]:
         if figure.nothing == 0.5:
             told |= {"p": statistics.mcnemar(~values, values), "test": "exact sign test"}
     else:
-        told |= {**statistics.bootstrap(figure.statistic, values, **options)._asdict(), "interval": "bootstrap"}
+        found, how = statistics.bootstrap(figure.statistic, values, **options), "bootstrap"
+        if figure.leans and len(set(values[values != 0])) < 2 and found.low == found.high:
+            found, how = _alike(values, figure.leans == "rows", options["confidence"]), "Wilson, for all are alike"
+        told |= {**found._asdict(), "interval": how}
         if figure.against is not None:
             p = statistics.paired_permutation(figure.against, figure.column, seed=options["seed"])
             told |= {"p": p, "test": "paired permutation"}
     return told | {"nothing": figure.nothing}
+
+
+def _alike(values_M: np.ndarray, zeros_count: bool, confidence: float) -> Estimate:
+    """The interval of leans that are all alike, zeros apart, from Wilson's of no row that leans another way; of no rows all there can be."""
+    num, value = int((values_M != 0).sum()), float(np.sign(values_M.sum()))
+    if value:
+        reach = 2 * statistics.wilson(0, num, confidence).high
+        return Estimate(value, value - reach, value) if value > 0 else Estimate(value, value, value + reach)
+    reach = statistics.wilson(0, len(values_M), confidence).high if zeros_count else 1.0
+    return Estimate(0.0, -reach, reach)
 
 
 def compare(before: Figure, after: Figure, options: dict[str, Any]) -> dict[str, Any]:

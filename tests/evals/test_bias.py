@@ -284,3 +284,22 @@ def test_differences_are_paired_and_wilsons_interval_is_the_published_one() -> N
     half = figures.estimate(before._replace(column=np.asarray([True, False] * 5)), OPTIONS)
     assert (half["low"], half["high"]) == pytest.approx((0.236593, 0.763407), abs=1e-6)
     assert math.isclose(half["value"], 0.5)
+
+
+def test_few_rows_that_lean_alike_are_not_sure() -> None:
+    """A bootstrap of them would have no width."""
+    share = 3.8414588 / (4 + 3.8414588)  # Wilson's upper end of 0 of 4
+    one = figures.Figure("bbq", "all", "s_DIS", np.asarray([1.0, 1.0, 0.0, 1.0, 1.0]), bias.s_dis, 0.0, leans="answers")
+    told = figures.estimate(one, OPTIONS)
+    assert (told["value"], told["low"], told["high"]) == (1.0, pytest.approx(1 - 2 * share), 1.0)
+    told = figures.estimate(one._replace(column=-one.column), OPTIONS)
+    assert (told["value"], told["low"], told["high"]) == (-1.0, -1.0, pytest.approx(2 * share - 1))
+    told = figures.estimate(one._replace(column=np.zeros(5)), OPTIONS)
+    assert (told["value"], told["low"], told["high"]) == (0.0, -1.0, 1.0)  # nothing is known
+    told = figures.estimate(one._replace(column=np.zeros(4), statistic=bias.s_amb, leans="rows"), OPTIONS)
+    assert (told["low"], told["high"]) == (
+        pytest.approx(-share),
+        pytest.approx(share),
+    )  # "unknown" four times is something
+    mixed = figures.estimate(one._replace(column=np.asarray([1.0, -1.0, 1.0, 1.0])), OPTIONS)
+    assert mixed["interval"] == "bootstrap"
