@@ -78,6 +78,7 @@ TOGETHER = {
     "frontier": {"sweep"},
     "judging": {"verbs"},
     "model_card": {"report"},
+    "bias_audit": {"sweep"},
 }
 
 
