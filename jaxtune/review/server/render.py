@@ -34,8 +34,10 @@ def markdown(text: str) -> Markup:
     return Markup(_markdown().render(text))
 
 
-def moment(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+def moment(at: float) -> Markup:
+    """A time, which the page's script turns into the reader's own."""
+    exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    return Markup('<time datetime="{}">{} UTC</time>').format(exact, exact[:16].replace("T", " "))
 
 
 def span_of_time(seconds: float) -> str:
