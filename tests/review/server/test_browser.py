@@ -48,7 +48,7 @@ def opened(browser: Any, address: str) -> Iterator[Open]:
         size = {"width": width, "height": height}
         context = browser.new_context(viewport=size, color_scheme=theme, reduced_motion="reduce")
         contexts.append(context)
-        context.set_default_timeout(8000)
+        context.set_default_timeout(30_000)  # a busy machine is slow, and not wrong
         page = context.new_page()
         if loud:
             page.on("console", lambda one: said.append(one.text) if one.type in ("error", "warning") else None)
