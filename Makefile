@@ -20,9 +20,18 @@ setup: $(SETUP)  ## make the virtual environment and fill it from requirements.l
 quickstart: $(SETUP)  ## fine-tune a small model on real data, on this machine's CPU
 	$(BIN)/python -m jaxtune.launch --config=configs/quickstart.py --workdir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
+# What the tests of the experts' page need of the machine, and skip where it is not.
+define say_what_was_left_out
+@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || [ -n "$$JAXTUNE_TEST_POSTGRESQL" ] || \
+  echo "left out: the tests on PostgreSQL (Debian: apt-get install postgresql; or JAXTUNE_TEST_POSTGRESQL=postgresql://user@host/)"
+@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+  [ -n "$$JAXTUNE_CHROMIUM" ] || echo "left out: the tests in a browser (Debian: apt-get install chromium; or JAXTUNE_CHROMIUM=/path/to/it)"
+endef
+
 ifeq ($(HAS_ORACLE),1)
 test: $(ORACLE)  ## run every test, the comparisons with torch, TRL and PEFT included
 	$(PYTEST)
+	$(say_what_was_left_out)
 else
 test: test-core
 	@echo "left out: the tests marked 'oracle' (torch, TRL and PEFT are pinned for Python 3.11: make test PYTHON=python3.11)"
@@ -30,6 +39,7 @@ endif
 
 test-core: $(SETUP)  ## run the tests that need no torch
 	$(PYTEST) -m "not oracle"
+	$(say_what_was_left_out)
 
 lint: $(SETUP)  ## check style, format and types
 	$(BIN)/ruff check .

@@ -74,7 +74,7 @@ def get_config():
         ("layers", (), ("tune.train_layers", (tuple(range(10)), tuple(range(10, 20)), tuple(range(20, 30))))),
         ("kl_base", (), ("retain.penalties", ((("kl_base", 0.1),), (("kl_base", 1.0),), (("kl_base", 10.0),)))),
         ("l2_start", (), ("retain.penalties", ((("l2_start", 0.01),), (("l2_start", 0.1),), (("l2_start", 1.0),)))),
-        ("ewc", (("retain.fisher_data", (("data.train", WIKIPEDIA), *REPLAYED)),), ("retain.penalties", ((("ewc", 1e2),), (("ewc", 1e4),), (("ewc", 1e6),)))),
+        ("ewc", (("retain.fisher_data", (("data.train", WIKIPEDIA), *REPLAYED[:2], ("data.limit", 100))),), ("retain.penalties", ((("ewc", 1e2),), (("ewc", 1e4),), (("ewc", 1e6),)))),
         ("replay", (), ("retain.replay", tuple(((WIKIPEDIA, share, REPLAYED),) for share in (0.125, 0.25, 0.5)))),
         ("wise_ft", (), ("merge.sweep", (0.25, 0.5, 0.75))),
     )  # fmt: skip

@@ -11,6 +11,8 @@ whoever asks. People, invites, sessions and leases may change; what changes in t
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -105,18 +107,22 @@ def opened(url: str) -> Iterator[Engine]:
 
 
 def connect(url: str) -> Engine:
-    """Returns the engine; nothing is read or written yet. See `opened`."""
+    """Returns the engine; nothing is read or written yet. See `opened`. A password may be in PGPASSWORD instead of the URL."""
     if "://" not in url:
-        Path(url).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{Path(url).expanduser()}"
+        url = f"sqlite:///{_private(Path(url).expanduser())}"
     try:
         parsed = sa.make_url(url)
-    except exc.ArgumentError:
-        raise UserError(f"{url!r} is no database; expected a file's path or postgresql://user@host/name") from None
+    except (exc.ArgumentError, ValueError):
+        raise UserError(
+            f"{_without_password(url)!r} is no database; expected a file's path or postgresql://user@host/name"
+        ) from None
     if parsed.get_backend_name() == "postgresql":
-        return sa.create_engine(
-            parsed.set(drivername="postgresql+pg8000"), pool_size=10, max_overflow=10, pool_pre_ping=True
-        )
+        if parsed.password is None and (password := os.environ.get("PGPASSWORD")):
+            parsed = parsed.set(password=password)
+        parsed = parsed.set(drivername="postgresql+pg8000")
+        engine = sa.create_engine(parsed, pool_size=10, max_overflow=10, pool_pre_ping=True)
+        sa.event.listen(engine, "connect", _set_up_postgresql)
+        return engine
     if parsed.get_backend_name() != "sqlite":
         raise UserError(f"{parsed.get_backend_name()!r} databases are not known here; expected sqlite or postgresql")
     engine = sa.create_engine(parsed, connect_args={"timeout": 30.0}, pool_size=10, max_overflow=10)
@@ -125,10 +131,30 @@ def connect(url: str) -> Engine:
     return engine
 
 
+def _private(path: Path) -> Path:
+    """The path of a file that, where it is new, its owner alone may read: it will hold hashes of passwords."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise UserError(
+            f"the review database {path} cannot be opened ({error.strerror}); expected the path of a file"
+        ) from error
+    return path
+
+
 def _set_up_sqlite(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # SQLAlchemy begins transactions, not sqlite3
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _set_up_postgresql(connection: Any, _: Any) -> None:
+    """Where the server would acknowledge before it has written, it is told not to."""
+    cursor, name = connection.cursor(), "synchronous_commit"
+    cursor.execute(f"SELECT set_config('{name}', 'on', false) WHERE current_setting('{name}') = 'off'")
+    cursor.close()
+    connection.commit()
 
 
 @contextmanager
@@ -149,32 +175,48 @@ def writing(engine: Engine) -> Iterator[sa.Connection]:
             with engine.begin() as connection:
                 yield connection
     except exc.DBAPIError as error:
-        if "full" in str(error.orig).lower() or "No space" in str(error.orig):
+        if is_full(error):
             raise UserError("the disk that holds the review database is full; nothing of this was written") from error
         raise
 
 
+def is_full(error: exc.DBAPIError) -> bool:
+    """Whether the disk is full, whatever language the database says it in."""
+    import sqlite3
+
+    given = error.orig.args[0] if error.orig is not None and error.orig.args else None
+    postgresql = isinstance(given, dict) and given.get("C") == "53100"
+    return postgresql or getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
 def _make_tables(engine: Engine, url: str) -> None:
+    told = f"the review database {_without_password(url)}"
     try:
         with writing(engine) as connection:
             if engine.dialect.name == "postgresql":
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7421)"))  # two that start at once
+            there = set(sa.inspect(connection).get_table_names())
+            if about.name not in there and (others := sorted(there & set(_META.tables))):
+                raise UserError(
+                    f"{told} has a table {others[0]!r} of something else; give review a database of its own"
+                )
+            if about.name in there:
+                found = connection.scalar(sa.select(about.c.value).where(about.c.key == "schema"))
+                if found != str(SCHEMA_VERSION):
+                    raise UserError(f"{told} has schema {found}; this jaxtune knows {SCHEMA_VERSION}")
+                return
             _META.create_all(connection)
-            found = connection.scalar(sa.select(about.c.value).where(about.c.key == "schema"))
-            if found is None:
-                connection.execute(about.insert().values(key="schema", value=str(SCHEMA_VERSION)))
-                for statement in _triggers(engine.dialect.name):
-                    connection.execute(sa.text(statement))
-    except (exc.OperationalError, exc.InterfaceError, exc.DatabaseError) as error:
-        raise UserError(f"the review database {_without_password(url)} cannot be opened: {error.orig}") from error
-    if found not in (None, str(SCHEMA_VERSION)):
-        raise UserError(
-            f"the review database {_without_password(url)} has schema {found}; this jaxtune knows {SCHEMA_VERSION}"
-        )
+            connection.execute(about.insert().values(key="schema", value=str(SCHEMA_VERSION)))
+            for statement in _triggers(engine.dialect.name):
+                connection.execute(sa.text(statement))
+    except exc.DBAPIError as error:
+        given = error.orig.args[0] if error.orig is not None and error.orig.args else error.orig
+        why = given.get("M", given) if isinstance(given, dict) else given
+        raise UserError(f"{told} cannot be opened: {why}") from error
 
 
 def _without_password(url: str) -> str:
-    return sa.make_url(url).render_as_string(hide_password=True) if "://" in url else url
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 def _triggers(dialect: str) -> Iterator[str]:
@@ -195,6 +237,12 @@ def _triggers(dialect: str) -> Iterator[str]:
                     f"CREATE TRIGGER {table}_stay_{action.lower()} BEFORE {action} ON {table} "
                     f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
                 )
+            # INSERT OR REPLACE deletes without a word to the trigger above; what is there by its id stays as it is
+            same = "number = NEW.number" + (" OR id = NEW.id" if "id" in _META.tables[table].c else "")
+            yield (
+                f"CREATE TRIGGER {table}_stay_replace BEFORE INSERT ON {table} "
+                f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {same}) BEGIN SELECT RAISE(IGNORE); END"
+            )
 
 
 def insert_new(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> int:

@@ -67,6 +67,9 @@ def postgresql() -> Iterator[str]:
     made = [programs / "initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
     subprocess.run(made, check=True, **quiet, **who)  # type: ignore[call-overload]
     options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder} -c max_connections=200"
+    options += (
+        " -c fsync=off -c full_page_writes=off"  # nobody here pulls the plug, and databases are made in half the time
+    )
     control = [programs / "pg_ctl", "-D", folder / "data", "-w", "-o", options]
     try:
         subprocess.run([*control, "start"], check=True, timeout=60, **quiet, **who)  # type: ignore[call-overload]

@@ -18,6 +18,7 @@ import pytest
 from jaxtune import experts, validation
 from jaxtune.review import people, store
 from jaxtune.types import UserError
+from tests.review.conftest import free_port
 
 CONFIG = """
 from jaxtune import config as config_lib
@@ -85,8 +86,8 @@ def test_invite_import_export(config, tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_config_is_checked(config, field: str, value: object, said: str) -> None:
+    config.review[field] = value
     with pytest.raises(UserError, match=said):
-        config.review[field] = value
         validation.validate(config)
 
 
@@ -111,41 +112,49 @@ def test_report_stands_where_the_page_looks(config, tmp_path: Path) -> None:
     assert (tmp_path / "review_report.html").read_text() == (tmp_path / "review" / "report.html").read_text()
 
 
-def test_serves_without_a_device_until_it_is_told_to_stop(config, tmp_path: Path) -> None:
+def test_serves_without_a_device_until_it_is_told_to_stop(tmp_path: Path, config, capsys) -> None:
     """The first start prints a link for an owner, and so does the next, as long as none has a password."""
-    from tests.review.conftest import free_port
-
     code = (
         "import sys; from jaxtune import launch; code = launch.main(sys.argv[1:]); import jax; from jax._src import xla_bridge; "
         "print('devices', xla_bridge.backends_are_initialized(), jax.config.jax_compilation_cache_dir); sys.exit(code)"
     )
     port = free_port()
-    flags = [f"--config={tmp_path / 'config.py'}", f"--config.review.port={port}", f"--workdir={tmp_path / 'run'}"]
+    flags = [f"--config={tmp_path / 'config.py'}", f"--config.review.port={port}", f"--workdir={tmp_path}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    command = [sys.executable, "-u", "-c", code, "review", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        first = _link_in(process.stdout.readline())
+        assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
+        answer = _get(first)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "owner" in answer
+    assert process.returncode == 130, errors
+    assert "devices False None" in said
+
+
+def test_link_for_an_owner_is_printed_until_one_has_a_password(config, tmp_path: Path, capsys, monkeypatch) -> None:
+    from jaxtune.review.server import app
+
+    monkeypatch.setattr(app, "serve", lambda *_: print("served"))
     links = []
     for _ in range(2):
-        command = [sys.executable, "-u", "-c", code, "review", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        try:
-            links.append(
-                re.search(
-                    r"sign in as 'owner' by this link, which is good once: (\S+)", process.stdout.readline()
-                ).group(1)
-            )
-            assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
-            answer = _get(links[-1])
-            process.send_signal(signal.SIGINT)
-            said, errors = process.communicate(timeout=30)
-        finally:
-            process.kill()
-        assert "owner" in answer
-        assert process.returncode == 130, errors
-        assert "devices False None" in said
-    assert links[0] != links[1]
-    with store.opened(str(tmp_path / "run" / "review.db")) as db:
+        _do(config, tmp_path, "serve")
+        links.append(_link_in(capsys.readouterr().out))
+    with store.opened(str(tmp_path / "review.db")) as db:
         assert [(one.name, one.role) for one in people.everyone(db)] == [("owner", "owner")]
         with pytest.raises(UserError, match="expired"):
             people.invited(db, links[0].rsplit("/", 1)[1])
+        people.accept_invite(db, links[1].rsplit("/", 1)[1], "correct horse battery")
+    _do(config, tmp_path, "serve")
+    assert capsys.readouterr().out == "served\n"
+
+
+def _link_in(said: str) -> str:
+    return re.search(r"sign in as 'owner' by this link, which is good once: (\S+)", said).group(1)
 
 
 def _get(url: str) -> str:
