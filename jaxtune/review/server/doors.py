@@ -68,7 +68,12 @@ def sign_in(request: Request, own: Own, name: _Text = "", password: _Text = "", 
 
 def _invite_page(request: Request, own: Server, token: str, problem: str = "", status: int = 200) -> Response:
     person = people.invited(own.engine, token)
-    values: dict[str, Any] = {"who": person.name, "token": token, "passwords": own.passwords, "shortest": people.MIN_PASSWORD}
+    values: dict[str, Any] = {
+        "who": person.name,
+        "token": token,
+        "passwords": own.passwords,
+        "shortest": people.MIN_PASSWORD,
+    }
     hours = f"{own.session_seconds / 3600:g}"
     return _form(request, "invite.html", "Welcome", status, problem=problem, hours=hours, **values)
 

@@ -58,7 +58,15 @@ def page(
     request: Request, template: str, title: str, caller: Caller | None = None, status: int = 200, **values: Any
 ) -> HTMLResponse:
     """A page, with the head and the links that its reader may follow."""
-    own: dict[str, Any] = {"title": title, "person": None, "csrf": "", "links": (), "here": request.url.path, "problem": "", "told": ""}
+    own: dict[str, Any] = {
+        "title": title,
+        "person": None,
+        "csrf": "",
+        "links": (),
+        "here": request.url.path,
+        "problem": "",
+        "told": "",
+    }
     if caller is not None:
         links = [(to, name) for role, to, name in _LINKS if people.may(caller.person, role)]
         own |= {"person": caller.person, "csrf": caller.csrf, "links": links}
