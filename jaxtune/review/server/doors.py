@@ -111,6 +111,13 @@ def _sentence(error: Exception) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
+@routes.post("/sign-out/everywhere")
+def sign_out_everywhere(caller: Expert, own: Own) -> Response:
+    """Ends all sessions of who asks: for those who left one open, or fear that somebody took it."""
+    people.end_all(own.engine, caller.person.id, by=caller.person.id, address=caller.address)
+    return RedirectResponse("/sign-in", 303)
+
+
 @routes.post("/sign-out")
 def sign_out(request: Request, caller: Expert, own: Own) -> Response:
     with own.engine.connect() as connection:

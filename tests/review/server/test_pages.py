@@ -146,6 +146,12 @@ def test_a_sign_in_takes_a_new_session_and_ends_the_old(visit: Visit) -> None:
     assert ben.get("/").status_code == 303
 
 
+def test_signing_out_on_all_devices(visit: Visit) -> None:
+    here, there, other = visit("Ben"), visit("Ben"), visit("Ada")
+    assert here.form("/sign-out/everywhere").headers["location"] == "/sign-in"
+    assert [one.get("/").status_code for one in (here, there, other)] == [303, 303, 200]
+
+
 def test_an_unknown_name_and_a_wrong_password_read_alike(visit: Visit) -> None:
     nobody = visit()
     texts = []
