@@ -23,7 +23,7 @@ class Panel(NamedTuple):
 
 
 def png(path: Path, panels: Sequence[Panel]) -> bool:
-    """Draws the panels side by side into a picture file; returns False, and draws nothing, without matplotlib (extra: report)."""
+    """Draws the panels in two columns into a picture file; returns False, and draws nothing, without matplotlib (extra: report)."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -87,8 +87,13 @@ def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
     series = list(dict.fromkeys(dot.series for cloud in drawings for dot in cloud.dots))
     colors = {name: colormaps["tab10"](number % 10) for number, name in enumerate(series)}
     shapes = {name: "osD^vP*X<>"[number % 10] for number, name in enumerate(series)}  # which a faded one keeps
-    drawn = Figure(figsize=(1.2 + 5 * len(drawings), 4.4), dpi=130, layout="constrained")
-    for axes, cloud in zip(drawn.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+    columns = 1 if len(drawings) == 1 else 2
+    lines = -(-len(drawings) // columns)
+    drawn = Figure(figsize=(6.2 * columns, 4.2 * lines + 0.6), dpi=110, layout="constrained")
+    every = drawn.subplots(lines, columns, squeeze=False).flat
+    for axes in list(every)[len(drawings) :]:
+        axes.set_axis_off()
+    for axes, cloud in zip(drawn.axes, drawings, strict=False):
         for dot in cloud.dots:
             color = "0.75" if dot.faded else colors[dot.series]
             spans = [[[max(0.0, value - low)], [max(0.0, high - value)]] for value, low, high in (dot.x, dot.y)]
@@ -115,7 +120,7 @@ def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
     for name, color in colors.items():
         axes.plot([], [], shapes[name], color=color, label=name)
-    drawn.legend(loc="outside lower center", ncols=min(len(series), 8), frameon=False, fontsize=8)
+    drawn.legend(loc="outside lower center", ncols=min(len(series), 4 * columns), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path)
     return True

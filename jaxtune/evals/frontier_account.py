@@ -27,7 +27,8 @@ def read(folder: Path, method: str, strength: str, run: Any) -> list[dict[str, A
     Raises:
       UserError: it has neither.
     """
-    of_run = {"method": method, "run": run.name}
+    penalties = {one[0] for one in run.config.retain.penalties}
+    of_run = {"method": method, "run": run.name, "holds_base_kl": "kl_base" in penalties}
     if (folder / "merge.json").exists():
         told = json.loads((folder / "merge.json").read_text("utf-8")).get("shares", ())
         return [
@@ -77,6 +78,7 @@ def compare(config: ConfigDict, told: Sequence[Mapping[str, Any]]) -> dict[str, 
                 "broken": list(point.broken),
                 "dominated": is_lost,
                 "base_kl": one.get("base_kl"),
+                "holds_base_kl": one.get("holds_base_kl", False),
             }
         )
     metric = options.metric or told[0].get("metric") or tradeoff.headline(told[0]["difference"])
@@ -86,7 +88,13 @@ def compare(config: ConfigDict, told: Sequence[Mapping[str, Any]]) -> dict[str, 
         "picked": picked.name if picked else None,
         "points": rows,
         "base_kl": _correlations(config, rows),
+        "base_kl_not_held": _correlations(config, free) if 0 < len(free := _not_held(rows)) < len(rows) else {},
     }
+
+
+def _not_held(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs whose loss has no `kl_base`: what a loss holds down is no measure of anything else any more."""
+    return [row for row in rows if not row["holds_base_kl"]]
 
 
 def _correlations(config: ConfigDict, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,11 +133,12 @@ def show(config: ConfigDict, workdir: Path, found: Mapping[str, Any]) -> None:
     ]
     print(tradeoff.columns(header, table))
     print("sets and retention: change relative to the base, below 0 is forgotten; retention is the mean over sets")
-    for name, told in found["base_kl"].items():
-        print(
-            f"base_kl against forgetting ({name}): Spearman {told['value']:+.2f} [{told['low']:+.2f}, {told['high']:+.2f}], "
-            f"p = {told['p']:.2g} over {told['points']} runs"
-        )
+    for which, runs in (("base_kl", "runs"), ("base_kl_not_held", "runs without kl_base in the loss")):
+        for name, told in found[which].items():
+            print(
+                f"base_kl against forgetting ({name}): Spearman {told['value']:+.2f} [{told['low']:+.2f}, {told['high']:+.2f}], "
+                f"p = {told['p']:.2g} over {told['points']} {runs}"
+            )
     _csv(workdir / "frontier.csv", rows, sets)
     _draw(workdir, found, rows, sets)
 
@@ -177,14 +186,16 @@ def _draw(workdir: Path, found: Mapping[str, Any], rows: Sequence[Mapping[str, A
     pictures.clouds(workdir / "frontier.png", panels)
     known = [row for row in rows if row["base_kl"] is not None and row["retention"]]
     if known:
-        dots = [
-            pictures.Dot(
-                (row["base_kl"],) * 3, span(row["retention"]), row["method"], marked=row["name"] == found["picked"]
+        panels = []
+        for name in ("retention", *sets):
+            dots = [
+                pictures.Dot((row["base_kl"],) * 3, span(row["retention"] if name == "retention" else row["changes"].get(name)),
+                             row["method"], faded=row["holds_base_kl"], marked=row["name"] == found["picked"])
+                for row in known
+            ]  # fmt: skip
+            told = (found["base_kl_not_held"] or found["base_kl"]).get(name)
+            title = ("all protected sets" if name == "retention" else name) + (
+                f": Spearman {told['value']:+.2f}" if told else ""
             )
-            for row in known
-        ]
-        title = "Live KL from the base against what was forgotten"
-        told = found["base_kl"].get("retention")
-        title += f": Spearman {told['value']:+.2f}" if told else ""
-        labels = ("base_kl, nats per token", "retention: mean relative change")
-        pictures.clouds(workdir / "base_kl.png", [pictures.Cloud(title, *labels, dots)])
+            panels.append(pictures.Cloud(title, "base_kl, nats per token", "relative change", dots))
+        pictures.clouds(workdir / "base_kl.png", panels)
