@@ -219,16 +219,18 @@ def measure(url: str, experts: int, seconds: float, kills: int, think: float) ->
     return figures(working, took) | {"kills": kills, "wrong": wrong(url, working)}
 
 
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+
+
 def figures(working: list[Expert], took: float) -> dict[str, Any]:
     sent = [one for expert in working for one in expert.sent]
-    at = lambda values, share: (
-        sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
-    )  # noqa: E731
     outcomes: Counter[str] = Counter()
     for expert in working:
         outcomes += expert.outcomes
     found = {
-        f"p{round(100 * share)}_ms": 1000 * at([one.seconds for one in sent], share) for share in (0.5, 0.95, 0.99)
+        f"p{round(100 * share)}_ms": 1000 * quantile([one.seconds for one in sent], share)
+        for share in (0.5, 0.95, 0.99)
     }
     found["longest_wait_seconds"] = max((one.waited for one in sent), default=float("nan"))
     return found | {"acknowledged": len(sent), "per_second": len(sent) / took, "outcomes": dict(outcomes)}

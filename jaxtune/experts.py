@@ -24,7 +24,7 @@ from jaxtune.workdir import write_whole
 
 _NEEDS = {
     "sqlalchemy": "SQLAlchemy", "pg8000": "pg8000", "argon2": "argon2-cffi", "fastapi": "FastAPI", "uvicorn": "uvicorn",
-    "python_multipart": "python-multipart",
+    "python_multipart": "python-multipart", "markdown_it": "markdown-it-py",
 }  # fmt: skip
 _FIRST_OWNER = "owner"  # name of the account that the first start makes
 _SHOWN = 5  # broken records that are printed

@@ -69,7 +69,11 @@ def history(request: Request, caller: Expert, own: Own, changed: str = "") -> Re
     lines = []
     for item, verdict in queue.history(own.engine, caller.person, own.round, _HISTORY):
         task = own.tasks.get(item.task)
-        told: dict[str, Any] = {"title": title(task) if task else item.task, "excerpt": views.excerpt(item), "id": verdict.id}
+        told: dict[str, Any] = {
+            "title": title(task) if task else item.task,
+            "excerpt": views.excerpt(item),
+            "id": verdict.id,
+        }
         told |= {"said": views.in_words(item, verdict), "kind": verdict.kind, "at": verdict.at}
         lines.append(told | {"change": task is not None and verdict.kind in places.ANSWERS})
     told_above = "The change is saved." if changed else ""

@@ -68,7 +68,12 @@ def sign_in(request: Request, own: Own, name: _Text = "", password: _Text = "", 
 
 def _invite_page(request: Request, own: Server, token: str, problem: str = "", status: int = 200) -> Response:
     person = people.invited(own.engine, token)
-    values: dict[str, Any] = {"who": person.name, "token": token, "passwords": own.passwords, "shortest": people.MIN_PASSWORD}
+    values: dict[str, Any] = {
+        "who": person.name,
+        "token": token,
+        "passwords": own.passwords,
+        "shortest": people.MIN_PASSWORD,
+    }
     hours = f"{own.session_seconds / 3600:g}"
     return _form(request, "invite.html", "Welcome", status, problem=problem, hours=hours, **values)
 
@@ -104,6 +109,13 @@ def accept_invite(request: Request, own: Own, token: str, password: _Text = "", 
 def _sentence(error: Exception) -> str:
     text = str(error)
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+@routes.post("/sign-out/everywhere")
+def sign_out_everywhere(caller: Expert, own: Own) -> Response:
+    """Ends all sessions of who asks: for those who left one open, or fear that somebody took it."""
+    people.end_all(own.engine, caller.person.id, by=caller.person.id, address=caller.address)
+    return RedirectResponse("/sign-in", 303)
 
 
 @routes.post("/sign-out")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import OrderedDict
+from time import monotonic
 from typing import Any
 
 MAX_BODY_BYTES = 1_000_000  # an edited answer of tasks.MAX_TEXT characters, four bytes each, and more
@@ -34,7 +34,7 @@ class Limiter:
 
     def _now(self, key: str) -> float:
         left, at = self._left.get(key, (self.burst, 0.0))
-        return min(self.burst, left + (time.monotonic() - at) * self.per_second)
+        return min(self.burst, left + (monotonic() - at) * self.per_second)
 
     def take(self, key: str) -> float:
         """Takes one; returns 0.0, or the seconds after which there will be one."""
@@ -50,7 +50,7 @@ class Limiter:
             self._put(key, min(self.burst, self._now(key) + 1.0))
 
     def _put(self, key: str, left: float) -> None:
-        self._left[key] = (left, time.monotonic())
+        self._left[key] = (left, monotonic())
         self._left.move_to_end(key)
         while len(self._left) > self._most_keys:
             self._left.popitem(last=False)

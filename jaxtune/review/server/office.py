@@ -23,7 +23,13 @@ _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; 
 
 
 def _people(request: Request, caller: Caller, own: Server, **values: Any) -> Response:
-    shown: dict[str, Any] = {"people": people.everyone(own.engine), "roles": ROLES, "link": "", "link_for": "", "days": ""} | values
+    shown: dict[str, Any] = {
+        "people": people.everyone(own.engine),
+        "roles": ROLES,
+        "link": "",
+        "link_for": "",
+        "days": "",
+    } | values
     return page(request, "people.html", "People", caller, **shown)
 
 

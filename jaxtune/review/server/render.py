@@ -34,8 +34,10 @@ def markdown(text: str) -> Markup:
     return Markup(_markdown().render(text))
 
 
-def moment(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+def moment(at: float) -> Markup:
+    """A time, which the page's script turns into the reader's own."""
+    exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    return Markup('<time datetime="{}">{} UTC</time>').format(exact, exact[:16].replace("T", " "))
 
 
 def span_of_time(seconds: float) -> str:
@@ -56,7 +58,15 @@ def page(
     request: Request, template: str, title: str, caller: Caller | None = None, status: int = 200, **values: Any
 ) -> HTMLResponse:
     """A page, with the head and the links that its reader may follow."""
-    own: dict[str, Any] = {"title": title, "person": None, "csrf": "", "links": (), "here": request.url.path, "problem": "", "told": ""}
+    own: dict[str, Any] = {
+        "title": title,
+        "person": None,
+        "csrf": "",
+        "links": (),
+        "here": request.url.path,
+        "problem": "",
+        "told": "",
+    }
     if caller is not None:
         links = [(to, name) for role, to, name in _LINKS if people.may(caller.person, role)]
         own |= {"person": caller.person, "csrf": caller.csrf, "links": links}

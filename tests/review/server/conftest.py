@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from jaxtune.review import people, store
 from jaxtune.review.server import app
 from tests.review.server import examples
+from tests.review.server.browser import binary, chromium, sign_in
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,3 +92,42 @@ def visit(made: FastAPI) -> Iterator[Callable[..., Visitor]]:
     yield visitor
     for client in clients:
         client.close()
+
+
+@pytest.fixture(scope="module")  # no longer: its event loop is in the way of others
+def browser() -> Iterator[Any]:
+    if binary() is None:
+        pytest.skip("Chromium is not here: install Debian's package chromium")
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def address(engine: store.Engine, tmp_path: Path) -> Iterator[str]:
+    known = examples.known(tmp_path / "letters.md", examples.GUIDELINE + examples.SCRIPT)
+    with examples.served(app.make(engine, known, examples.config(), str(tmp_path))) as found:
+        yield found
+
+
+@pytest.fixture
+def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """opened("Ben", width=320) is a page of a browser of its own, signed in; what its console says must be nothing."""
+    contexts, said = [], []
+
+    def page_of(name: str = "", width: int = 1280, height: int = 800, theme: str = "light", loud: bool = True) -> Any:
+        size = {"width": width, "height": height}
+        context = browser.new_context(viewport=size, color_scheme=theme, reduced_motion="reduce")
+        contexts.append(context)
+        context.set_default_timeout(30_000)  # a busy machine is slow, and not wrong
+        page = context.new_page()
+        if loud:
+            page.on("console", lambda one: said.append(one.text) if one.type in ("error", "warning") else None)
+            page.on("pageerror", lambda one: said.append(str(one)))
+        if name:
+            sign_in(page, address, name)
+        return page
+
+    yield page_of
+    for context in contexts:
+        context.close()
+    assert said == []

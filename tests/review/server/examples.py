@@ -131,7 +131,13 @@ def known(guideline: Path | None = None, text: str = GUIDELINE) -> dict[str, tas
 
 def fill(engine: store.Engine) -> None:
     """Some people who know the password, and all items."""
-    for name, role in (("Olive", "owner"), ("Selma", "senior"), ("Ben", "expert"), ("Ada", "expert"), ("Cleo", "expert")):
+    for name, role in (
+        ("Olive", "owner"),
+        ("Selma", "senior"),
+        ("Ben", "expert"),
+        ("Ada", "expert"),
+        ("Cleo", "expert"),
+    ):
         people.add(engine, name, role, password=PASSWORD)
     store.add_items(engine, items())
 

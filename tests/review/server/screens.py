@@ -79,6 +79,15 @@ def _owners(page: Any, address: str, save: Any) -> None:
         save(name)
 
 
+def _shrink(path: Path) -> None:
+    """A picture of few colours, a third of the size."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return
+    Image.open(path).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def main(folder: Path, wanted: set[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, store.opened(f"{temporary}/review.db") as engine:
@@ -90,14 +99,16 @@ def main(folder: Path, wanted: set[str] | None = None) -> None:
                 for theme in ("light", "dark"):
                     if wanted is not None and not any(one.endswith(f"_{size}_{theme}") for one in wanted):
                         continue
+                    size_of = {"width": width, "height": height}
                     with browser.new_context(
-                        viewport={"width": width, "height": height}, color_scheme=theme, reduced_motion="reduce"
+                        viewport=size_of, color_scheme=theme, reduced_motion="reduce", locale="en-GB", timezone_id="UTC"
                     ) as context:
                         page = context.new_page()
 
                         def save(name: str, page: Any = page, size: str = size, theme: str = theme) -> None:
                             if wanted is None or f"{name}_{size}_{theme}" in wanted:
                                 page.screenshot(path=folder / f"{name}_{size}_{theme}.png")
+                                _shrink(folder / f"{name}_{size}_{theme}.png")
 
                         _shots(page, address, save)
                         page.goto(f"{address}/")

@@ -17,7 +17,7 @@ from tests.review.server.conftest import Visitor
 
 PUBLIC = {"GET /sign-in", "POST /sign-in", "GET /invite/{token}", "POST /invite/{token}"}
 EXPERT = {
-    "GET /", "POST /sign-out", "GET /work/{name}", "GET /history", "GET /history/{verdict}", "POST /api/next", "POST /api/verdicts",
+    "GET /", "POST /sign-out", "POST /sign-out/everywhere", "GET /work/{name}", "GET /history", "GET /history/{verdict}", "POST /api/next", "POST /api/verdicts",
     "POST /api/undo", "POST /api/renew", "POST /api/release", "GET /api/guidelines/{number}",
 }  # fmt: skip
 SENIOR = {"GET /adjudicate"}

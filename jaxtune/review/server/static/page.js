@@ -33,6 +33,12 @@ find("#sign-out")?.addEventListener("submit", (event) => {
   kept.clear();
 });
 
+for (const one of document.querySelectorAll("time")) {
+  const at = new Date(one.dateTime);
+  one.title = one.textContent;
+  one.textContent = at.toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+}
+
 for (const copy of document.querySelectorAll("[data-copy]")) {
   copy.addEventListener("click", async () => {
     const field = find(copy.dataset.copy);

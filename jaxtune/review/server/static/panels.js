@@ -77,5 +77,5 @@ export function skipPanel(send) {
 
 /** Fills the overlay of keys. */
 export function keysPanel(lines) {
-  find("#keys-list").replaceChildren(...lines.flatMap(([keys, does]) => [el("dt", {}, ...keys.split(" ").map((one) => (one.length > 1 && /^(or|–|\+)$/.test(one)) || one === "–" || one === "+" ? ` ${one} ` : el("kbd", {}, one))), el("dd", {}, does)]));
+  find("#keys-list").replaceChildren(...lines.flatMap(([keys, does]) => [el("dt", {}, ...keys.split(" ").map((one) => /^(or|–|\+)$/.test(one) ? ` ${one} ` : el("kbd", {}, one))), el("dd", {}, does)]));
 }

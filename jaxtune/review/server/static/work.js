@@ -81,7 +81,7 @@ function hold(on) {
 async function send(kind, answer) {
   if (busy || !item) return;
   const verdict = { id: fresh(), item: item.item, task: task.name, kind, answer, seconds: time.seconds(), supersedes: kind === task.kind || kind === "skip" ? task.corrects || "" : "" };
-  clearTimeout(draftTimer);
+  if (kind !== "flag") clearTimeout(draftTimer);
   const survives = put(verdict);
   hold(true);
   const late = setTimeout(() => tell("Saving …", ""), 300);
@@ -92,8 +92,8 @@ async function send(kind, answer) {
       tell(trouble.status === 507 ? `Not saved: the server's disk is full. Your answer is ${where} and sent again.` : `Waiting to send. Your answer is ${where}.`, "waiting");
     });
     clearTimeout(late);
-    kept.drop(draftKey());
     hold(false);
+    if (kind !== "flag") kept.drop(draftKey());
     if (kind === "flag") return tell("Flag saved. You can still answer.", "saved");
     if (task.corrects) return location.assign("/history?changed=1");
     if (!("next" in found)) return next("");
