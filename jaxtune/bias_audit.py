@@ -21,7 +21,7 @@ from jaxtune import config as config_lib
 from jaxtune import fetch, sweep, tracking
 from jaxtune.config import ConfigDict
 from jaxtune.data import counterfactual as texts
-from jaxtune.data import pipeline
+from jaxtune.data import pipeline, privacy
 from jaxtune.data.counterfactual import Axis
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
@@ -92,7 +92,12 @@ def _read(config: ConfigDict, workdir: Path, axes: Sequence[Axis], templates: Se
     if axes:
         model = source.find(config)
         splits = pipeline.load(
-            config.data, rows_lib.paths(config), source.find_tokenizer(config, model), _show(config), keep_rows=True
+            config.data,
+            rows_lib.paths(config),
+            source.find_tokenizer(config, model),
+            _show(config),
+            keep_rows=True,
+            private=privacy.of(config.privacy),
         )
         labels = _labels(config, splits)
         keep = [one for one in (config.data.label_column, config.data.split_key) if one]

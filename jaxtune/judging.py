@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jaxtune import config as config_lib
 from jaxtune import fetch, report, verbs
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import pipeline, privacy, templates
 from jaxtune.data.formats import Example, read_examples
 from jaxtune.data.sources import read_rows
 from jaxtune.evals import measure, pairwise
@@ -136,7 +136,9 @@ def _is_file(uri: str) -> bool:
 def _prompts(config: ConfigDict) -> list[Example]:
     """Those of `judging.prompts`; else, where a model is to answer, the rows of `eval.split`."""
     if config.judging.prompts:
-        examples = read_examples(fetch.local(config.judging.prompts), config.data, answers=False)[0]
+        examples = read_examples(
+            fetch.local(config.judging.prompts), config.data, answers=False, private=privacy.of(config.privacy)
+        )[0]
     elif _is_file(config.judging.first) and _is_file(config.judging.second):
         return []
     elif not config.data.train:

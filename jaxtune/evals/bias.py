@@ -231,7 +231,7 @@ def prompted(
         | {"answer": one.answers[one.label], "answers": ", ".join(one.answers)}
         for one in questions
     ]
-    examples, _ = to_examples(enumerate(rows), "BBQ", data)
+    examples, _ = to_examples(enumerate(rows), "BBQ", data, private=None)
     both = [
         templates.continuations(example, one.answers, tokenizer)
         for example, one in zip(examples, questions, strict=True)

@@ -130,7 +130,7 @@ def examples(probes: Probes, data: ConfigDict) -> list[Example]:
     """The versions as examples, whose ids are their numbers."""
     plain = data.copy_and_resolve_references()
     plain.prepare = ""  # it has been done
-    made, _ = to_examples(enumerate(probes.rows), "version", plain)
+    made, _ = to_examples(enumerate(probes.rows), "version", plain, private=None)
     if len(made) != len(probes.rows):
         raise UserError(
             "a swapped row no longer has an answer (data.label_bins): leave the label's column out of audit.columns"

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from jaxtune import report, tracking
 from jaxtune.config import ConfigDict
+from jaxtune.data import privacy
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance.folder import Round
 from jaxtune.guidance.measuring import HELD_OUT, Measured
@@ -71,11 +72,12 @@ def write(
     """Writes report.html and report.json into the round's folder; returns what the terminal says."""
     line = one.line("round")
     assert line is not None
+    figures, agreed = _insight(config, one, engine, tasks)
     tables = [
         _became(line),
         _left_out(line),
         *_compared(compared),
-        *_insight(config, one, engine, tasks),
+        *agreed,
         _cost(line, compared),
     ]
     before, after, difference = {}, {}, {}
@@ -88,7 +90,8 @@ def write(
     facts: dict[str, Any] = {
         "name": f"{config.name}: round {one.number}", "about": _about(config, one, line), "notices": _notices(line, compared),
         "metric": measured.sets[0].metric if measured else None, "before": before, "after": after, "difference": difference,
-        "protected": _protected(measured), "tables": tables, "ledger": line, "comparison": compared, "config": config.to_dict(),
+        "protected": _protected(measured), "tables": tables, "ledger": line, "comparison": compared, "figures": figures,
+        "config": privacy.without_names(config.to_dict()),
     }  # fmt: skip
     with tracking.writing(one.folder / "report.html"):
         report.write(one.folder, {name: fact for name, fact in facts.items() if fact is not None})
@@ -168,7 +171,9 @@ def _compared(compared: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [_table("Blind comparison of the new model with the old", header, rows)]
 
 
-def _insight(config: ConfigDict, one: Round, engine: Engine, tasks: Tasks) -> list[dict[str, Any]]:
+def _insight(
+    config: ConfigDict, one: Round, engine: Engine, tasks: Tasks
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Who agreed with whom, as `review/insight.py` has it; all of it in a page of its own, `agreement/report.html`."""
     figures = insight.figures(engine, tasks, one.number)
     if not config.guide.show_names:
@@ -178,7 +183,7 @@ def _insight(config: ConfigDict, one: Round, engine: Engine, tasks: Tasks) -> li
     with tracking.writing(one.folder / "agreement" / "report.html"):
         (one.folder / "agreement").mkdir(exist_ok=True)
         report.write(one.folder / "agreement", page)
-    return [table for table in page["tables"] if _PAIRS not in table["title"]]
+    return figures, [table for table in page["tables"] if _PAIRS not in table["title"]]
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
