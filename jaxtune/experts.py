@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxtune import fetch
 from jaxtune.config import ConfigDict
+from jaxtune.data import privacy
 from jaxtune.review import tasks as tasks_lib
 from jaxtune.review.tasks import Task
 from jaxtune.types import UserError
@@ -103,7 +104,9 @@ def _import(config: ConfigDict, engine: Any, tasks: dict[str, Task], workdir: Pa
     if not c.file:
         raise UserError("what? Give --config.review.file=FILE, and its format if it is another than jsonl")
     path = fetch.local(c.file)
-    found = exchange.read_file(engine, tasks, path, c.format, c.task, c.round, tuple(c.columns))
+    hidden = privacy.of(config.privacy)
+    private = None if hidden is None else lambda payload: hidden.row(payload)[0]
+    found = exchange.read_file(engine, tasks, path, c.format, c.task, c.round, tuple(c.columns), private)
     print(
         f"{found.items} items are new, {found.known_items} were there; {found.verdicts} verdicts are new, "
         f"{found.known_verdicts} were there; {found.people} people were not known, and have closed accounts"

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from jaxtune import config as config_lib
 from jaxtune import fetch, hosts, validation, workdir
-from jaxtune.types import RESUME_EXIT_CODE, UserError, nearest
+from jaxtune.types import RESUME_EXIT_CODE, UserError, Waiting, nearest
 
 VERBS = {
     "train": "fine-tune, measure before and after, export, report (the default)",
@@ -86,6 +86,9 @@ def _run(arguments: list[str]) -> int:
         return code
     except UserError as error:
         return _refuse(str(error))
+    except Waiting as waiting:
+        print(waiting, file=sys.stderr)
+        return RESUME_EXIT_CODE
     except BrokenPipeError:  # who reads the output, `head` say, has seen enough
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()

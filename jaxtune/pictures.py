@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +121,52 @@ def clouds(path: Path, drawings: Sequence[Cloud]) -> bool:
     for name, color in colors.items():
         axes.plot([], [], shapes[name], color=color, label=name)
     drawn.legend(loc="outside lower center", ncols=min(len(series), 4 * columns), frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path)
+    return True
+
+
+class Forest(NamedTuple):
+    """A plot of estimates, (value, low, high) each, by name down the page; `series` are models, drawn beside each other in each name."""
+
+    title: str
+    x_label: str
+    names: Sequence[str]
+    series: Mapping[str, Sequence[tuple[float, float, float] | None]]  # of each name, or None where there is none
+    nothing: float | None = None  # a vertical line: the value at which nothing is shown
+
+
+def forests(path: Path, drawings: Sequence[Forest]) -> bool:
+    """Draws the forests side by side into a picture file; returns False, and draws nothing, without matplotlib (extra: report)."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    series = list(dict.fromkeys(name for one in drawings for name in one.series))
+    most = max(len(one.names) for one in drawings)
+    height = 1.3 + most * (0.16 + 0.14 * len(series))
+    drawn = Figure(figsize=(1.2 + 4.6 * len(drawings), max(2.6, height)), dpi=130, layout="constrained")
+    for axes, one in zip(drawn.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+        for number, name in enumerate(series):
+            for row, estimate in enumerate(one.series.get(name, ())):
+                if estimate is None:
+                    continue
+                y = row + (number - (len(series) - 1) / 2) * 0.7 / len(series)
+                color = colormaps["tab10"](number % 10)
+                axes.plot(estimate[1:], [y, y], color=color, linewidth=1.4)
+                axes.plot([estimate[0]], [y], "osD^vP*X"[number % 8], color=color, markersize=4.5)
+        if one.nothing is not None:
+            axes.axvline(one.nothing, color="0.4", linestyle="--", linewidth=0.9)
+        axes.set_yticks(range(len(one.names)), one.names, fontsize=8)
+        axes.set_ylim(len(one.names) - 0.4, -0.6)
+        axes.set(title=one.title, xlabel=one.x_label)
+        axes.grid(visible=True, axis="x", linewidth=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+        for number, name in enumerate(series):
+            axes.plot([], [], "osD^vP*X"[number % 8], color=colormaps["tab10"](number % 10), label=name)
+    handles, labels = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(series), 8), frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path)
     return True

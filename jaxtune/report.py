@@ -60,6 +60,20 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     _replace(folder / "report.html", environment.from_string(template).render(_page(plain, folder / "metrics.jsonl")))
 
 
+def in_words(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the page says of results, every number in words: headline, confidence, results, protected, training; and `plain` facts."""
+    plain = _plain(facts)
+    whole = {"train": {}, **plain} | {key: _known(plain.get(key, {})) for key in ("before", "after", "difference")}
+    return {
+        "plain": plain,
+        "headline": plain.get("headline") or _headline(whole),
+        "confidence": _confidence(whole),
+        "results": _results(whole),
+        "protected": [_protected(name, one) for name, one in whole.get("protected", {}).items()],
+        "training": _training(whole["train"]),
+    }
+
+
 def _page(facts: dict[str, Any], metrics_path: Path) -> dict[str, Any]:
     """Returns the template's variables, every number already in words."""
     sides = {key: _known(facts.get(key, {})) for key in ("before", "after", "difference")}

@@ -22,7 +22,7 @@ from jaxtune import checkpoint, fetch, optim, tracking, validation_methods, verb
 from jaxtune import config as config_lib
 from jaxtune.adapters import partition
 from jaxtune.config import ConfigDict
-from jaxtune.data import templates
+from jaxtune.data import privacy, templates
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.evals import account, fewshot, judge, measure, protected, retention, tasks
 from jaxtune.generate.logits import Sampling
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None
             write_whole(workdir / "config.json", given + "\n")
         with tracking.Tracker(
             workdir, config.tracking, total_steps=config.train.steps, first_step=int(state.step), is_main=is_main,
-            log_every_steps=config.train.log_every_steps, config=config.to_dict(),
+            log_every_steps=config.train.log_every_steps, config=privacy.without_names(config.to_dict()),
         ) as tracker:  # fmt: skip
             data = rounds.for_loop(config, workdir, rows, tokenizer, program, tracker.say, wall)
             cost.log_before(tracker, int(state.step))
@@ -128,10 +128,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
     cost.measure_tuned(params)
     tasks.write_predictions(workdir / "evaluation.jsonl", None, result)
     metrics = {name: estimate._asdict() for name, estimate in result.metrics.items()}
-    write_whole(
-        workdir / "evaluation.json",
-        json.dumps({"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts(), indent=2) + "\n",
-    )
+    told = {"model": what, "rows": len(result.rows), "metrics": metrics} | cost.facts()
+    if config.privacy.enabled:
+        found = verbs.list_private(workdir, [(config.eval.split, held.examples)])
+        print(f"personal data: {privacy.told(found)}")
+        told["privacy"] = found
+    write_whole(workdir / "evaluation.json", json.dumps(told, indent=2) + "\n")
     print(f"{what}, {len(result.rows)} rows of the {config.eval.split} split")
     print("\n".join([account.table(config, {what: result} | measure.beside(config, held)), *cost.lines()]))
     if config.meta.shots:
@@ -147,7 +149,8 @@ def generate(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             "generate needs --config.generate.input=FILE: prompts or chats, in any format that data.format reads"
         )
-    examples, _ = read_examples(fetch.local(config.generate.input), config.data, answers=False)
+    private = privacy.of(config.privacy)
+    examples, _ = read_examples(fetch.local(config.generate.input), config.data, answers=False, private=private)
     model = source.find(config)
     source.check_writes(model)
     tokenizer = source.find_tokenizer(config, model)
@@ -162,6 +165,8 @@ def generate(config: ConfigDict, workdir: Path) -> None:
     ]
     write_whole(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"{len(lines)} answers by {what} in {shown(config.workdir, workdir, output)}")
+    if private:
+        print(f"personal data: {privacy.told(verbs.list_private(workdir, [('input', examples)]))}")
 
 
 def chat(config: ConfigDict, workdir: Path) -> None:
@@ -210,6 +215,8 @@ def export(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"{config.workdir} holds no checkpoint: name the --workdir of a finished run")
     step, params = restored
     folder = start.write_result(config, workdir, model, tokenizer, program, params, frozen)
+    if config.card.enabled and jax.process_index() == 0:
+        account.card(config, workdir, folder)
     print(f"step {step} written to {shown(config.workdir, workdir, folder)}")
 
 

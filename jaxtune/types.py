@@ -87,6 +87,10 @@ class UserError(ValueError):
     """A mistake the user can mend. Says what came, what was expected and what to do; the launcher prints it alone."""
 
 
+class Waiting(Exception):
+    """Something is missing that people are to do; says what. Work is saved: the launcher ends with `RESUME_EXIT_CODE`."""
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:
     """Returns "; did you mean 'x' or 'y'?" for the known names nearest to `name`, or "" when none is near."""
     import difflib

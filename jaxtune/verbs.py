@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ import jax
 
 from jaxtune import checkpoint, optim, tracking, validation
 from jaxtune.config import ConfigDict
+from jaxtune.data import privacy
+from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks
 from jaxtune.train import fisher, goodput, guests, loop, references, sequences, start
@@ -30,6 +32,14 @@ def progress(config: ConfigDict) -> Callable[..., Iterator[Any]]:
 def say(config: ConfigDict, text: str) -> None:
     if jax.process_index() == 0 and config.tracking.progress != "off":
         print(text, file=sys.stderr, flush=True)
+
+
+def list_private(workdir: Path, splits: Sequence[tuple[str, Sequence[Example]]]) -> dict[str, Any]:
+    """Lists in personal_data.csv where the rows of these splits held personal data, and returns the counts."""
+    counts = privacy.counts(example.personal for _, examples in splits for example in examples)
+    found = [(split, one.row_id, one.personal) for split, examples in splits for one in examples if one.personal]
+    write_whole(workdir / "personal_data.csv", privacy.table(found))
+    return counts
 
 
 class Asked(NamedTuple):
@@ -58,6 +68,8 @@ def asked(config: ConfigDict, workdir: Path, wall: goodput.Wall) -> Asked:
         held = measure.held_out(config, rows.splits, tokenizer, reader)
         sets = protected.read(config, tokenizer, show, reader)
         validation.check_profile(config)
+    if config.privacy.enabled and jax.process_index() == 0:
+        list_private(workdir, [(name, getattr(rows.splits, name)) for name in ("train", "validation", "test")])
     if config.checkpoint.resume:
         with checkpoint.Checkpoints(config.workdir, config, rows.digest) as checkpoints:
             checkpoints.check()

@@ -49,7 +49,9 @@ def test_json_round_trip() -> None:
 
 
 def test_every_field_is_in_base_with_a_comment_and_none_is_read_by_get() -> None:
-    source = "".join(Path(m.__file__).read_text() for m in (config_lib, config_methods, config_retention, config_review))
+    source = "".join(
+        Path(m.__file__).read_text() for m in (config_lib, config_methods, config_retention, config_review)
+    )
     for key in config_lib.keys(config_lib.base()):
         assert f".{key.split('.')[-1]} = " in source
     sections = "|".join(config_lib.base().keys())

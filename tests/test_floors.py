@@ -34,10 +34,24 @@ FLOORS = [
     },
     {"sharding", "models", "data", "moments"},
     {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
-    {"weights", "generate", "checkpoint", "tracking", "report"},
+    {"weights", "generate", "checkpoint", "tracking", "report", "model_card"},
     {"train"},
     {"evals", "retrieval", "explain", "plan", "review", "serve", "selftrain"},
-    {"run", "verbs", "lr_find", "sweep", "merge", "frontier", "lineage", "update", "experts", "guide", "judging", "bias_audit"},
+    {
+        "run",
+        "verbs",
+        "lr_find",
+        "sweep",
+        "merge",
+        "frontier",
+        "lineage",
+        "update",
+        "experts",
+        "guide",
+        "guidance",
+        "judging",
+        "bias_audit",
+    },
     {"launch"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -58,8 +72,13 @@ TOGETHER = {
     "workdir": {"types"},
     "hosts": {"types"},
     "update": {"lineage", "sweep"},
+    "guide": {"guidance", "lineage", "run", "sweep"},
+    "guidance": {"lineage"},
     "chips": {"types"},
     "frontier": {"sweep"},
+    "judging": {"verbs"},
+    "model_card": {"report"},
+    "bias_audit": {"sweep"},
 }
 
 

@@ -14,6 +14,7 @@ from jaxtune import registry
 from jaxtune.config import ConfigDict
 from jaxtune.data import preference_rows
 from jaxtune.data.messages import Message, check_messages, check_tools, from_sharegpt
+from jaxtune.data.privacy import Finding, Private
 from jaxtune.data.sources import Row, folder_files, read_rows
 from jaxtune.types import UserError, nearest
 
@@ -41,11 +42,13 @@ class Example(NamedTuple):
     branches: tuple[Example, ...] = ()  # of a preference: with the chosen answer, with the rejected one
     margin: float = 0.0  # by how much the chosen answer is better
     desirable: bool | None = None  # whether this answer is one to be given; None = the row does not say
+    personal: tuple[Finding, ...] = ()  # personal data that the row held, and what became of it
 
 
 def read_examples(
-    path: Path, data: ConfigDict, answers: bool = True, keep_rows: bool = False, task_column: str | None = None
-) -> tuple[list[Example], Counter[str]]:
+    path: Path, data: ConfigDict, answers: bool = True, keep_rows: bool = False, task_column: str | None = None,
+    private: Private | None = None,
+) -> tuple[list[Example], Counter[str]]:  # fmt: skip
     """Returns the examples of one file, or of a folder's files by name, in their order; and the rows dropped by reason.
 
     Args:
@@ -54,19 +57,20 @@ def read_examples(
       answers: False also admits rows that have no answer yet (prompts to generate for).
       keep_rows: keep each example's row, for rewards to read; and what decides its split, without answers too.
       task_column: names a row's task; "" = the name of its file; None = tasks are not told apart.
+      private: what makes a row private (`privacy.of`), before anything but `data.prepare` sees it; what decides its split stays as it was.
 
     Raises:
       UserError: a bad row ("file:row: …"), or a file without rows.
     """
     path, columns = Path(path), tuple(data.columns)
     if not path.is_dir():
-        return to_examples(read_rows(path, columns), path.name, data, answers, keep_rows, task_column)
+        return to_examples(read_rows(path, columns), path.name, data, answers, keep_rows, task_column, private)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for file in folder_files(path, data.files):
         name = file.relative_to(path).as_posix()
         more, lost = to_examples(
-            read_rows(file, columns, lone_object=True), name, data, answers, keep_rows, task_column
+            read_rows(file, columns, lone_object=True), name, data, answers, keep_rows, task_column, private
         )
         examples += more
         dropped += lost
@@ -80,6 +84,7 @@ def to_examples(
     answers: bool = True,
     keep_rows: bool = False,
     task_column: str | None = None,
+    private: Private | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Returns the examples of numbered rows of the file called `name`, and the counts of rows dropped by reason."""
     examples: list[Example] = []
@@ -88,10 +93,11 @@ def to_examples(
     prepare = registry.function(data.prepare, "data.prepare") if data.prepare else None
     for number, given in rows:
         try:
-            row = _prepared(prepare, given, data.prepare) if prepare else given
-            if row is None:
+            whole = _prepared(prepare, given, data.prepare) if prepare else given
+            if whole is None:
                 dropped["by_data_prepare"] += 1
                 continue
+            row, personal = private.row(whole) if private else (whole, ())
             if convert is None:
                 convert = _CONVERTERS[detect(row, data, answers) if data.format == "auto" else data.format]
             example = convert(row, data, answers)
@@ -99,10 +105,11 @@ def to_examples(
                 dropped[example] += 1
             else:
                 # Prompts alone are not split, so need not have its column.
-                key = _split_text(row, data) if answers or keep_rows else ""
+                key = _split_text(whole, data) if answers or keep_rows else ""
                 task = "" if task_column is None else _task(row, task_column) if task_column else name
                 kept = row if keep_rows or not answers else None
-                examples.append(example._replace(row_id=f"{name}:{number}", split_key=key, task=task, row=kept))
+                example = example._replace(row_id=f"{name}:{number}", split_key=key, task=task, row=kept)
+                examples.append(example._replace(personal=personal) if personal else example)
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not examples and not dropped:

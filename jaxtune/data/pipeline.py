@@ -17,6 +17,7 @@ from jaxtune.data import readers, templates
 from jaxtune.data.batches import BatchSource, Rows, eval_batches, iterate, make_bins, padding_share
 from jaxtune.data.formats import Example, read_examples
 from jaxtune.data.messages import ROLES
+from jaxtune.data.privacy import Private
 from jaxtune.data.readers import Reader
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.types import UserError, nearest
@@ -54,13 +55,13 @@ def silent(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
 
 def load(
     data: ConfigDict, paths: dict[str, Path], tokenizer: Tokenizer, progress: Progress = silent, keep_rows: bool = False,
-    answers: bool = True, task_column: str | None = None,
+    answers: bool = True, task_column: str | None = None, private: Private | None = None,
 ) -> Splits:  # fmt: skip
     """Returns the examples of `paths` ("train", and optionally "eval" and "test") in three splits.
 
     A split without a file of its own is a share of the training rows, by a hash of each row's split key: it depends
     neither on the order of rows nor on any seed. Then `data.limit` keeps the training rows of the smallest hashes.
-    `task_column` is `read_examples`'s.
+    `task_column` and `private` are `read_examples`'s.
 
     Where rewards are to judge (`keep_rows`), examples keep their rows, and those of a test file need no answer; without
     `answers`, none needs one.
@@ -78,13 +79,13 @@ def load(
     for name in ("train", "eval", "test"):
         if name in paths:
             needs_answer = answers and not (keep_rows and name == "test")
-            read[name], lost = read_examples(paths[name], data, needs_answer, keep_rows, task_column)
+            read[name], lost = read_examples(paths[name], data, needs_answer, keep_rows, task_column, private)
             dropped.update(lost)
     test_share = 0.0 if "test" in read else data.test_fraction
     validation_share = 0.0 if "eval" in read else data.validation_fraction
     splits: dict[str, list[Example]] = {"train": [], "eval": read.get("eval", []), "test": read.get("test", [])}
     for example in progress(read["train"], len(read["train"]), "splitting"):
-        share = _share(_key(example, data.split_regex))
+        share = _share(_key(example, data.split_regex, hidden=private is not None))
         held_out = "test" if share < test_share else "eval" if share < test_share + validation_share else "train"
         splits[held_out].append(example)
     train = limited(splits["train"], data.limit)
@@ -102,7 +103,7 @@ def load(
     return Splits(train, splits["eval"], splits["test"], counts)
 
 
-def _key(example: Example, pattern: str) -> str:
+def _key(example: Example, pattern: str, hidden: bool) -> str:
     if not pattern:
         return example.split_key
     try:
@@ -110,7 +111,8 @@ def _key(example: Example, pattern: str) -> str:
     except re.error as error:
         raise UserError(f"data.split_regex {pattern!r} is not a regular expression: {error}") from None
     if not found:
-        raise UserError(f"{example.row_id}: data.split_regex {pattern!r} matches nothing in {example.split_key!r:.80}")
+        where = "what decides its split" if hidden else f"{example.split_key!r:.80}"
+        raise UserError(f"{example.row_id}: data.split_regex {pattern!r} matches nothing in {where}")
     return found.group(1) or "" if found.re.groups else found.group(0)
 
 
@@ -132,7 +134,7 @@ def _said(example: Example) -> str:
     the columns that some runs keep beside, for runs of any objective choose the same rows."""
 
     def bare(one: Example) -> Example:
-        return one._replace(row=None, branches=tuple(map(bare, one.branches)))
+        return one._replace(row=None, personal=(), branches=tuple(map(bare, one.branches)))
 
     e = bare(example)
     return json.dumps([*e[1:6], *filter(None, e[7:])], sort_keys=True, ensure_ascii=False, default=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -39,6 +40,17 @@ def folder_files(folder: Path, pattern: str = "") -> list[Path]:
         wanted = f"that matches data.files={pattern!r}" if pattern else f"of rows ({', '.join(SUFFIXES)})"
         raise UserError(f"folder {str(folder)!r} has no file {wanted}; it holds {names}")
     return found
+
+
+def sha256(path: Path, pattern: str = "") -> str:
+    """The SHA-256 of a file's bytes; of a folder, of its data files' names and bytes."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256()
+    for each in folder_files(path, pattern):
+        found.update(f"{each.relative_to(path)}\n{sha256(each)}\n".encode())
+    return found.hexdigest()
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = (), lone_object: bool = False) -> Iterator[tuple[int, Row]]:

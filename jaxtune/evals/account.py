@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import resource
 from collections import Counter
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import report, tracking
+import jaxtune
+from jaxtune import model_card, report, tracking
 from jaxtune.config import ConfigDict
-from jaxtune.data import bm25, pipeline, preferences
+from jaxtune.data import bm25, pipeline, preferences, privacy, sources
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, tasks
 from jaxtune.evals.retention import Retention
@@ -71,33 +74,38 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
         name: tasks.compare(other, after, **measure.intervals(config)) for name, other in run.beside.items() if after
     }
     unmeasured = [] if run.held else [f"There are {measure.nothing_held(config)}."]
+    facts = {
+        "name": config.name,
+        "about": _about(config, run),
+        "alerts": run.cost.alerts,
+        "notices": run.outcome.progress.notices
+        + run.cost.notices
+        + _data_notices(Counter(run.splits.counts) + Counter(run.data_counts))
+        + _round_notices(workdir / "metrics.jsonl")
+        + _searched(run.held)
+        + unmeasured,
+        "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,  # else the first
+        "before": before.metrics if before else {},
+        "after": after.metrics if after else {},
+        "difference": difference,
+        "beside": {name: {"metrics": run.beside[name].metrics, "difference": gap} for name, gap in against.items()},
+        "confusion": _confusion(before, after),
+        "train": _training(run),
+        "data": _data(run),
+        **_time(run),
+        "how_to": _how_to(config, run.model, place) if place else [],
+        **run.cost.facts(),
+        **_privacy(config, run.splits),
+        **_origin(config, run.model),
+        "config": privacy.without_names(config.to_dict()),
+        "examples": _examples(run.held, before, after, run.tokenizer),
+    }
+    known = {name: fact for name, fact in facts.items() if fact is not None}
     if config.tracking.report:
-        facts = {
-            "name": config.name,
-            "about": _about(config, run),
-            "alerts": run.cost.alerts,
-            "notices": run.outcome.progress.notices
-            + run.cost.notices
-            + _data_notices(Counter(run.splits.counts) + Counter(run.data_counts))
-            + _round_notices(workdir / "metrics.jsonl")
-            + _searched(run.held)
-            + unmeasured,
-            "metric": "macro_f1" if after and "macro_f1" in after.metrics else None,  # else the first
-            "before": before.metrics if before else {},
-            "after": after.metrics if after else {},
-            "difference": difference,
-            "beside": {name: {"metrics": run.beside[name].metrics, "difference": gap} for name, gap in against.items()},
-            "confusion": _confusion(before, after),
-            "train": _training(run),
-            "data": _data(run),
-            **_time(run),
-            "how_to": _how_to(config, run.model, place) if place else [],
-            **run.cost.facts(),
-            "config": config.to_dict(),
-            "examples": _examples(run.held, before, after, run.tokenizer),
-        }
         with tracking.writing(workdir / "report.html"):
-            report.write(workdir, {name: fact for name, fact in facts.items() if fact is not None})
+            report.write(workdir, known)
+    if run.folder and config.card.enabled:
+        model_card.write(run.folder, known)
     if after:
         print(table(config, ({"before": before} if before else {}) | {"after": after} | run.beside))
     for against_what, gaps in {
@@ -111,6 +119,18 @@ def write(config: ConfigDict, workdir: Path, run: Run) -> None:
     for line in run.cost.lines():
         print(line)
     print(f"result in {place}{where}" if place else f"no result{where}")
+
+
+def card(config: ConfigDict, workdir: Path, folder: Path) -> None:
+    """Writes the model card of what `export` wrote into `folder`, from the report of the run; without one there is nothing to tell."""
+    file = workdir / "report.json"
+    if not file.exists():
+        return
+    facts = json.loads(file.read_text("utf-8"))
+    is_adapter = (folder / "adapter_config.json").exists()
+    facts["config"] = {**config.to_dict()} | {"privacy": privacy.without_names(config.to_dict())["privacy"]}
+    facts.setdefault("model", {})["library"] = "peft" if is_adapter else "transformers"
+    model_card.write(folder, facts)
 
 
 def compare_runs(config: ConfigDict, first: tuple[Path, str], second: tuple[Path, str]) -> dict[str, dict[str, Any]]:
@@ -193,6 +213,50 @@ def _data(run: Run) -> dict[str, Any]:
             if n and name not in _NOT_DROPPED and not name.startswith(rows_lib.REPLAY)
         },
     }
+
+
+def _origin(config: ConfigDict, model: source.Model) -> dict[str, Any]:
+    """What the result was made from: files with their hashes, the base and its licence where that is known, and by which versions."""
+    files = [
+        {"split": split, "uri": config.data[split], "sha256": sources.sha256(path, config.data.files)}
+        for split, path in rows_lib.paths(config).items()
+    ]
+    auto, named = (
+        reading.auto_class(model.hf_config, config.train.objective),
+        str(model.hf_config.get("_name_or_path", "")),
+    )
+    is_adapter = config.tune.method in ("lora", "prompt") and not config.export.merge
+    whole = "sentence-transformers" if config.train.objective == "contrastive" else "transformers"
+    hub = (
+        model_card.dataset(model.uri)
+        if model.uri.startswith("hf:")
+        else named
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", named)
+        else ""
+    )
+    told = {"base": hub or model.uri, "auto_class": auto, "library": "peft" if is_adapter else whole}
+    readme = model.path / "README.md" if model.path and model.path.is_dir() else None
+    if readme and readme.exists():
+        told["license"] = str(model_card.split(readme.read_text("utf-8", "replace"))[0].get("license", ""))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "transformers")}
+    return {"files": files, "model": told, "versions": {"jaxtune": jaxtune.__version__, **versions}}
+
+
+def _privacy(config: ConfigDict, splits: pipeline.Splits) -> dict[str, Any]:
+    """The personal data that was found in the rows, in numbers and as a table of the page."""
+    if not config.privacy.enabled:
+        return {}
+    found = rows_lib.personal(splits)
+    header = ["Kind", "What became of it", *(f"In {split} rows" for split in found["by_split"])]
+    told = [
+        [kind, how, *(f"{one['found'].get(kind, {}).get(how, 0):,}" for one in found["by_split"].values())]
+        for kind, hows in found["found"].items()
+        for how in hows
+    ]
+    if not told:
+        return {"privacy": found}
+    title = f"Personal data in {found['rows']:,} rows"
+    return {"privacy": found, "tables": [{"title": title, "header": header, "rows": told, "plots": []}]}
 
 
 _NOT_DROPPED = (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxtune import fetch
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline
+from jaxtune.data import pipeline, privacy
 from jaxtune.data.formats import read_examples
 from jaxtune.data.readers import NEXT, Reader
 from jaxtune.data.tokenizer import Tokenizer
@@ -109,6 +109,7 @@ def read(
 def _read(config: ConfigDict, name: str, given: Any, tokenizer: Tokenizer, show: Any, reader: Reader) -> Protected:
     own, beside = filled(f"protect.sets, {name!r}", given)
     own.model, own.train.seed, own.tune.adapter = config.model, config.train.seed, config.tune.adapter
+    own.privacy = config.privacy
     headed = config.train.objective in (*start.HEADS, "contrastive")  # else a language model, however it is trained
     if headed:
         own.train.objective = config.train.objective
@@ -125,13 +126,13 @@ def _read(config: ConfigDict, name: str, given: Any, tokenizer: Tokenizer, show:
 
 def _splits(own: ConfigDict, tokenizer: Tokenizer, show: Any) -> pipeline.Splits:
     """The set's rows by split; a file of training rows is needed only where a share of it is what is asked for."""
-    answers, judged = own.eval.metric != "reward", rows_lib.judged(own)
+    answers, judged, private = own.eval.metric != "reward", rows_lib.judged(own), privacy.of(own.privacy)
     if own.data.train:
-        return pipeline.load(own.data, rows_lib.paths(own), tokenizer, show, judged, answers)
+        return pipeline.load(own.data, rows_lib.paths(own), tokenizer, show, judged, answers, private=private)
     found: dict[str, list[Any]] = {"train": [], "eval": [], "test": []}
     for split in ("eval", "test"):
         if own.data[split]:
-            found[split], _ = read_examples(fetch.local(own.data[split]), own.data, answers, judged)
+            found[split], _ = read_examples(fetch.local(own.data[split]), own.data, answers, judged, private=private)
     counts = {"train": 0, "validation": len(found["eval"]), "test": len(found["test"])}
     return pipeline.Splits(found["train"], found["eval"], found["test"], counts)
 

@@ -7,7 +7,9 @@ the statistic knows how many dims follow M.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,6 +163,20 @@ def bootstrap(
     samples_S = np.concatenate([resampled(rng.integers(num_rows, size=(size, num_rows))) for size in blocks])
     low, high = np.quantile(samples_S, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(statistic(*columns)), float(low), float(high))
+
+
+def wilson(hits: int, num: int, confidence: float = 0.95) -> Estimate:
+    """Returns a share of rows with Wilson's score interval (1927, doi:10.1080/01621459.1927.10502953), which holds for few rows too.
+
+    Raises:
+      UserError: there are no rows.
+    """
+    if not num:
+        raise UserError("no rows to measure; expected at least one")
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), hits / num
+    middle, width = share + z * z / (2 * num), z * math.sqrt(share * (1 - share) / num + (z / (2 * num)) ** 2)
+    low, high = ((middle + side * width) / (1 + z * z / num) for side in (-1, 1))
+    return Estimate(share, min(max(0.0, low), share), max(min(1.0, high), share))
 
 
 def difference(

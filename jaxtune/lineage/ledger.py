@@ -9,22 +9,17 @@ A release's number counts the released candidates from 1; release 0 is the base.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from jaxtune.lineage import chain
+from jaxtune.lineage.chain import Line
 from jaxtune.types import UserError
 from jaxtune.workdir import write_whole
 
-Line = dict[str, Any]
 FILE, TABLE, _LOCK = "ledger.jsonl", "ledger.md", ".lock"
 RELEASED = ("released", "forced")  # verdicts of candidates that became releases
-_BEFORE_ALL = "0" * 64
 _HEAD = "Last hash: "
 
 
@@ -47,20 +42,7 @@ def read(folder: Path) -> list[Line]:
                 "lineage's folder, or a path where there is nothing"
             )
         return []
-    lines: list[Line] = []
-    for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
-        where, previous = f"{path}:{number}", lines[-1]["hash"] if lines else _BEFORE_ALL
-        try:
-            line = json.loads(text)
-            right = line["hash"] == _hash(line), line["previous"] == previous
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{where} is no line of a ledger: {text[:60]!r}; put the file back as it was") from None
-        if not all(right):
-            what = "was changed" if not right[0] else "does not follow the line before it"
-            raise UserError(
-                f"{where} {what}: the ledger's chain of hashes is broken there; put the file back as it was"
-            )
-        lines.append(line)
+    lines = chain.read(path)
     _check_end(folder, lines)
     return lines
 
@@ -82,19 +64,9 @@ def append(folder: Path, lines: Sequence[Line], fields: Line) -> list[Line]:
     Raises:
       UserError: the disk is full.
     """
-    line = {"line": len(lines), "date": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
-    line["previous"] = lines[-1]["hash"] if lines else _BEFORE_ALL
-    line["hash"] = _hash(line)
-    every = [*lines, line]
-    write_whole(folder / FILE, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every))
+    every = chain.append(folder / FILE, lines, fields)
     render(folder, every)
     return every
-
-
-def _hash(line: Line) -> str:
-    body = {key: value for key, value in line.items() if key != "hash"}
-    text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- what the lines say ----
@@ -149,23 +121,9 @@ def opened(folder: Path) -> Iterator[int]:
     """
     read(folder)  # nothing is written into a folder that is no lineage
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a+") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            raise UserError(
-                f"an update of {folder} is at work ({who}, or the training that it started): wait for its end"
-            ) from None
-        except (ImportError, OSError):  # no locks here (Windows, some network disks)
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
-        file.flush()
-        yield file.fileno()
+    busy = f"an update of {folder} is at work ({{who}}, or the training that it started): wait for its end"
+    with chain.held(folder / _LOCK, busy) as lock:
+        yield lock
 
 
 # ---- the table ----

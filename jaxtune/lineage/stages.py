@@ -53,7 +53,8 @@ def read(config: ConfigDict, release: int, name: str, tokenizer: Tokenizer, show
     """
     paths = rows_lib.paths(config)
     files: Files = {
-        split: {"uri": config.data[split], "sha256": _sha256(path, config.data.files)} for split, path in paths.items()
+        split: {"uri": config.data[split], "sha256": sources.sha256(path, config.data.files)}
+        for split, path in paths.items()
     }
     splits = rows_lib.load(config, tokenizer, show, answers=config.train.objective not in ON_POLICY)
     of_train = sum(
@@ -67,17 +68,6 @@ def read(config: ConfigDict, release: int, name: str, tokenizer: Tokenizer, show
             f"{name}: {measure.nothing_held(config)}: later releases could not be held to what this one learns"
         )
     return stage
-
-
-def _sha256(path: Path, pattern: str) -> str:
-    """Of a file's bytes; of a folder, of its data files' names and bytes."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    found = hashlib.sha256()
-    for each in sources.folder_files(path, pattern):
-        found.update(f"{each.relative_to(path)}\n{_sha256(each, '')}\n".encode())
-    return found.hexdigest()
 
 
 _READ_BY = (
@@ -95,6 +85,10 @@ _READ_BY = (
 def _digest(config: ConfigDict, files: Files) -> str:
     by = {key: value for key, value in config.data.to_dict().items() if key not in _READ_BY}
     told = {"files": {split: one["sha256"] for split, one in files.items()}, "by": by}
+    if (
+        config.privacy.enabled
+    ):  # which rows are read as; the key is no one's to know, and a new one changes every surrogate
+        told["privacy"] = {key: value for key, value in config.privacy.to_dict().items() if not key.startswith("key_")}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 
 
@@ -115,7 +109,7 @@ def earlier(
     notes = []
     for line in lines:
         path = folder / line["config"]["path"]
-        if not path.exists() or _sha256(path, "") != line["config"]["sha256"]:
+        if not path.exists() or sources.sha256(path, "") != line["config"]["sha256"]:
             raise UserError(
                 f"{path}, by which release {line['release']} was made, is gone or was changed: put it back as it was"
             )

@@ -49,7 +49,7 @@ class Imported(NamedTuple):
 
 def read_file(
     engine: store.Engine, tasks: dict[str, Task], path: Path, format: str = "jsonl", task: str = "", round: int = 1,
-    columns: Sequence[tuple[str, str]] = (),
+    columns: Sequence[tuple[str, str]] = (), private: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Imported:  # fmt: skip
     """Imports a file; the audit log says which.
 
@@ -57,6 +57,7 @@ def read_file(
       task: of records that name none; "" = the config's only task.
       round: of records that name none.
       columns: how the file names what a task shows, as ((ours, theirs), …), such as (("text", "review"),).
+      private: masks personal data in what is shown, before it is kept.
 
     Raises:
       UserError: the file cannot be read, or nothing in it is a record of this format; the disk is full.
@@ -69,7 +70,14 @@ def read_file(
     above: dict[str, Item] = {}  # items of this file
     known = {parcel.guideline_hash(one["task"], one["text"]): one["number"] for one in _guidelines(engine)}
     reading = Reading(
-        tasks, task, round, dict(columns), path.name, lambda id: above.get(id) or _item(engine, id), known
+        tasks,
+        task,
+        round,
+        dict(columns),
+        path.name,
+        lambda id: above.get(id) or _item(engine, id),
+        known,
+        private=private,
     )
     counts = dict.fromkeys(Imported._fields[:5], 0)
     broken: list[Broken] = []

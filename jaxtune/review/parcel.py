@@ -40,6 +40,7 @@ class Reading(NamedTuple):
     item: Callable[[str], Item | None]
     guidelines: dict[str, int]
     line: int = 0
+    private: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # masks personal data, as `privacy` says
 
     def named(self, name: Any = None) -> Task:
         """The task of a record, by the name that it gives.
@@ -94,7 +95,7 @@ def item(
     Raises:
       UserError: it cannot be asked; or what is asked has changed since it had this id.
     """
-    payload = checked_payload(task, payload)
+    payload = _masked(reading, task, checked_payload(task, payload), more)
     round, overlap, skill = more.get("round") or reading.round, more.get("overlap") or task.overlap, more.get("skill")
     for name, value in (("round", round), ("overlap", overlap)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000:
@@ -112,6 +113,18 @@ def item(
     if "prelabel" in payload:
         tasks_lib.checked(task, made, task.kind, payload["prelabel"])
     return made
+
+
+def _masked(reading: Reading, task: Task, payload: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The payload without personal data; spans that count characters of the text as it was are refused."""
+    if reading.private is None:
+        return payload
+    masked = reading.private(payload)
+    if task.kind == "span" and masked != payload and (more.get("gold") is not None or "prelabel" in payload):
+        raise UserError(
+            "its text holds personal data, and its spans count characters of it; mask it before it is marked"
+        )
+    return masked
 
 
 def verdict(reading: Reading, item: Item, given: dict[str, Any]) -> Verdict:

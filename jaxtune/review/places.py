@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from jaxtune.review import settling
-from jaxtune.review.record import TASK_KINDS, Item, Person, Verdict
+from jaxtune.review.record import MODEL, TASK_KINDS, Item, Person, Verdict
 from jaxtune.review.store import guidelines, items, leases, priorities, verdicts
 from jaxtune.review.tasks import Task
 
@@ -57,8 +57,9 @@ def verdict_of(row: _Found) -> Verdict:
 
 
 def _counts(table: Any) -> Any:
-    """Whether a verdict counts: it is no retraction, and nothing corrects or retracts it."""
-    return (table.c.kind != "retract") & ~sa.exists().where(_later.c.supersedes == table.c.id).correlate(table)
+    """Whether a verdict counts: a person gave it, it is no retraction, and nothing corrects or retracts it."""
+    by_person = ~table.c.person.startswith(MODEL) & (table.c.kind != "retract")
+    return by_person & ~sa.exists().where(_later.c.supersedes == table.c.id).correlate(table)
 
 
 def counting(*conditions: Any) -> sa.Select[Any]:

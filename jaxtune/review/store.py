@@ -20,11 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-from sqlalchemy import exc
-
 from jaxtune.review.record import MODEL, Item, Verdict
 from jaxtune.types import UserError
+
+try:
+    import sqlalchemy as sa
+    from sqlalchemy import exc
+except ImportError as _error:
+    raise UserError("the review database needs SQLAlchemy: pip install 'jaxtune[review]'") from _error
 
 SCHEMA_VERSION = 1
 APPEND_ONLY = ("items", "verdicts", "guidelines", "audit", "priorities")

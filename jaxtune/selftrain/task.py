@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigDict
-from jaxtune.data import pipeline, templates
+from jaxtune.data import pipeline, privacy, templates
 from jaxtune.data.formats import Example, fill
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.rewards import scoring
@@ -42,7 +42,10 @@ def read(config: ConfigDict, tokenizer: Tokenizer, max_positions: int, show: Any
     data = config.data.copy_and_resolve_references()
     if not data.eval:
         data.validation_fraction = 0.0  # of what a round keeps there is no validation loss that would mean anything
-    splits = pipeline.load(data, rows_lib.paths(config), tokenizer, show, keep_rows=True, answers=False)
+    private = privacy.of(config.privacy)
+    splits = pipeline.load(
+        data, rows_lib.paths(config), tokenizer, show, keep_rows=True, answers=False, private=private
+    )
     if not splits.test:
         raise UserError("self_train measures every round on held-out rows: set data.test_fraction or data.test")
     asked = splits.train

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtune import fetch, sharding
 from jaxtune.config import ConfigDict
-from jaxtune.data import masking, mixture, pairs, pipeline, preferences, prompts, readers, tasks
+from jaxtune.data import masking, mixture, pairs, pipeline, preferences, privacy, prompts, readers, tasks
 from jaxtune.data.formats import Example
 from jaxtune.data.mixture import MixtureSource
 from jaxtune.data.prompts import PromptSource
@@ -73,7 +73,8 @@ def load(config: ConfigDict, tokenizer: Tokenizer, show: Any, answers: bool = Tr
     """
     column = config.meta.task_column if tasks.wanted(config.meta) else None
     keep_rows = judged(config) or bool(config.distill.demonstration)  # whose columns a template may name
-    splits = pipeline.load(config.data, paths(config), tokenizer, show, keep_rows, answers, column)
+    private = privacy.of(config.privacy)
+    splits = pipeline.load(config.data, paths(config), tokenizer, show, keep_rows, answers, column, private)
     return tasks.arrange(splits, config.meta, config.train.seed)
 
 
@@ -129,7 +130,8 @@ def _prompts(config: ConfigDict, tokenizer: Tokenizer, show: Any) -> Rows:
     data, rl, train = config.data.copy_and_resolve_references(), config.rl, config.train
     if not data.eval and config.eval.split != "validation":
         data.validation_fraction = 0.0
-    splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=True, answers=False)
+    private = privacy.of(config.privacy)
+    splits = pipeline.load(data, paths(config), tokenizer, show, keep_rows=True, answers=False, private=private)
     rows, examples = prompts.tokenize(splits.train, tokenizer, rl.max_prompt_length, show)
     scoring.check_rows(config.reward, rows.row_ids, [scoring.row_of(example) for example in examples])
     steps = rl.minibatches * rl.passes
@@ -149,8 +151,12 @@ def aside(
       UserError: as `load`, with `label` before it.
     """
     try:
-        splits = pipeline.load(config.data, paths(config), tokenizer, show, judged(config))
-        return splits, _tokenized(config, splits.train, tokenizer, show, label, reader)
+        private = privacy.of(config.privacy)
+        splits = pipeline.load(config.data, paths(config), tokenizer, show, judged(config), private=private)
+        rows = _tokenized(config, splits.train, tokenizer, show, label, reader)
+        if private:
+            rows.counts[_PERSONAL] = sum(len(example.personal) for example in splits.train)
+        return splits, rows
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
 
@@ -214,7 +220,8 @@ def summary(config: ConfigDict, rows: Rows) -> str:
     what = f"({c['trained_tokens']:,} trained) in {rows.batches.num_bins:,} batch rows"
     what = f"in prompts, {config.rl.prompts_per_round} a round" if isinstance(rows.batches, PromptSource) else what
     what = f"in queries and {c['passages']:,} distinct passages" if "passages" in c else what
-    others = "".join(f"; beside: {each.train.counts['rows']:,} rows" for each in rows.beside)
+    others = f"; personal data: {privacy.told(personal(rows.splits))}" if config.privacy.enabled else ""
+    others += "".join(f"; beside: {each.train.counts['rows']:,} rows" for each in rows.beside)
     for each, (uri, share, _) in zip(rows.replay, config.retain.replay, strict=True):
         others += f"; replay: {each.counts['rows']:,} rows of {uri}, {share:.0%} of each batch"
     return (
@@ -224,6 +231,14 @@ def summary(config: ConfigDict, rows: Rows) -> str:
 
 
 REPLAY = "replay of "
+_PERSONAL = "personal_data"  # of rows that are read beside: how much was found in them
+
+
+def personal(splits: pipeline.Splits) -> dict[str, Any]:
+    """The personal data that was found in rows, as `privacy.counts` tells it, in all and by split."""
+    found = {name: [e.personal for e in getattr(splits, name)] for name in ("train", "validation", "test")}
+    every = privacy.counts(row for split in found.values() for row in split)
+    return every | {"by_split": {name: privacy.counts(split) for name, split in found.items()}}
 
 
 def counts(config: ConfigDict, rows: Rows, num_steps: int) -> dict[str, int]:
@@ -233,6 +248,9 @@ def counts(config: ConfigDict, rows: Rows, num_steps: int) -> dict[str, int]:
         every = rows.batches.counts(num_steps)[1:]
         for (uri, *_), seen in zip(config.retain.replay, every, strict=True):
             found |= {f"{REPLAY}{uri}, {name.replace('_', ' ')}": number for name, number in seen.items()}
+        for (uri, *_), each in zip(config.retain.replay, rows.replay, strict=True):
+            if _PERSONAL in each.counts:
+                found[f"{REPLAY}{uri}, personal data found"] = each.counts[_PERSONAL]
     return found
 
 
