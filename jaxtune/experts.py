@@ -12,6 +12,7 @@ No device is started: the machine that serves the page need not be the one that 
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def _serve(config: ConfigDict, engine: Any, tasks: dict[str, Task], workdir: Pat
         print(
             f"sign in as {owner.name!r} by this link, which is good once: {_link(config, people.invite(engine, owner.id))}"
         )
-    app.serve(config, engine, tasks, str(workdir))
+    with suppress(KeyboardInterrupt):  # uvicorn raises it, or does not, as the moment has it
+        app.serve(config, engine, tasks, str(workdir))
 
 
 def _invite(config: ConfigDict, engine: Any, tasks: dict[str, Task], workdir: Path) -> None:

@@ -20,7 +20,7 @@ from tests.review.server import examples
 from tests.review.server.browser import binary, chromium, sign_in
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_hashes() -> Iterator[None]:
     """Argon2 of little work: what is tested here is not how hard a password is to guess."""
     from argon2 import PasswordHasher
