@@ -54,6 +54,7 @@ def guide() -> ConfigDict:
     c.slots = 32  # outputs that are made side by side
     c.prelabels = False  # label: the model's likeliest label stands with the item, with its probability; `prelabels` of the task says who sees it
     c.enough = 1.0  # share of the answers wanted from which a round goes on
+    c.least_gain = 0.0  # a round is not asked once as many verdicts as the last one brought would surely gain less than this in the held-out score, by a power law through five rounds or more; 0 = ask always
     c.wait = False  # serve the page and wait for answers; False = say how to serve, and end with exit code 75
     c.poll_seconds = 5.0  # wait: between two looks at what was answered
     c.keep_flagged = ()  # types of flags with which an item may still train (bias, privacy, harm, wrong, off_guideline)

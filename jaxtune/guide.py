@@ -23,7 +23,8 @@ import sqlalchemy as sa
 from jaxtune import run, sweep, tracking, validation
 from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.guidance import account, measuring, sampling, tracing, training
+from jaxtune.evals.protected import Protected
+from jaxtune.guidance import account, measuring, sampling, stopping, tracing, training
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance.folder import Round
 from jaxtune.lineage import stages
@@ -81,8 +82,22 @@ def _known(config: ConfigDict, one: Round) -> tuple[Round, Known]:
     model, tokenizer = stages.tokenizer_of(config)
     pool = sampling.read(config, tokenizer, show)
     sets = [] if training.is_reward_model(config) else measuring.sets(config, pool, tokenizer, show)
+    if sets and not (one.folder / "items.jsonl").exists():
+        _still_pays(config, one, sets[0])
     one = folder_lib.begin(config, one, model, pool.digest)
     return one, Known(asked, compared, pool, sets, tokenizer)
+
+
+def _still_pays(config: ConfigDict, one: Round, held: Protected) -> None:
+    """Refuses a round whose verdicts would gain too little (`guide.least_gain`), before anybody is asked."""
+    stop = stopping.told(config, one, held)
+    if stop is None:
+        return
+    if stop.stop:
+        raise UserError(
+            f"round {one.number} is not asked: {stop.why}. Set guide.least_gain=0.0 to ask all the same, or ask for something else"
+        )
+    sweep.say(config, f"round {one.number}: {stop.why}")
 
 
 def _tasks(config: ConfigDict) -> tuple[dict[str, Task], Task | None]:

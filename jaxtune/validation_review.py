@@ -57,6 +57,7 @@ def _check_guide(config: ConfigDict) -> None:
         if guide[key] not in allowed:
             raise UserError(f"config.guide.{key} is {guide[key]!r}; expected one of {', '.join(map(repr, allowed))}")
     lowest = {
+        "least_gain": 0.0,
         "round": 1,
         "start_from": -1,
         "rows": 0,
