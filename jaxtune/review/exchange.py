@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from jaxtune.review import argilla, json_scan, jsonl, label_studio, parcel, store
+from jaxtune.review import argilla, json_scan, jsonl, label_studio, parcel, people, store
 from jaxtune.review.parcel import Parcel, Reading, Writing
 from jaxtune.review.record import MODEL, Item, Verdict
 from jaxtune.review.tasks import Task
@@ -226,7 +226,7 @@ def _keep_person(connection: sa.Connection, id: str, name: str) -> int:
     if connection.scalar(sa.select(table.c.id).where(table.c.id == id)) is not None:
         return 0
     name = " ".join("".join(one if one.isprintable() else " " for one in name).split())[:150] or f"imported {id}"
-    if connection.scalar(sa.select(table.c.id).where(table.c.name == name)) is not None:
+    if people.is_taken(connection, name):
         name = f"{name} ({id[:40]})"
     row = {"id": id, "name": name, "role": "expert", "skills": [], "active": False, "at": time.time()}
     connection.execute(table.insert().values(row))

@@ -189,6 +189,8 @@ def held(connection: sa.Connection, person: Person, tasks: Mapping[str, Task], r
     for_them = sa.or_(*((items.c.task == task.name) & _skilled(person, task) for task in tasks.values()))
     query = sa.select(leases).join(items, items.c.id == leases.c.item).where(items.c.round == round, for_them)
     query = query.where(leases.c.person == person.id, leases.c.expires > time.time())
+    if person.role == "expert":  # who was a senior sees no more of what the others said
+        query = query.where(~leases.c.adjudicates)
     return connection.execute(query.order_by(leases.c.at.desc()).limit(1)).mappings().first()
 
 
