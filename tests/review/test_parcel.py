@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxtune.review import exchange, insight, people, store, tasks
+from jaxtune.review import exchange, insight, people, queue, store, tasks
 from jaxtune.review.record import make_item
 
 TASKS = tasks.read((
@@ -77,3 +77,31 @@ def test_an_empty_guideline_and_an_answer_that_could_not_be_sent_back(db: store.
     found = _read(db, tmp_path, {"record": "guideline", "task": "tone", "version": 1, "text": ""}, long)
     assert [found.items, [one.line for one in found.broken]] == [1, [2]]
     assert exchange._guidelines(db)[-1]["number"] == known
+
+
+def test_another_databases_guideline_is_kept_and_not_in_force(db: store.Engine, tmp_path: Path) -> None:
+    store.set_guideline(db, "tone", "Ours.")
+    item, verdict = _asked("tone", {"text": "1"}, {})
+    theirs = {"record": "guideline", "task": "tone", "version": 1, "text": "Theirs."}
+    _read(db, tmp_path, theirs, item, verdict | {"guideline": exchange.parcel.guideline_hash("tone", "Theirs.")})
+    texts = {one["number"]: one["text"] for one in exchange._guidelines(db)}
+    assert texts[store.read_verdicts(db)[0].guideline] == "Theirs."
+    given = queue.assign(db, people.add(db, "Ann", "expert"), TASKS, 1, "tone")
+    assert given is not None
+    assert texts[given.guideline] == "Ours."
+
+
+def test_nobody_answers_twice_by_a_file(db: store.Engine, tmp_path: Path) -> None:
+    """Two corrections of one answer cannot both count, and two answers of one person fill one place."""
+    item, verdict = _asked("tone", {"text": "1"}, {})
+    item["overlap"] = 2
+    bad = {"answer": {"labels": ["bad"]}}
+    found = _read(
+        db, tmp_path, item, verdict | {"id": "first"}, verdict | {"id": "then", "supersedes": "first"} | bad, verdict | {"id": "or", "supersedes": "first"},
+        verdict | {"id": "again"},
+    )  # fmt: skip
+    assert [one.line for one in found.broken] == [4]
+    assert "corrected or taken back already" in found.broken[0].reason
+    assert [one.id for one in store.read_verdicts(db)] == ["then", "again"]
+    assert queue.open_items(db, TASKS, 1)["tone"] == (1, 3)
+    assert queue.disagreements(db, TASKS, 1) == []
