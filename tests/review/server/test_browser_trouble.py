@@ -131,6 +131,18 @@ def test_a_flag_that_is_sent_late_leaves_the_draft(opened: Open, address: str, e
     assert page.input_value("#editor") == "half a thought"
 
 
+def test_none_is_good_is_no_tie_when_it_is_changed(opened: Open, address: str, engine: store.Engine) -> None:
+    page = opened("Ben")
+    work(page, address, "ranking")
+    saved(page, lambda: page.keyboard.press("b"))
+    page.goto(f"{address}/history")
+    page.click("a:has-text('Change')")
+    page.wait_for_selector("#answers button:has-text('None is good')[aria-pressed='true']")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status:has-text('Place 2 more')")
+    assert answers(engine, "ranking")[0]["bad"]
+
+
 def test_words_are_whole_in_any_script(opened: Open, address: str, engine: store.Engine) -> None:
     """Vowel signs and accents that are characters of their own belong to the word, and emoji count once."""
     text = "😀 नमस्ते cafe\u0301 مُحَمَّد"
