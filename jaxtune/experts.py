@@ -141,8 +141,9 @@ def _export(config: ConfigDict, engine: Any, tasks: dict[str, Task], workdir: Pa
 
 
 def _report(config: ConfigDict, engine: Any, tasks: dict[str, Task], workdir: Path) -> None:
-    from jaxtune.review import insight
+    from jaxtune.review import insight, queue
 
+    queue.check_kinds(engine, tasks, config.review.round)
     insight.write(engine, tasks, config.review.round, workdir / "review")
     page = (workdir / "review" / "report.html").read_text(encoding="utf-8")
     write_whole(workdir / _REPORT, page)

@@ -14,6 +14,7 @@ from jaxtune.review.record import Item, Verdict
 from jaxtune.review.tasks import Task
 
 LEVELS = {"label": "nominal", "span": "nominal", "rate": "interval", "accept": "nominal", "compare": "ordinal"}
+_NOTHING = "(none)"  # no label was chosen; a task may have a label "none"
 SIDES = ("worse", "tie", "better")  # of the first of two candidates
 
 
@@ -84,7 +85,9 @@ def ratings(task: Task, answers: Sequence[tuple[Item, Verdict]]) -> Ratings | No
     if task.kind == "rate":
         numbers = np.asarray([[np.nan if x is None else x for x in row] for row in rows], np.float64)
         return Ratings(people, items, numbers.reshape(len(people), len(items)), (), LEVELS[task.kind])
-    numbers, names = agreement.encode(rows, _names(task))
+    order = _names(task)
+    order += tuple(sorted({one for row in rows for one in row if one is not None} - set(order))) if order else ()
+    numbers, names = agreement.encode(rows, order)  # a label may have been in the config once, and not be there now
     return Ratings(people, items, numbers.reshape(len(people), len(items)), names, LEVELS[task.kind])
 
 
@@ -99,13 +102,13 @@ def _values(task: Task, item: Item, answer: Mapping[str, Any]) -> list[tuple[Any
     if task.kind == "accept":
         return [("", "accept" if answer["accept"] else "reject")]
     if task.kind == "label":
-        return [("", " + ".join(answer["labels"]) or "none")]
+        return [("", " + ".join(answer["labels"]) or _NOTHING)]
     if task.kind == "span":
         at: list[list[str]] = [[] for _ in str(item.payload.get("text", ""))]
         for one in answer["spans"]:
             for character in range(one["start"], min(one["end"], len(at))):
                 at[character].append(one["label"])
-        return [(number, " + ".join(sorted(labels)) or "none") for number, labels in enumerate(at)]
+        return [(number, " + ".join(sorted(labels)) or _NOTHING) for number, labels in enumerate(at)]
     pairs = itertools.combinations(sorted(_ranks(answer), key=lambda one: (model_of(item, one), one)), 2)
     return [((a, b), SIDES[int(2 * _score(answer, a, b))]) for a, b in pairs]
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from jaxtune.review import argilla, json_scan, jsonl, label_studio, parcel, store
+from jaxtune.review import argilla, json_scan, jsonl, label_studio, parcel, people, store
 from jaxtune.review.parcel import Parcel, Reading, Writing
 from jaxtune.review.record import MODEL, Item, Verdict
 from jaxtune.review.tasks import Task
@@ -68,6 +68,7 @@ def read_file(
         raise UserError(f"{path} cannot be read ({error.strerror}); expected a file to import") from error
     task = task or (next(iter(tasks)) if len(tasks) == 1 else "")
     above: dict[str, Item] = {}  # items of this file
+    in_force = {one["task"]: one["text"] for one in _guidelines(engine)}
     known = {parcel.guideline_hash(one["task"], one["text"]): one["number"] for one in _guidelines(engine)}
     reading = Reading(
         tasks,
@@ -96,6 +97,8 @@ def read_file(
             broken += _keep(engine, batch, counts)
             batch = []
     broken += _keep(engine, batch, counts)
+    for name, text in in_force.items():  # another database's guidelines are kept for its verdicts; experts go by ours
+        store.set_guideline(engine, name, text)
     if not any(counts.values()) and (broken or not num_records):
         why = f"line {broken[0].line}: {broken[0].reason}" if broken else "it is empty"
         raise UserError(f"nothing in {path} could be imported as {format} ({why})")
@@ -217,6 +220,8 @@ def _misfit(connection: sa.Connection, verdict: Verdict) -> tuple[str, bool]:
     earlier = connection.execute(sa.select(table).where(table.c.id == verdict.supersedes)).mappings().first()
     if earlier is None or (earlier["item"], earlier["person"]) != (verdict.item, verdict.person):
         return f"it corrects {verdict.supersedes!r}, which is no earlier verdict of this person on this item", False
+    if connection.scalar(sa.select(table.c.id).where(table.c.supersedes == verdict.supersedes).limit(1)) is not None:
+        return f"it corrects {verdict.supersedes!r}, which was corrected or taken back already", False
     return "", False
 
 
@@ -226,7 +231,7 @@ def _keep_person(connection: sa.Connection, id: str, name: str) -> int:
     if connection.scalar(sa.select(table.c.id).where(table.c.id == id)) is not None:
         return 0
     name = " ".join("".join(one if one.isprintable() else " " for one in name).split())[:150] or f"imported {id}"
-    if connection.scalar(sa.select(table.c.id).where(table.c.name == name)) is not None:
+    if people.is_taken(connection, name):
         name = f"{name} ({id[:40]})"
     row = {"id": id, "name": name, "role": "expert", "skills": [], "active": False, "at": time.time()}
     connection.execute(table.insert().values(row))

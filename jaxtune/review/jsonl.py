@@ -54,10 +54,12 @@ def read(row: dict[str, Any], reading: Reading) -> Parcel:
             raise UserError(f"the file is of version {row.get('version')!r:.20}; this jaxtune knows {VERSION}")
         return Parcel()
     if kind == "guideline":
-        task, text = reading.named(_text(row, "task")), _text(row, "text")
+        task, text = reading.named(_text(row, "task")), row.get("text")
+        if not isinstance(text, str):  # an empty file is a version, too
+            raise UserError(f"text={text!r:.60} came; expected a text")
         return Parcel(guideline=(task.name, text))
     if kind == "person":
-        return Parcel(people=((_text(row, "id"), _text(row, "name")),))
+        return Parcel(people=((parcel.short(row, "id"), _text(row, "name")),))
     if kind == "item":
         task, origin = reading.named(_text(row, "task")), row.get("origin")
         if not isinstance(row.get("payload"), dict) or not isinstance(origin, dict):

@@ -95,6 +95,7 @@ def item(
     Raises:
       UserError: it cannot be asked; or what is asked has changed since it had this id.
     """
+    _check_origin(origin)
     payload = _masked(reading, task, checked_payload(task, payload), more)
     round, overlap, skill = more.get("round") or reading.round, more.get("overlap") or task.overlap, more.get("skill")
     for name, value in (("round", round), ("overlap", overlap)):
@@ -113,6 +114,18 @@ def item(
     if "prelabel" in payload:
         tasks_lib.checked(task, made, task.kind, payload["prelabel"])
     return made
+
+
+def _check_origin(origin: Any) -> None:
+    """Refuses what the figures of a round could not read, for what is kept is kept for good."""
+    parts = [origin] + [
+        origin[key] for key in ("models", "probabilities") if isinstance(origin, dict) and key in origin
+    ]
+    if not all(isinstance(one, dict) for one in parts):
+        raise UserError(f"origin={origin!r:.80} came; expected an object, and objects as its models and probabilities")
+    for label, one in origin.get("probabilities", {}).items():
+        if isinstance(one, bool) or not isinstance(one, int | float):
+            raise UserError(f"the probability {one!r:.40} of {label!r:.40} came; expected a number")
 
 
 def _masked(reading: Reading, task: Task, payload: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +149,7 @@ def verdict(reading: Reading, item: Item, given: dict[str, Any]) -> Verdict:
     task = reading.named(item.task)
     answer = tasks_lib.checked(task, item, given["kind"], given["answer"])
     for name in ("id", "person"):
-        value = given[name]
-        if not isinstance(value, str) or not 0 < len(value) <= 64 or not value.isprintable():
-            raise UserError(f"{name}={value!r:.80} came; expected 1 to 64 printable characters")
+        short(given, name)
     for name in ("seconds", "at"):
         value = given.get(name) or 0.0
         if (
@@ -150,11 +161,22 @@ def verdict(reading: Reading, item: Item, given: dict[str, Any]) -> Verdict:
     for name, kind in (("supersedes", str), ("shown", dict), ("guideline", str)):
         if given.get(name) is not None and not isinstance(given[name], kind):
             raise UserError(f"{name}={given[name]!r:.80} came; expected {'an object' if kind is dict else 'a text'}")
+    order = (given.get("shown") or {}).get("order", [])
+    if not isinstance(order, list) or not all(isinstance(one, str) for one in order):
+        raise UserError(f"shown.order={order!r:.80} came; expected ids of candidates")
     return Verdict(
         given["id"], item.id, given["person"], given["kind"], answer, given.get("shown") or {},
         reading.guidelines.get(given.get("guideline") or "", 0), float(given.get("seconds") or 0.0),
         float(given.get("at") or 0.0), given.get("supersedes") or "", given.get("adjudicates") is True,
     )  # fmt: skip
+
+
+def short(given: dict[str, Any], name: str) -> str:
+    """An id that a column of the database holds."""
+    value = given.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= 64 or not value.isprintable():
+        raise UserError(f"{name}={value!r:.80} came; expected 1 to 64 printable characters")
+    return value
 
 
 def origin_told(item: Item) -> dict[str, Any]:
@@ -191,6 +213,8 @@ def checked_payload(task: Task, payload: dict[str, Any]) -> dict[str, Any]:
     for key in ("text", "answer"):
         if key in kept and (not isinstance(kept[key], str) or not kept[key].strip()):
             raise UserError(f"{key}={kept[key]!r:.60} came; expected a text")
+    if task.kind == "edit" and len(kept["answer"]) > tasks_lib.MAX_TEXT:  # it could not be sent back
+        raise UserError(f"an answer of {len(kept['answer'])} characters came; expected {tasks_lib.MAX_TEXT} at most")
     if "prompt" in kept and not _is_prompt(kept["prompt"]):
         raise UserError(f"prompt={kept['prompt']!r:.60} came; expected a text, or messages of role and content")
     if "candidates" in kept:

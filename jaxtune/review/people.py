@@ -71,6 +71,11 @@ def named(engine: Engine, name: str) -> Person | None:
     return None if row is None else _person(row)
 
 
+def is_taken(connection: sa.Connection, name: str) -> bool:
+    """Whether someone has the name; case does not count."""
+    return _find(connection, name) is not None
+
+
 def has_password(engine: Engine, person_id: str) -> bool:
     """Whether someone can sign in without an invite."""
     with engine.connect() as connection:

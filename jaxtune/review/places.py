@@ -71,7 +71,8 @@ _OF_ITEM = (_given.c.item == items.c.id) & _counts(_given)
 _IS_ANSWER = _given.c.kind.in_(TASK_KINDS)
 _FILLS = _OF_ITEM & _IS_ANSWER & ~_given.c.adjudicates
 _TEXT = sa.cast(_given.c.answer, sa.Text)
-NUM_ANSWERS = sa.select(sa.func.count()).select_from(_given).where(_FILLS).correlate(items).scalar_subquery()
+_PEOPLE = sa.func.count(_given.c.person.distinct())  # somebody may be in a file twice, and fills one place
+NUM_ANSWERS = sa.select(_PEOPLE).select_from(_given).where(_FILLS).correlate(items).scalar_subquery()
 _SETTLED = sa.exists().where(_OF_ITEM & _IS_ANSWER & _given.c.adjudicates).correlate(items)
 _NOT_ALIKE = (  # answers of one text are alike; the others are compared when they are read
     sa.select(sa.func.min(_TEXT) != sa.func.max(_TEXT)).where(_FILLS).correlate(items).scalar_subquery()
@@ -189,6 +190,8 @@ def held(connection: sa.Connection, person: Person, tasks: Mapping[str, Task], r
     for_them = sa.or_(*((items.c.task == task.name) & _skilled(person, task) for task in tasks.values()))
     query = sa.select(leases).join(items, items.c.id == leases.c.item).where(items.c.round == round, for_them)
     query = query.where(leases.c.person == person.id, leases.c.expires > time.time())
+    if person.role == "expert":  # who was a senior sees no more of what the others said
+        query = query.where(~leases.c.adjudicates)
     return connection.execute(query.order_by(leases.c.at.desc()).limit(1)).mappings().first()
 
 

@@ -250,17 +250,38 @@ def _check_place(connection: sa.Connection, person: Person, item: Item, verdict:
         return
     elif before is not None:
         raise Refused("answered", "you have answered this item; undo the answer, or correct it")
+    if lease["adjudicates"] and person.role not in SENIORS:
+        raise Refused("unknown", "a senior settles this item, and you are none any more; ask for the next one")
     if lease["expires"] <= time.time() and not places.has_place(connection, person, item, lease["adjudicates"]):
         raise Refused("lost", "this item was kept for you until its time was over, and others have answered it since")
 
 
-def undo(engine: Engine, person: Person, round: int) -> Verdict | None:
-    """Takes the person's last verdict back by a new row, which is returned; the item is theirs again. None: there is none."""
+def check_kinds(engine: Engine, tasks: Tasks, round: int) -> None:
+    """Refuses tasks whose kind was changed after the round's first answers: these could be compared with no later ones.
+
+    Raises:
+      UserError: there are answers of another kind.
+    """
+    query = sa.select(items.c.task, verdicts.c.kind).join(items, items.c.id == verdicts.c.item).distinct()
+    query = query.where(items.c.round == round, items.c.task.in_(list(tasks)), verdicts.c.kind.in_(TASK_KINDS))
+    with engine.connect() as connection:
+        for name, kind in connection.execute(query).all():
+            if kind != tasks[name].kind:
+                told = f"task {name!r} is of kind {tasks[name].kind!r}, but round {round} has answers of kind {kind!r} to it"
+                raise UserError(f"{told}; give the new task a name of its own")
+
+
+def undo(engine: Engine, person: Person, round: int, tasks: Tasks | None = None) -> Verdict | None:
+    """Takes the person's last verdict back by a new row, which is returned; the item is theirs again. None: there is none.
+
+    Args:
+      tasks: of which; what is asked no longer could not be answered again. None = all.
+    """
+    own = [verdicts.c.person == person.id, items.c.round == round]
+    own += [] if tasks is None else [items.c.task.in_(list(tasks))]
     with store.writing(engine) as connection:
         places.wait_for(connection, "person", person.id)
-        query = places.counting(verdicts.c.person == person.id, items.c.round == round).order_by(
-            verdicts.c.number.desc()
-        )
+        query = places.counting(*own).order_by(verdicts.c.number.desc())
         last = connection.execute(query.limit(1)).mappings().first()
         if last is None:
             return None

@@ -51,7 +51,7 @@ def read(tasks: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> dict[str, Ta
     for one in tasks:
         if len(one) != 2 or not isinstance(one[0], str):
             raise UserError(f"review.tasks has {one!r:.80}; expected (name, ((key, value), …))")
-        name, keys = one[0], dict(one[1])
+        name, keys = _named(one[0]), _keys(*one)
         if name in found:
             raise UserError(f"review.tasks has {name!r} twice; give each task a name of its own")
         for key in keys:
@@ -61,14 +61,55 @@ def read(tasks: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> dict[str, Ta
                 )
         if keys.get("kind") not in TASK_KINDS:
             raise UserError(f"task {name!r} has kind={keys.get('kind')!r}; expected one of {', '.join(TASK_KINDS)}")
-        values: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
-        found[name] = Task(name, **values)
+        found[name] = Task(name, **keys)
         _check(found[name])
     return found
 
 
+def _named(name: str) -> str:
+    """A task's name, which stands in addresses of the page, in names of files, and in a column of 100 characters."""
+    if not 0 < len(name) <= 100 or not name.isprintable() or name != name.strip() or set(name) & set("/\\?#%"):
+        raise UserError(f"review.tasks has the name {name!r:.80}; expected 1 to 100 characters, none of / \\ ? # %")
+    return name
+
+
+def _keys(name: str, pairs: Any) -> dict[str, Any]:
+    """The keys of a task and their values, lists as tuples."""
+    good = isinstance(pairs, list | tuple) and all(isinstance(one, list | tuple) and len(one) == 2 for one in pairs)
+    if not good or not all(isinstance(key, str) for key, _ in pairs):
+        raise UserError(f"task {name!r} has {pairs!r:.80}; expected ((key, value), …)")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in pairs}
+
+
+def _check_types(task: Task) -> None:
+    """Refuses what would be taken for something else: "bad" for the labels "b", "a" and "d", "no" for True."""
+    for key, usual in Task._field_defaults.items():
+        value = getattr(task, key)
+        if isinstance(usual, tuple):
+            kind, numbers = ("numbers", True) if key == "scale" else ("texts", False)
+            good = isinstance(value, tuple) and (not usual or len(value) == len(usual))
+            good = good and all(_is_number(one) if numbers else isinstance(one, str) for one in value)
+            wanted = f"{len(usual) or 'a tuple of'} {kind}" + (
+                ' with a comma after a lone one: ("a",)' if not usual else ""
+            )
+        else:
+            good, wanted = (
+                type(value) is type(usual),
+                {bool: "True or False", int: "a whole number", str: "a text"}[type(usual)],
+            )
+        if not good:
+            raise UserError(f"task {task.name!r} has {key}={value!r:.80}; expected {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check(task: Task) -> None:
     told = f"task {task.name!r}"
+    _check_types(task)
+    if any(not one.strip() for one in task.labels):
+        raise UserError(f"{told} has labels={task.labels!r}; expected names, none of them empty")
     if task.kind in ("label", "span") and (not task.labels or len(set(task.labels)) != len(task.labels)):
         raise UserError(f"{told} is of kind {task.kind!r} and has labels={task.labels!r}; expected names, none twice")
     if task.kind == "rate":
@@ -77,12 +118,12 @@ def _check(task: Task) -> None:
             raise UserError(
                 f"{told} has scale={task.scale!r}; expected (lowest, highest, step), with 100 steps at most"
             )
-    if not isinstance(task.overlap, int) or task.overlap < 1:
+    if task.overlap < 1:
         raise UserError(f"{told} has overlap={task.overlap!r}; expected a number of experts, 1 or more")
     for key, allowed in (("prelabels", ("show", "hide", "half")), ("order", ("added", "random", "priority"))):
         if getattr(task, key) not in allowed:
             raise UserError(f"{told} has {key}={getattr(task, key)!r}; expected one of {', '.join(allowed)}")
-    if not isinstance(task.gold_every, int) or task.gold_every < 0:
+    if task.gold_every < 0:
         raise UserError(f"{told} has gold_every={task.gold_every!r}; expected 0 or more")
 
 
@@ -95,9 +136,12 @@ def guideline(task: Task) -> str:
     if not task.guideline:
         return ""
     try:
-        return Path(task.guideline).expanduser().read_text(encoding="utf-8")
+        text = Path(task.guideline).expanduser().read_text(encoding="utf-8-sig")  # some editors put a mark before it
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"task {task.name!r}: its guideline {task.guideline} cannot be read ({error})") from error
+    if "\x00" in text:  # PostgreSQL's texts cannot hold it
+        raise UserError(f"task {task.name!r}: its guideline {task.guideline} has a character 0; expected a text")
+    return text
 
 
 def checked(task: Task, item: Item, kind: str, answer: Any) -> dict[str, Any]:
@@ -144,11 +188,10 @@ def _span(task: Task, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
 
 def _rate(task: Task, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
     rating, (low, high, step) = answer.get("rating"), task.scale
-    if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+    if isinstance(rating, bool) or not isinstance(rating, int | float):
         raise UserError(f"rating={rating!r:.80} came; expected a number")
-    steps = (rating - low) / step
-    if not low <= rating <= high or abs(steps - round(steps)) > 1e-6:
-        raise UserError(f"rating={rating} came; expected a number from {low} to {high} in steps of {step}")
+    if not low <= rating <= high or abs((rating - low) / step - round((rating - low) / step)) > 1e-6:
+        raise UserError(f"rating={rating!r:.80} came; expected a number from {low} to {high} in steps of {step}")
     return {"rating": float(rating)}
 
 
@@ -195,9 +238,10 @@ def _retract(task: Task, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
 
 def _text(answer: dict[str, Any], key: str, limit: int, empty: bool = True) -> str:
     text = answer.get(key, "")
+    text = text.replace("\x00", "") if isinstance(text, str) else text  # PostgreSQL's texts cannot hold it
     if not isinstance(text, str) or len(text) > limit or (not empty and not text.strip()):
         raise UserError(f"{key}={text!r:.80} came; expected a text of {'0' if empty else '1'} to {limit} characters")
-    return text.replace("\x00", "")  # PostgreSQL's texts cannot hold it
+    return text
 
 
 _CHECKS = {

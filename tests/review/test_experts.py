@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -167,3 +168,13 @@ def _get(url: str) -> str:
                 raise
             time.sleep(0.05)
     raise AssertionError("it does not answer")
+
+
+def test_a_port_that_is_taken_and_a_certificate_that_is_none(config, tmp_path: Path) -> None:
+    told = r"127\.0\.0\.1:\d+ cannot be listened on: Address already in use"
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(UserError, match=told):
+        _do(config, tmp_path, "serve", port=other.getsockname()[1])
+    (tmp_path / "bad.pem").write_text("none")
+    for name in ("bad.pem", "nowhere.pem"):
+        with pytest.raises(UserError, match=rf"tls_cert='.*{name}' and its key cannot be read"):
+            _do(config, tmp_path, "serve", tls_cert=str(tmp_path / name), tls_key=str(tmp_path / name))

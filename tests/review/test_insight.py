@@ -200,3 +200,18 @@ def test_page(engine: Engine, tmp_path: Path) -> None:
 def test_an_empty_round(engine: Engine, tmp_path: Path) -> None:
     found = insight.write(engine, TASKS, 7, tmp_path / "insight")
     assert {one["answers"] for one in found["tasks"].values()} == {0}
+
+
+def test_no_label_is_not_the_label_none(engine: Engine) -> None:
+    """Ann says "none", Bea chooses nothing: that is no agreement."""
+    task = tasks.read((("topics", (("kind", "label"), ("labels", ("none", "price")), ("multi", True))),))
+    w = Writing()
+    for number in range(8):
+        item = make_item(1, "topics", {"text": str(number)}, {})
+        w.items.append(item)
+        w.give(item, "ann", "label", {"labels": ["none"] if number % 2 else ["price"]})
+        w.give(item, "bea", "label", {"labels": [] if number % 2 else ["price"]})
+    w.write(engine)
+    found = insight.figures(engine, task, 1)["tasks"]["topics"]["agreement"]
+    # Of 16 ratings 8 are "price", 4 "none", 4 nothing; D_o = 8 / 16; D_e = (256 - 64 - 16 - 16) / (16 * 15)
+    assert found["alpha"]["value"] == pytest.approx(1 - 0.5 / (160 / 240))

@@ -43,7 +43,7 @@ class Given(_Body):
     kind: _Name
     answer: dict[str, Any]
     seconds: Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)] = 0.0
-    supersedes: Annotated[str, Field(max_length=64)] = ""
+    supersedes: Annotated[str, Field(pattern=r"^[ -~]{0,64}$")] = ""
 
 
 def _next(own: Server, person: Person, task: str, counted: bool = True) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def save(caller: Expert, own: Own, body: Given) -> dict[str, Any]:
 
 @routes.post("/undo")
 def undo(caller: Expert, own: Own, body: ForTask) -> dict[str, Any]:
-    retracted = queue.undo(own.engine, caller.person, own.round)
+    retracted = queue.undo(own.engine, caller.person, own.round, own.tasks)
     if retracted is None:
         return {"undone": False}
     with own.engine.connect() as connection:
@@ -111,7 +111,7 @@ def undo(caller: Expert, own: Own, body: ForTask) -> dict[str, Any]:
         before = places.verdict_of(connection.execute(query).mappings().one())
         item = places.read_item(connection, retracted.item)
     assert item is not None
-    found = _next(own, caller.person, body.task if before.kind == "flag" or item.task not in own.tasks else item.task)
+    found = _next(own, caller.person, body.task if before.kind == "flag" else item.task)
     shown = found["next"]
     if shown and shown["item"] == item.id and before.kind == own.tasks[item.task].kind:
         shown["former"] = views.answer_for_page(before.kind, before.answer, item, before.shown)

@@ -9,10 +9,12 @@ Nothing is kept in the process but rate limits: a server that is killed and star
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jaxtune.types import UserError
 
@@ -59,10 +61,11 @@ def make(engine: Engine, tasks: dict[str, Task], config: ConfigDict, workdir: st
     """Returns the app of a config's section `review`, with guidelines read from their files.
 
     Raises:
-      UserError: a guideline cannot be read.
+      UserError: a guideline cannot be read, or a task's answers are of another kind.
     """
     c = config.review
     secure = bool(c.tls_cert) or c.behind_proxy
+    queue.check_kinds(engine, tasks, c.round)
     guidelines.load(engine, tasks)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_threads)
     app.state.server = access.Server(
@@ -111,7 +114,7 @@ def _signed_out(request: Request, error: Exception) -> Response:
     if request.url.path.startswith("/api/") or request.method not in ("GET", "HEAD"):
         return _told(request, 401, "You are signed out. Sign in again.")
     to = request.url.path if request.url.path != "/" else ""
-    return RedirectResponse("/sign-in" + (f"?to={to}" if to else ""), 303)
+    return RedirectResponse("/sign-in" + (f"?to={quote(to)}" if to else ""), 303)
 
 
 def _mistaken(request: Request, error: UserError) -> Response:
@@ -150,7 +153,6 @@ def serve(config: ConfigDict, engine: Engine, tasks: dict[str, Task], workdir: s
     made = make(engine, tasks, config, workdir)
     scheme = "https" if c.tls_cert else "http"
     host = f"[{c.host}]" if ":" in c.host else c.host
-    print(f"experts' page: {scheme}://{host}:{c.port}/  (Ctrl + C stops it)", flush=True)
     settings = uvicorn.Config(
         made, host=c.host, port=c.port, log_level="warning", access_log=False, server_header=False,
         ssl_certfile=c.tls_cert or None, ssl_keyfile=c.tls_key or None,
@@ -159,6 +161,16 @@ def serve(config: ConfigDict, engine: Engine, tasks: dict[str, Task], workdir: s
         h11_max_incomplete_event_size=64 * 1024, http="h11", ws="none",
     )  # fmt: skip
     try:
-        uvicorn.Server(settings).run()
+        settings.load()
+    except OSError as error:
+        raise UserError(
+            f"review.tls_cert={c.tls_cert!r} and its key cannot be read: {error.strerror or error}"
+        ) from error
+    try:
+        family = socket.AF_INET6 if ":" in c.host else socket.AF_INET
+        listening = socket.create_server((c.host, c.port), family=family, backlog=512)
     except OSError as error:
         raise UserError(f"{c.host}:{c.port} cannot be listened on: {error.strerror or error}") from error
+    print(f"experts' page: {scheme}://{host}:{c.port}/  (Ctrl + C stops it)", flush=True)
+    with listening:
+        uvicorn.Server(settings).run(sockets=[listening])

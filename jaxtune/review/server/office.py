@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, HTTPException, Request
+from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from jaxtune.review import people, queue, store
@@ -18,6 +18,7 @@ from jaxtune.review.server.render import page
 
 routes = APIRouter()
 _Text = Annotated[str, Form(max_length=1_000)]
+_Number = Annotated[int, Query(ge=0, lt=2**63)]
 _LINES = 200  # of the audit log on a page
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; sandbox"
 
@@ -137,7 +138,7 @@ def flags(request: Request, caller: Owner, own: Own) -> Response:
 
 
 @routes.get("/audit")
-def audit(request: Request, caller: Owner, own: Own, before: int | None = None) -> Response:
+def audit(request: Request, caller: Owner, own: Own, before: _Number | None = None) -> Response:
     found = people.audit_log(own.engine, _LINES + 1, before)
     names = {one.id: one.name for one in people.everyone(own.engine)}
     lines = [

@@ -112,6 +112,54 @@ def test_drafts_survive_the_browser_and_are_gone_after_the_sign_out(opened: Open
     assert [one for one in kept if one != "jaxtune:theme"] == []
 
 
+def test_a_flag_that_is_sent_late_leaves_the_draft(opened: Open, address: str, engine: store.Engine) -> None:
+    page = opened("Ben", loud=False)
+    work(page, address, "mend")
+    page.fill("#editor", "half a thought")
+    page.wait_for_timeout(400)
+    page.context.set_offline(True)
+    page.keyboard.press("Escape")
+    page.keyboard.press("f")
+    page.keyboard.press("2")
+    page.click("#flag-dialog button.primary")
+    page.wait_for_selector("#status[data-state='waiting']")
+    page.close()
+    page.context.set_offline(False)
+    page = page.context.new_page()
+    work(page, address, "mend")
+    assert [one["flags"][0]["type"] for one in answers(engine, "mend")] == ["privacy"]
+    assert page.input_value("#editor") == "half a thought"
+
+
+def test_none_is_good_is_no_tie_when_it_is_changed(opened: Open, address: str, engine: store.Engine) -> None:
+    page = opened("Ben")
+    work(page, address, "ranking")
+    saved(page, lambda: page.keyboard.press("b"))
+    page.goto(f"{address}/history")
+    page.click("a:has-text('Change')")
+    page.wait_for_selector("#answers button:has-text('None is good')[aria-pressed='true']")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status:has-text('Place 2 more')")
+    assert answers(engine, "ranking")[0]["bad"]
+
+
+def test_words_are_whole_in_any_script(opened: Open, address: str, engine: store.Engine) -> None:
+    """Vowel signs and accents that are characters of their own belong to the word, and emoji count once."""
+    text = "😀 नमस्ते cafe\u0301 مُحَمَّد"
+    with store.writing(engine) as connection:  # nothing else is asked
+        store.insert_new(connection, store.items, [make_item(1, "names", {"text": text}, {})._asdict() | {"at": 0.0}])
+    page = opened("Ben")
+    work(page, address, "names")
+    while not page.inner_text("#span-text").startswith("😀"):
+        saved(page, lambda: page.keyboard.press("Enter"))
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("1")
+    saved(page, lambda: page.keyboard.press("Enter"))
+    marked = [text[one["start"] : one["end"]] for one in answers(engine, "names")[-1]["spans"]]
+    assert marked == text.split()[1:]
+
+
 def test_scripts_in_texts_do_not_run(opened: Open, address: str, engine: store.Engine) -> None:
     evil = examples.SCRIPT
     candidates = [{"id": "a", "text": evil}, {"id": "b", "text": evil}]

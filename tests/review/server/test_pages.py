@@ -262,6 +262,17 @@ def test_nonsense_is_answered_as_such(visit: Visit, body: bytes) -> None:
     assert answer.json()["error"]
 
 
+def test_values_that_no_database_holds(visit: Visit, engine: store.Engine) -> None:
+    ben, olive = visit("Ben"), visit("Olive")
+    item = ben.next("letters")
+    for supersedes in ("a\x00b", "\u2028", "x" * 65):
+        assert give(ben, item, "skip", {"reason": ""}, supersedes=supersedes).status_code == 422, supersedes
+    assert olive.get(f"/audit?before={10**20}").status_code == 422
+    to = visit().get("/work/a%26b%20c").headers["location"]  # a task may be called so
+    assert to == "/sign-in?to=/work/a%26b%20c"
+    assert 'value="/work/a&amp;b c"' in visit().get(to).text
+
+
 def test_answers_that_are_none(visit: Visit, engine: store.Engine) -> None:
     ben = visit("Ben")
     item = ben.next("letters")

@@ -35,7 +35,7 @@ function two(work, ids, sides) {
 }
 
 function rank(work, ids, sides) {
-  let groups = (work.former?.order || []).map((group) => [...group]);
+  let groups = (work.former?.bad ? [] : work.former?.order || []).map((group) => [...group]); // "none is good" is no tie
   let tie = false;
   const send = () => {
     const left = ids.filter((one) => !groups.flat().includes(one));
@@ -86,7 +86,7 @@ function rank(work, ids, sides) {
   const bad = () => work.send("compare", { order: [ids], bad: true });
   work.answers.append(
     equal, choice("⌫", "Take back", back), choice("T", "All equal", tied),
-    choice("B", "None is good", bad), choice("Enter", "Send", send, { cls: "primary" }),
+    choice("B", "None is good", bad, { pressed: work.former ? Boolean(work.former.bad) : undefined }), choice("Enter", "Send", send, { cls: "primary" }),
   );
   draw();
   const keys = { "=": join, backspace: back, t: tied, b: bad, Enter: send };

@@ -4,7 +4,7 @@ import { asked, choice, el } from "./dom.js";
 
 const points = (text, units) => Array.from(text.slice(0, units)).length;
 const units = (text, points) => Array.from(text).slice(0, points).join("").length;
-const WORD = /[\p{L}\p{N}_]+(?:['’.-][\p{L}\p{N}_]+)*/gu;
+const WORD = /[\p{L}\p{M}\p{N}_]+(?:['’.-][\p{L}\p{M}\p{N}_]+)*/gu; // \p{M}: vowel signs, accents of their own
 
 export function span(work) {
   const { task, item, stage, answers } = work;

@@ -173,7 +173,7 @@ async function flush() {
     tell(`Sending ${waiting().length} kept answers …`, "waiting");
     try {
       await deliver(verdict, () => tell(`Waiting to send ${waiting().length} kept answers.`, "waiting"));
-      kept.drop(`draft:${verdict.item}:${verdict.supersedes}`);
+      if (verdict.kind !== "flag") kept.drop(`draft:${verdict.item}:${verdict.supersedes}`); // a flag is beside the answer
       tell("Kept answers saved", "saved");
     } catch (trouble) {
       if (trouble.status === 401) return signedOut();
