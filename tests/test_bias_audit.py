@@ -231,6 +231,8 @@ def test_a_model_that_cannot_answer_is_refused(
         ({"bbq_rows": -1}, "expected 0 or more"),
         ({"models": (("a", "base"), ("a", "base"))}, "none twice"),
         ({"models": (("../a", "base"),)}, "plain names"),
+        ({"models": (5,)}, "plain names"),
+        ({"models": ("ab",)}, "plain names"),
         ({"augment": ("swap",)}, "expected 'swaps' or 'templates'"),
         ({"augment": ("templates",), "templates": ()}, "audit.templates has none"),
     ],

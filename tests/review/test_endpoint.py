@@ -152,6 +152,13 @@ def test_letters(reply: str, letter: str) -> None:
     assert model_judge.read_letter(reply) == letter
 
 
+@pytest.mark.parametrize(
+    ("reply", "letter"), [("A\n\nBecause it is right.", "A"), ("B\nOn second thought:\nA", ""), ("A\n\nAnswer: A", "A")]
+)
+def test_a_letter_in_the_first_line_counts_unless_the_last_one_contradicts(reply: str, letter: str) -> None:
+    assert model_judge.read_letter(reply) == letter
+
+
 def test_verdicts_from_two_orders() -> None:
     item = make_item(
         1, "better", {"prompt": "p", "candidates": [{"id": "a", "text": "x"}, {"id": "b", "text": "y"}]}, {}
