@@ -66,8 +66,12 @@ def test_two_models_on_the_same_rows(
     other = make_model(tmp_path / "other", seed=1)
     config.audit.bbq, config.audit.crows = str(files / "bbq.jsonl"), str(files / "crows.csv")
     config.audit.models = (("base", "base"), ("other", str(other)))
+    config.privacy.names = ("Jane Roe",)
     validation.validate(config)
     bias_audit.audit(config, tmp_path / "a")
+    assert all(
+        "Roe" not in (tmp_path / "a" / name).read_text() for name in ("audit.json", "report.json", "report.html")
+    )
     told = json.loads((tmp_path / "a" / "audit.json").read_text())
     base, new = (told["figures"][name] for name in ("base", "other"))
     assert [(one["part"], one["name"], one["metric"], one["rows"]) for one in base] == [

@@ -19,6 +19,7 @@ from jaxtune.data.recognizers import Find, Span
 
 Row = dict[str, Any]
 TOLD = {"keep": "kept", "mask": "masked", "pseudonym": "pseudonymised"}
+_HIDDEN = " names, not shown"
 _SHORTEST_NUMBER = 10**6  # a whole number below it is no phone, card or account number
 
 
@@ -286,6 +287,7 @@ def table(rows: Iterable[tuple[str, str, Sequence[Finding]]]) -> str:
 def without_names(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a config, as a dictionary, that may be shown: with how many names it lists, not which."""
     section = config.get("privacy", {})
-    if not section.get("names"):
+    names = section.get("names")
+    if not names or str(names[0]).endswith(_HIDDEN):
         return config
-    return {**config, "privacy": {**section, "names": (f"{len(section['names'])} names, not shown",)}}
+    return {**config, "privacy": {**section, "names": (f"{len(names)}{_HIDDEN}",)}}

@@ -49,7 +49,7 @@ def read(tasks: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> dict[str, Ta
     """
     found: dict[str, Task] = {}
     for one in tasks:
-        if len(one) != 2 or not isinstance(one[0], str):
+        if not _is_pair(one) or not isinstance(one[1], tuple | list) or not all(map(_is_pair, one[1])):
             raise UserError(f"review.tasks has {one!r:.80}; expected (name, ((key, value), …))")
         name, keys = one[0], dict(one[1])
         if name in found:
@@ -67,12 +67,21 @@ def read(tasks: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> dict[str, Ta
     return found
 
 
+def _is_pair(one: Any) -> bool:
+    return isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[0], str)
+
+
 def _check(task: Task) -> None:
     told = f"task {task.name!r}"
+    for key in ("labels", "groups"):
+        names = getattr(task, key)
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"{told} has {key}={names!r:.80}; expected a tuple of names")
     if task.kind in ("label", "span") and (not task.labels or len(set(task.labels)) != len(task.labels)):
         raise UserError(f"{told} is of kind {task.kind!r} and has labels={task.labels!r}; expected names, none twice")
     if task.kind == "rate":
-        low, high, step = task.scale
+        numbers = isinstance(task.scale, tuple) and all(isinstance(one, int | float) for one in task.scale)
+        low, high, step = task.scale if numbers and len(task.scale) == 3 else (0, 0, 0)
         if not (low < high and step > 0 and (high - low) / step <= 100):
             raise UserError(
                 f"{told} has scale={task.scale!r}; expected (lowest, highest, step), with 100 steps at most"

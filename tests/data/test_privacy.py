@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import jaxtune
-from jaxtune import validation
+from jaxtune import report, validation
 from jaxtune.config import base
 from jaxtune.data import privacy, surrogates
 from jaxtune.data.formats import read_examples
@@ -281,6 +281,10 @@ def test_names_of_a_file(tmp_path: Path) -> None:
     config = base()
     config.privacy.names = PEOPLE
     assert "Jane" not in json.dumps(privacy.without_names(config.to_dict()), default=str)
+    once = privacy.without_names(config.to_dict())
+    assert privacy.without_names(once) == once
+    report.write(tmp_path, {"name": "x", "config": config.to_dict()})  # whoever writes one
+    assert all("Jane" not in file.read_text() for file in tmp_path.glob("report.*"))
 
 
 def test_kinds_of_other_countries_and_what_is_unknown() -> None:
