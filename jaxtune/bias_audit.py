@@ -367,7 +367,7 @@ def _write(
     told |= {**more, "about": models, "notices": notices}
     kept = {key: value for key, value in told.items() if key != "about"} | {
         "models": models,
-        "config": json.loads(config_lib.to_json(config)),
+        "config": privacy.without_names(json.loads(config_lib.to_json(config))),
     }
     write_whole(workdir / "audit.json", json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     bias_account.write(config, workdir, told)

@@ -108,9 +108,9 @@ def _outputs(config: ConfigDict, workdir: Path) -> tuple[list[Output], list[Outp
     if given[0] == given[1]:
         raise UserError(f"judging.first and judging.second are both {given[0]!r}; expected two that differ")
     prompts = _prompts(config)
-    sides = [
-        _read_outputs(uri, prompts) if _is_file(uri) else _generated(config, workdir, uri, prompts) for uri in given
-    ]
+    files = [uri if _is_file(uri) else _generated(config, workdir, uri, prompts) for uri in given]
+    private = privacy.of(config.privacy)
+    sides = [_read_outputs(file, prompts, private) for file in files]
     by_row = {one.row_id: one for one in sides[1]}
     shared = [(one, by_row[one.row_id]) for one in sides[0] if one.row_id in by_row]
     if not shared:
@@ -159,11 +159,14 @@ def _shown(example: Example) -> Any:
     return turns[0]["content"] if len(turns) == 1 else turns
 
 
-def _read_outputs(uri: str, prompts: Sequence[Example]) -> list[Output]:
-    """The lines of a file of outputs; its prompts are those of `judging.prompts`, by row_id, or in their order where it has none."""
+def _read_outputs(uri: str, prompts: Sequence[Example], private: privacy.Private | None) -> list[Output]:
+    """The lines of a file of outputs; its prompts are those of `judging.prompts`, by row_id, or in their order where it has none.
+
+    Both are made private: people see them, and a judge that may be somebody else's.
+    """
     path = fetch.local(uri)
     shown = {example.row_id: _shown(example) for example in prompts}
-    ids, found = list(shown), []
+    ids, found, seen = list(shown), [], set[str]()
     for at, (number, row) in enumerate(read_rows(path)):
         text = next((row[name] for name in _TEXTS if name in row), None)
         if not isinstance(text, str):
@@ -176,12 +179,22 @@ def _read_outputs(uri: str, prompts: Sequence[Example]) -> list[Output]:
         prompt = shown.get(row_id, row.get("messages") or row.get("prompt"))
         if prompt is None:
             raise UserError(f"{path.name}:{number}: no prompt; expected a column `prompt`, or judging.prompts")
-        found.append(Output(row_id, prompt, text))
+        if not (isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt))):
+            raise UserError(
+                f"{path.name}:{number}: the prompt is {prompt!r:.60}; expected a text or a list of messages"
+            )
+        if row_id in seen:
+            raise UserError(
+                f"{path.name}:{number}: the row_id {row_id!r} is there twice; expected one output to a prompt"
+            )
+        seen.add(row_id)
+        asked = {"prompt": prompt, "text": text}
+        found.append(Output(row_id, **(private.row(asked)[0] if private else asked)))
     return found
 
 
-def _generated(config: ConfigDict, workdir: Path, uri: str, prompts: Sequence[Example]) -> list[Output]:
-    """What a model says to the prompts; made once, kept in the workdir under a name that follows from all it depends on."""
+def _generated(config: ConfigDict, workdir: Path, uri: str, prompts: Sequence[Example]) -> str:
+    """The file of what a model says to the prompts; made once, kept in the workdir under a name that follows from all it depends on."""
     own = _config_of(config, workdir, uri)
     sections = {name: own[name].to_dict() for name in ("model", "tune", "generate")}
     asked = json.dumps([uri, own.workdir, sections, [str(_shown(one)) for one in prompts]], default=list)
@@ -196,7 +209,7 @@ def _generated(config: ConfigDict, workdir: Path, uri: str, prompts: Sequence[Ex
         texts = measure.generator(own, tokenizer, program, params, verbs.progress(config), f"answering, {what}")(ids)
         lines = [{"row_id": e.row_id, "generation": text} for e, text in zip(prompts, texts, strict=True)]
         write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return _read_outputs(str(file), prompts)
+    return str(file)
 
 
 def _config_of(config: ConfigDict, workdir: Path, uri: str) -> ConfigDict:

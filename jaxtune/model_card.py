@@ -74,7 +74,11 @@ def split(text: str) -> tuple[dict[str, Any], str]:
     front: Any = {}
     found = re.match(r"---\n(.*?)\n---\n?", text, re.DOTALL)
     if found:
-        front, text = yaml.safe_load(found[1]), text[found.end() :]
+        text = text[found.end() :]
+        try:
+            front = yaml.safe_load(found[1])
+        except yaml.YAMLError:  # whoever wrote it
+            front = {}
     if _LOADING in text:
         text = text.partition(_LOADING)[2].partition(_END)[0]
     else:
@@ -95,12 +99,28 @@ def front_matter(facts: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[s
         "license": card["license"] or model.get("license", ""),
         "language": list(card["language"]),
         "pipeline_tag": task,
-        "tags": list(dict.fromkeys([*earlier.get("tags", []), "jaxtune", config["train"]["objective"]])),
+        "tags": list(dict.fromkeys([*_several(earlier.get("tags")), "jaxtune", config["train"]["objective"]])),
         "datasets": list(dict.fromkeys(dataset(one["uri"]) for one in facts.get("files", []))),
         "metrics": list(facts.get("after", {})),
         "model-index": _index(facts, task or "text-generation"),
     }
     return {name: value for name, value in made.items() if value}
+
+
+def _several(tags: Any) -> list[Any]:
+    return list(tags) if isinstance(tags, list) else [tags] if tags else []
+
+
+def check(card: Mapping[str, Any]) -> None:
+    """Refuses, before anything is trained, a file that the card could not be written from; a folder may be filled yet.
+
+    Raises:
+      UserError: with what was expected.
+    """
+    for key, name, told in (("audit", "audit.json", _bias), ("guidance", "report.json", _guided)):
+        path = Path(card[key]).expanduser() if card[key] else None
+        if path and (path.is_file() or (path / name).is_file()):
+            told(card[key])
 
 
 def dataset(uri: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from markupsafe import Markup
 
 from jaxtune import report_plots
+from jaxtune.data import privacy
 
 _SHARES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "exact_match": "Exact match", "label_macro_f1": "Macro-F1 of labels",
@@ -50,6 +51,8 @@ def write(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     """
     folder = Path(workdir)
     plain = _plain(facts)
+    if "config" in plain:
+        plain["config"] = privacy.without_names(plain["config"])
     keys: dict[str, Any] = {"before": {}, "after": {}, "difference": {}, "train": {}, "data": {}}
     told = keys | {name: fact for name, fact in plain.items() if name != "tables"}  # which are the page's alone
     _replace(folder / "report.json", json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -170,6 +170,10 @@ def _check_card(config: ConfigDict) -> None:
         place = config.card[key]
         if config.card.enabled and place and not Path(place).expanduser().exists():
             raise UserError(f"card.{key}={place!r} does not exist; expected a file or folder on this machine, or ''")
+    if config.card.enabled and (config.card.audit or config.card.guidance):
+        from jaxtune import model_card
+
+        model_card.check(config.card)
     if wrong := [one for one in config.card.language if not isinstance(one, str) or not one.strip()]:
         raise UserError(f"card.language has {wrong[0]!r}; expected codes such as 'en'")
 
@@ -183,7 +187,8 @@ def _check_audit(config: ConfigDict) -> None:
     for key in ("rows", "worst_rows", "bbq_rows", "crows_rows"):
         if c[key] < 0:
             raise UserError(f"config.audit.{key} is {c[key]}; expected 0 or more")
-    names = [one[0] for one in c.models if len(one) == 2 and all(isinstance(part, str) for part in one)]
+    pairs = [one for one in c.models if isinstance(one, tuple | list) and len(one) == 2]
+    names = [one[0] for one in pairs if all(isinstance(part, str) for part in one)]
     if (
         len(names) < len(c.models)
         or len(set(names)) < len(names)

@@ -66,8 +66,12 @@ def test_two_models_on_the_same_rows(
     other = make_model(tmp_path / "other", seed=1)
     config.audit.bbq, config.audit.crows = str(files / "bbq.jsonl"), str(files / "crows.csv")
     config.audit.models = (("base", "base"), ("other", str(other)))
+    config.privacy.names = ("Jane Roe",)
     validation.validate(config)
     bias_audit.audit(config, tmp_path / "a")
+    assert all(
+        "Roe" not in (tmp_path / "a" / name).read_text() for name in ("audit.json", "report.json", "report.html")
+    )
     told = json.loads((tmp_path / "a" / "audit.json").read_text())
     base, new = (told["figures"][name] for name in ("base", "other"))
     assert [(one["part"], one["name"], one["metric"], one["rows"]) for one in base] == [
@@ -231,6 +235,8 @@ def test_a_model_that_cannot_answer_is_refused(
         ({"bbq_rows": -1}, "expected 0 or more"),
         ({"models": (("a", "base"), ("a", "base"))}, "none twice"),
         ({"models": (("../a", "base"),)}, "plain names"),
+        ({"models": (5,)}, "plain names"),
+        ({"models": ("ab",)}, "plain names"),
         ({"augment": ("swap",)}, "expected 'swaps' or 'templates'"),
         ({"augment": ("templates",), "templates": ()}, "audit.templates has none"),
     ],

@@ -15,11 +15,14 @@ from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
 from jaxtune import guide, launch, run, validation
+from jaxtune.evals import tasks as evals_tasks
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance import training
 from jaxtune.lineage import chain
 from jaxtune.review import people, queue, store, tasks
 from jaxtune.review.record import Item, Verdict
+from jaxtune.selftrain import task
+from jaxtune.train import round_files
 from jaxtune.types import RESUME_EXIT_CODE, UserError, Waiting
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -524,3 +527,18 @@ def test_every_objective_that_learns_from_preferences_has_its_rows() -> None:
     from jaxtune.train.preferences import READERS
 
     assert set(READERS) <= set(training.LEARNS)
+
+
+def test_a_text_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path: Path) -> None:
+    text, file = "one\u2028two\u0085three\u2029four", tmp_path / "lines.jsonl"
+    folder_lib.write_lines(file, [{"text": text}, {"text": "x"}])
+    assert folder_lib.read_lines(file) == list(task.read_lines(file)) == [{"text": text}, {"text": "x"}]
+    round_files.keep_lines(file, lambda line: line["text"] == text)
+    assert folder_lib.read_lines(file) == [{"text": text}]
+    file.write_text(
+        json.dumps({"row_id": "a", "answer": text, "after": {"prediction": text}}, ensure_ascii=False) + "\n"
+    )
+    assert evals_tasks.read_predictions(file, "after") == [{"row_id": "a", "answer": text, "prediction": text}]
+    ledger = tmp_path / "ledger.jsonl"
+    written = chain.append(ledger, chain.append(ledger, [], {"kind": "base", "name": text}), {"kind": "round"})
+    assert chain.read(ledger) == written

@@ -161,11 +161,26 @@ def test_what_is_named_must_be_there(tmp_path: Path, tiny_config: ConfigDict) ->
     with pytest.raises(UserError, match="card.audit=.*does not exist"):
         validation.validate(tiny_config)
     (tmp_path / "gone.json").write_text("{}")
+    with pytest.raises(UserError, match="has no 'figures'"):  # before anything is trained
+        validation.validate(tiny_config)
     with pytest.raises(UserError, match="has no 'figures'"):
         model_card.write(tmp_path, {"name": "x", "config": tiny_config.to_dict()})
     tiny_config.card.audit, tiny_config.card.guidance = "", str(tmp_path / "gone.json")
     with pytest.raises(UserError, match="neither a round's ledger line"):
         model_card.write(tmp_path, {"name": "x", "config": tiny_config.to_dict()})
+    with pytest.raises(UserError, match="neither a round's ledger line"):
+        validation.validate(tiny_config)
+    tiny_config.card.guidance = str(tmp_path)  # whose report may be written yet
+    validation.validate(tiny_config)
+
+
+def test_what_others_wrote_above_a_readme_may_be_anything() -> None:
+    assert model_card.split("---\nlicense: [mit\n---\nText") == ({}, "Text")
+    facts = {
+        "name": "x",
+        "config": {"card": {"base_model": "", "license": "", "language": ()}, "train": {"objective": "sft"}},
+    }
+    assert model_card.front_matter(facts, {"tags": "chat"})["tags"] == ["chat", "jaxtune", "sft"]
 
 
 @pytest.mark.parametrize(

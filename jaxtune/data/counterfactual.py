@@ -117,7 +117,8 @@ def swap(text: str, axis: Axis, a: int = 0, b: int = 1) -> Swapped:
 
     def one(match: re.Match[str]) -> str:
         nonlocal unsure, changed
-        known = partners.get(match.group()) or partners.get(match.group().lower())
+        form = " ".join(match.group().split())  # a line may break between two words
+        known = partners.get(form) or partners.get(form.lower())
         if known is None:  # a name's letters in another case
             return match.group()
         group, options, own = known
@@ -160,8 +161,15 @@ def _key(form: str) -> str:
     return form if form != form.lower() else form.lower()
 
 
+_NO_MEN = frozenset(
+    "german roman human ottoman norman herman shaman brahman turkoman rahman osman usman salman ayman".split()
+)  # end in -man, and no man is meant
+
+
 def plural(word: str) -> str:
     """A noun's plural by English rules, the common ones: man/men, wife/wives, lady/ladies, boss/bosses."""
+    if word.lower().rsplit(maxsplit=1)[-1] in _NO_MEN:
+        return word + "s"
     for end, others in (("man", "men"), ("child", "children"), ("person", "people"), ("wife", "wives")):
         if word.lower().endswith(end):
             return word[: -len(end)] + others
@@ -188,7 +196,7 @@ _ALONE = frozenset(
     "a an the this that these those and or but nor so if when while because as than then in on at to for from with without by of off up "
     "out over under into onto about after before during through around is are was were be been am has have had do does did will "
     "would can could should may might must not he she it they we i you who which what where how why there here again too also "
-    "anymore yesterday today tomorrow tonight".split()
+    "anymore yesterday today tomorrow tonight since until till although though unless whether not upon toward towards against across".split()
 )
 # After these, or before those, it may be either: "gave her money", "took her back".
 _GIVING = frozenset(
@@ -198,6 +206,11 @@ _GIVING = frozenset(
 )
 _EITHER = frozenset(
     "all more most much little back home well first last right only just even very really both her his him any some no one".split()
+)
+
+
+_NO_ADVERBS = frozenset(
+    "family only elderly reply friendly daily early lovely belly assembly supply ally bully jelly lily fly".split()
 )
 
 
@@ -212,12 +225,13 @@ def _role(match: re.Match[str], options: Sequence[str]) -> str:
     if word not in kinds or {*options} != {*kinds[word]}:
         return ""
     alone, determiner = kinds[word]
-    following = re.match(r"[ \t]+([A-Za-z]+)", text[match.end() :])
+    # A line that goes on with a small letter was broken by its width.
+    following = re.match(r"(?:[ \t]+|[ \t]*\r?\n[ \t]*(?=[a-z]))([A-Za-z]+)", text[match.end() :])
     if following is None:
-        plain = re.match(r"[ \t]*($|[.,;:!?)\"\n])", text[match.end() :])
+        plain = re.match(r"[ \t\r]*($|[.,;:!?)\"]|\n\s*($|\n))", text[match.end() :])
         return alone if plain else ""
     after = following.group(1).lower()
-    if after in _EITHER:
+    if after in _EITHER or (after.endswith("ly") and after not in _NO_ADVERBS):
         return ""
     if after in _ALONE:
         return alone

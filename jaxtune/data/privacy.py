@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from jaxtune.data.recognizers import Find, Span
 
 Row = dict[str, Any]
 TOLD = {"keep": "kept", "mask": "masked", "pseudonym": "pseudonymised"}
+_HIDDEN = " names, not shown"
 _SHORTEST_NUMBER = 10**6  # a whole number below it is no phone, card or account number
 
 
@@ -84,7 +87,7 @@ class Private:
         if isinstance(value, str):
             made, here = self.text(value, field)
             found.extend(here)
-            return made
+            return made if made == value else self._as_json(value, made)
         if isinstance(value, list):
             return [self._value(one, f"{field}[{number}]", found) for number, one in enumerate(value)]
         if isinstance(value, dict):
@@ -93,6 +96,12 @@ class Private:
             made = self._value(str(value), field, found)
             return value if made == str(value) else made
         return value
+
+    def _as_json(self, value: str, made: str) -> str:
+        """What was JSON stays JSON, such as a tool call's arguments: a number in it becomes a text."""
+        if not value.lstrip().startswith(("{", "[")) or _is_json(made) or not _is_json(value):
+            return made
+        return json.dumps(self._value(json.loads(value), "", []), ensure_ascii=False)
 
     def _spans(self, text: str) -> list[Span]:
         """What is to be told or replaced, in the order of the text; none overlaps another."""
@@ -167,7 +176,7 @@ def of(section: ConfigDict) -> Private | None:
             finders.append(recognizers.pattern(kind, own[kind]))
         elif kind != recognizers.NAME:
             finders.append(recognizers.recognizer(kind, regions, section.min_score))
-        elif people:
+        if kind == recognizers.NAME and people:  # beside a pattern of that kind
             spellings = [spelling for one in people for spelling in one if _kind_of(spelling) == recognizers.NAME]
             is_listed = recognizers.names(spellings)
             finders.append(is_listed)
@@ -182,10 +191,18 @@ def plain(kind: str, text: str, regions: Sequence[str] = ()) -> str:
     if kind == "phone":
         return _phone(text, tuple(regions))
     if kind == recognizers.NAME:
-        return " ".join(recognizers.words(text)).casefold()
+        return unicodedata.normalize("NFC", " ".join(recognizers.words(text))).casefold()
     if kind in ("email", "url", "ip"):
         return text.strip().casefold()
     return "".join(character for character in text if character.isalnum()).casefold() or text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _phone(text: str, regions: tuple[str, ...]) -> str:
@@ -270,6 +287,7 @@ def table(rows: Iterable[tuple[str, str, Sequence[Finding]]]) -> str:
 def without_names(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a config, as a dictionary, that may be shown: with how many names it lists, not which."""
     section = config.get("privacy", {})
-    if not section.get("names"):
+    names = section.get("names")
+    if not names or str(names[0]).endswith(_HIDDEN):
         return config
-    return {**config, "privacy": {**section, "names": (f"{len(section['names'])} names, not shown",)}}
+    return {**config, "privacy": {**section, "names": (f"{len(names)}{_HIDDEN}",)}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ def recognizer(kind: str, regions: Sequence[str], min_score: float) -> Find:
     context = tuple(word.strip().lower() for word in made.context or ())
 
     def find(text: str) -> Iterator[Span]:
+        text = text.translate(_PLAIN)
         for start, end in windows(text):
             part = text[start:end]
             for found in seen(part) if end - start <= _REMEMBERED else seen.__wrapped__(part):
@@ -89,11 +91,11 @@ def names(listed: Iterable[str]) -> Find:
     by_first: dict[str, list[list[str]]] = {}
     for name in listed:
         words = _WORD.findall(name)
-        by_first.setdefault(words[0].casefold(), []).append(words)
+        by_first.setdefault(_spelled(words[0]), []).append(words)
 
     def find(text: str) -> Iterator[Span]:
         for match in _WORD.finditer(text):
-            for words in by_first.get(match[0].casefold(), ()):
+            for words in by_first.get(_spelled(match[0]), ()):
                 end = _reaches(text, match, words)
                 if end:
                     yield Span(match.start(), end, NAME, 1.0)
@@ -128,8 +130,16 @@ def words(name: str) -> list[str]:
     return _WORD.findall(name)
 
 
-_WORD = re.compile(r"\w+")
-_BETWEEN = re.compile(r"[\s.,'’\-]{1,3}")
+# Letters with their marks, which are no \w: accents of their own (NFD, as macOS writes), vowels of Indian scripts.
+_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
+_WORD = re.compile(rf"[^\W_][{_MARKS}]*(?:[^\W_]|[{_MARKS}])*")
+_BETWEEN = re.compile(r"[\s.,'’_\-\u2010-\u2015]{1,3}\s*")
+# Blanks and hyphens of typeset texts, for recognizers that know only the plain ones; as long as they were.
+_PLAIN = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f"), " ") | dict.fromkeys(map(ord, "\u2010\u2011"), "-")
+
+
+def _spelled(word: str) -> str:
+    return unicodedata.normalize("NFC", word).casefold()
 
 
 def _reaches(text: str, first: re.Match[str], words: list[str]) -> int:
@@ -140,7 +150,7 @@ def _reaches(text: str, first: re.Match[str], words: list[str]) -> int:
             assert match is not None
             gap = _BETWEEN.match(text, match.end())
             match = gap and _WORD.match(text, gap.end())
-        if match is None or match[0].casefold() != word.casefold():
+        if match is None or _spelled(match[0]) != _spelled(word):
             return 0
         if word[0].isupper() and not match[0][0].isupper():
             return 0

@@ -51,7 +51,7 @@ def key(file: str, variable: str) -> bytes:
     Raises:
       UserError: neither is given, the key is too short, or others than its owner may read the file.
     """
-    value = os.environ.get(variable, "") if variable else ""
+    value = os.environ.get(variable, "").strip() if variable else ""  # as of the file, whose line may end
     if value:
         return _long_enough(value.encode(), f"the environment variable {variable} (privacy.key_variable)")
     if not file:

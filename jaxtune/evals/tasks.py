@@ -303,7 +303,7 @@ def compare(
 
 def read_predictions(path: str | os.PathLike[str], side: str) -> list[dict[str, Any]]:
     """Returns the rows of one side ("before", "after") of what `write_predictions` wrote."""
-    lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in Path(path).read_text("utf-8").split("\n") if line]
     return [{"row_id": line["row_id"], "answer": line["answer"], **line[side]} for line in lines]
 
 

@@ -218,7 +218,8 @@ def write_lines(path: Path, lines: Iterable[Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text("utf-8").splitlines()]
+    # Not `splitlines`: a text may hold U+2028 or U+0085, which JSON leaves as they are.
+    return [json.loads(text) for text in path.read_text("utf-8").split("\n") if text]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,7 +28,11 @@ def read(path: Path) -> list[Line]:
       UserError: a line is none of a ledger, or the chain of hashes is broken.
     """
     lines: list[Line] = []
-    for number, text in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, text in enumerate(
+        path.read_text("utf-8").split("\n"), 1
+    ):  # not `splitlines`: U+2028 ends no line of JSON
+        if not text:
+            continue
         where, previous = f"{path}:{number}", lines[-1]["hash"] if lines else _BEFORE_ALL
         try:
             line = json.loads(text)

@@ -89,7 +89,7 @@ def client(url: str, model: str, key: str = "", timeout: float = 60.0, retries: 
             try:
                 body = json.dumps({"model": model, "messages": list(messages), **settings}).encode()
                 with opener.open(urllib.request.Request(address, body, headers), timeout=timeout) as response:
-                    return _content(response.read(_MOST_BYTES))
+                    return _content(_whole(response, time.monotonic() + timeout))
             except urllib.error.HTTPError as error:
                 with error:
                     why = f"HTTP {error.code}: {_shown(error, key)}"
@@ -129,6 +129,20 @@ def _wait(asked: str | None, own: float) -> float:
         return min(max(0.0, float(asked or "")), _LONGEST_WAIT)
     except ValueError:  # none, or a date
         return min(own * (0.5 + random.random()), _LONGEST_WAIT)
+
+
+def _whole(response: http.client.HTTPResponse, until: float) -> bytes:
+    """The reply, if it is there by then: the socket's own timeout is of each piece, and pieces may come for ever.
+
+    Raises:
+      TimeoutError: it is not.
+    """
+    parts: list[bytes] = []
+    while (part := response.read1(1 << 16)) and sum(map(len, parts)) < _MOST_BYTES:
+        parts.append(part)
+        if time.monotonic() > until:
+            raise TimeoutError("the reply came too slowly; timed out")
+    return b"".join(parts)
 
 
 def _content(body: bytes) -> str:

@@ -98,12 +98,10 @@ def in_words(prompt: Any) -> str:
 
 
 def read_letter(reply: str) -> str:
-    """The letter of a reply that says one, alone, in its last line, or as "The answer is B."; "" where it says none."""
-    lines = [line for line in reply.strip().splitlines() if line.strip()]
-    for text in (reply.strip(), *lines[-1:]):
-        if match := _LETTER.fullmatch(text):
-            return match[1].upper()
-    return ""
+    """The letter of a reply that says one, alone, in its first or last line, or as "The answer is B."; "" where it says none, or two."""
+    lines = [line.strip() for line in reply.splitlines() if line.strip()]
+    found = {match[1].upper() for text in (*lines[:1], *lines[-1:]) if (match := _LETTER.fullmatch(text))}
+    return found.pop() if len(found) == 1 else ""
 
 
 def by_endpoint(ask: Ask, text: str, tries: int = 2) -> Asked:

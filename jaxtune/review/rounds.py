@@ -188,13 +188,14 @@ def _label(counted: _Counted, rules: Rules, into: dict[str, list[Row]]) -> str:
 
 def _edit(counted: _Counted, rules: Rules, into: dict[str, list[Row]]) -> str:
     if rules.edits == "each":
-        texts = dict.fromkeys(verdict.answer["text"].strip() for verdict, _ in counted.answers)
-        chosen = [(text, [v for v, _ in counted.answers if v.answer["text"].strip() == text]) for text in texts]
+        said = dict.fromkeys(_edited(verdict) for verdict, _ in counted.answers)
+        every = [[v for v, _ in counted.answers if _edited(v) == one] for one in said]
     else:
-        text, agreed = _won(counted, lambda verdict: verdict.answer["text"].strip())
+        _, agreed = _won(counted, _edited)
         if not agreed:
             return "disagreement"
-        chosen = [(text, agreed)]
+        every = [agreed]
+    chosen = [(agreed[0].answer["text"].strip(), agreed) for agreed in every]  # as the first of them wrote it
     shown = str(counted.item.payload.get("answer", ""))
     for text, agreed in chosen:
         reason = _answered(counted, text, agreed, into)
@@ -203,6 +204,11 @@ def _edit(counted: _Counted, rules: Rules, into: dict[str, list[Row]]) -> str:
         if rules.pairs_from_edits and shown.strip() and shown.strip() != text:
             into["pairs"].append(_pair(counted, text, shown, agreed))
     return ""
+
+
+def _edited(verdict: Verdict) -> str:
+    """An edited text but for its white space, in which experts do not disagree (`settling.differ`)."""
+    return " ".join(verdict.answer["text"].split())
 
 
 def _accept(counted: _Counted, rules: Rules, into: dict[str, list[Row]]) -> str:

@@ -49,7 +49,7 @@ def read(tasks: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> dict[str, Ta
     """
     found: dict[str, Task] = {}
     for one in tasks:
-        if len(one) != 2 or not isinstance(one[0], str):
+        if not isinstance(one, tuple | list) or len(one) != 2 or not isinstance(one[0], str):
             raise UserError(f"review.tasks has {one!r:.80}; expected (name, ((key, value), …))")
         name, keys = _named(one[0]), _keys(*one)
         if name in found:

@@ -135,4 +135,4 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of such a file."""
-    yield from map(json.loads, path.read_text("utf-8").splitlines())
+    yield from map(json.loads, filter(None, path.read_text("utf-8").split("\n")))

@@ -103,7 +103,7 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept: list[str] = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").split("\n"):
         try:
             kept += [line] if wanted(json.loads(line)) else []
         except ValueError:

@@ -27,6 +27,9 @@ AXES = counterfactual.read_axes((("gender", GENDER), ("names", NAMES)))
         ("A friend of his, and his phone.", "A friend of hers, and her phone."),
         ("That is his", "That is hers"),
         ("HER PHONE", "HIS PHONE"),
+        ("She lost her\nphone, and her\n  keys", "He lost his\nphone, and his\n  keys"),  # broken by a line's width
+        ("I saw her\n\nBye", "I saw him\n\nBye"),
+        ("He loved her since 1990, not her family", "She loved him since 1990, not his family"),
         ("Two men and their wives' boys", "Two women and their husbands' girls"),
         ("She hurt herself; the woman's wife", "He hurt himself; the man's husband"),
         ("a man-made theme for the sherpa, shed and Norman", "a man-made theme for the sherpa, shed and Norman"),
@@ -39,7 +42,15 @@ def test_case_inflection_and_pronouns(text: str, swapped: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["gave her money to spend", "took her back", "I like her — now", "his all too human ways"]
+    "text",
+    [
+        "gave her money to spend",
+        "took her back",
+        "I like her — now",
+        "his all too human ways",
+        "thanked her warmly",
+        "saw her\nThanks",
+    ],
 )
 def test_a_word_that_may_be_two_leaves_the_text_as_it_was(text: str) -> None:
     made = counterfactual.swap(text + ", he said", AXES["gender"])
@@ -141,9 +152,16 @@ def test_unknown_axes_and_columns_are_told_with_what_there_is() -> None:
         counterfactual.check_column({"text": "a"}, "txt", "audit.columns")
 
 
+def test_a_name_of_two_words_may_be_broken_over_lines() -> None:
+    axis = counterfactual.read_axes((("who", (("a", ("African American", "German")), ("b", ("white man", "Turk")))),))[
+        "who"
+    ]
+    assert counterfactual.swap("an African\nAmerican and Germans", axis).text == "an white man and Turks"
+
+
 def test_plurals() -> None:
-    words = "man wife lady boss boy child Christian church".split()
+    words = "man wife lady boss boy child Christian church German human fisherman".split()
     assert [
         counterfactual.plural(word) for word in words
-    ] == "men wives ladies bosses boys children Christians churches".split()
+    ] == "men wives ladies bosses boys children Christians churches Germans humans fishermen".split()
     assert isinstance(AXES["gender"], Axis)

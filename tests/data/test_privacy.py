@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import jaxtune
-from jaxtune import validation
+from jaxtune import report, validation
 from jaxtune.config import base
 from jaxtune.data import privacy, surrogates
 from jaxtune.data.formats import read_examples
@@ -125,6 +125,44 @@ def test_a_surrogate_name_is_no_listed_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert other not in (first, "Will Smith")
 
 
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("_Ann_ said", "_[NAME]_ said"),  # emphasis
+        ("see Jose\u0301 and JOS\u00c9", "see [NAME] and [NAME]"),  # the accent a character of its own
+        ("प्रिया शर्मा आई", "[NAME] आई"),  # vowels that are marks
+        ("Ann\u2010Marie; Ann\n        Marie", "[NAME]; [NAME]"),
+        ("Annual, Joanne, ann_x", "Annual, Joanne, ann_x"),
+    ],
+)
+def test_names_as_people_write_them(text: str, masked: str) -> None:
+    private = made(names=("Ann", "José", "प्रिया शर्मा", "Ann-Marie"))
+    assert private.text(text)[0] == masked
+    assert private.text(masked) == (masked, ())
+
+
+def test_spellings_of_a_name_with_accents_are_one_persons(monkeypatch: pytest.MonkeyPatch) -> None:
+    private = made(monkeypatch, "pseudonym", names=("Jos\u00e9; jo@x.org",))
+    assert private.text("Jose\u0301")[0] == private.text("Jos\u00e9")[0] != "Jos\u00e9"
+
+
+def test_numbers_set_with_blanks_that_do_not_break() -> None:
+    text = "IBAN DE89\u00a03704\u00a00044\u00a00532\u00a00130\u00a000, card 4111\u202f1111\u202f1111\u202f1111, call (212)\u00a0555\u20112368"
+    assert made().text(text)[0] == "IBAN [IBAN], card [CREDIT_CARD], call [PHONE]"
+
+
+def test_json_stays_json() -> None:
+    arguments = '{"phone": 2125552368, "to": ["jane@acme.com", 3]}'
+    row, found = made().row({"calls": [{"function": {"name": "call", "arguments": arguments}}]})
+    assert json.loads(row["calls"][0]["function"]["arguments"]) == {"phone": "[PHONE]", "to": ["[EMAIL]", 3]}
+    assert [arguments[f.start : f.start + f.length] for f in found] == ["2125552368", "jane@acme.com"]
+    assert made().row(row) == (row, ())
+
+
+def test_names_are_found_beside_a_pattern_of_that_kind() -> None:
+    assert made(patterns=(("name", r"Mr \w+"),)).text("Mr Roe and Jane Doe")[0] == "[NAME] and [NAME]"
+
+
 def test_overlapping_findings_are_one_and_kept_ones_hide_nothing() -> None:
     settings = {"kinds": (("email", "mask"), ("url", "mask"), ("name", "mask"), ("ticket", "mask"))}
     private = made(patterns=(("ticket", r"ticket \S+"),), **settings)
@@ -218,6 +256,18 @@ def test_the_key_is_made_for_its_owner_alone_and_never_told(tmp_path: Path, monk
         made(action="pseudonym")
 
 
+def test_a_key_is_the_same_from_a_file_and_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "key"
+    key = surrogates.key(str(file), "")
+    monkeypatch.setenv("KEY", file.read_text())  # with the end of its line
+    assert surrogates.key("", "KEY") == key
+    monkeypatch.setenv("KEY", " " * 40)
+    with pytest.raises(UserError, match="surrogates need a key"):
+        surrogates.key("", "KEY")
+
+
 def test_names_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "people.txt"
     file.write_text("\ufeff# our clients\nAnn-Marie O'Neill; A. O'Neill\n\nŁukasz Żak\n", "utf-8")
@@ -231,6 +281,10 @@ def test_names_of_a_file(tmp_path: Path) -> None:
     config = base()
     config.privacy.names = PEOPLE
     assert "Jane" not in json.dumps(privacy.without_names(config.to_dict()), default=str)
+    once = privacy.without_names(config.to_dict())
+    assert privacy.without_names(once) == once
+    report.write(tmp_path, {"name": "x", "config": config.to_dict()})  # whoever writes one
+    assert all("Jane" not in file.read_text() for file in tmp_path.glob("report.*"))
 
 
 def test_kinds_of_other_countries_and_what_is_unknown() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,6 +24,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     reply: Reply
     seen: list[dict[str, Any]]
+    piece, pause = 1 << 20, 0.0  # bytes at once, seconds after each
 
     def handle_error(self, *_: Any) -> None:
         """A client that went away is what a test wants."""
@@ -44,7 +46,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "http://127.0.0.1:1/elsewhere")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(answer)
+        for at in range(0, len(answer), self.server.piece):
+            self.wfile.write(answer[at : at + self.server.piece])
+            time.sleep(self.server.pause)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -114,6 +118,13 @@ def test_settings_that_a_server_does_not_take(server: Server) -> None:
     assert server.seen[-1]["max_completion_tokens"] == 512
 
 
+def test_a_reply_that_drips_is_late(server: Server) -> None:
+    server.piece, server.pause = 4, 0.05  # about one second in all
+    with pytest.raises(endpoint.Refused, match="too slowly"):
+        ask(server, timeout=0.2, retries=0)([])
+    assert ask(server, timeout=30.0, retries=0)([]) == "A"
+
+
 def test_nobody_listens(server: Server) -> None:
     gone = Server(("127.0.0.1", 0), Handler)
     url = gone.url
@@ -149,6 +160,13 @@ def test_where_a_key_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )  # fmt: skip
 def test_letters(reply: str, letter: str) -> None:
+    assert model_judge.read_letter(reply) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"), [("A\n\nBecause it is right.", "A"), ("B\nOn second thought:\nA", ""), ("A\n\nAnswer: A", "A")]
+)
+def test_a_letter_in_the_first_line_counts_unless_the_last_one_contradicts(reply: str, letter: str) -> None:
     assert model_judge.read_letter(reply) == letter
 
 

@@ -264,6 +264,25 @@ def test_what_it_refuses(config: ConfigDict, tmp_path: Path) -> None:
     refused("different prompts", second=str(other))
     other.write_text(json.dumps({"row_id": "p:1", "prompt": "x"}) + "\n")
     refused("other.jsonl:1: no text", second=str(other))
+    other.write_text(json.dumps({"row_id": "p:1", "prompt": 5, "generation": "y"}) + "\n")
+    refused("the prompt is 5; expected a text or a list", second=str(other))
+    other.write_text(2 * (json.dumps({"row_id": "p:1", "prompt": "question 1", "generation": "y"}) + "\n"))
+    refused("other.jsonl:2: the row_id 'p:1' is there twice", second=str(other))
+
+
+def test_outputs_of_files_are_private_too(config: ConfigDict, tmp_path: Path) -> None:
+    pytest.importorskip("presidio_analyzer", reason="needs jaxtune[privacy]")
+    for side in ("first", "second"):
+        file = tmp_path / f"{side}.jsonl"
+        line = {"row_id": "1", "prompt": "who is ann@acme.com?", "generation": f"{side}, ask bo@acme.com"}
+        file.write_text(json.dumps(line) + "\n")
+        config.judging[side] = str(file)
+    config.privacy.enabled = True
+    judging.judge(config, tmp_path / "run")
+    with store.opened(str(tmp_path / "run" / "review.db")) as engine:
+        (item,) = store.read_items(engine)
+    assert item.payload["prompt"] == "who is [EMAIL]?"
+    assert sorted(one["text"] for one in item.payload["candidates"]) == ["first, ask [EMAIL]", "second, ask [EMAIL]"]
 
 
 def test_a_judge_fills_no_place(config: ConfigDict, tmp_path: Path, server: Server) -> None:

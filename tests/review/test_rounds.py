@@ -13,9 +13,10 @@ import pytest
 
 from jaxtune import config as config_lib
 from jaxtune.data.formats import read_examples
-from jaxtune.review import rounds, tasks
+from jaxtune.review import rounds, settling, tasks
 from jaxtune.review.record import FLAG_TYPES, Item, Verdict, make_item
 from jaxtune.review.rounds import Rules
+from jaxtune.types import UserError
 
 PROMPT = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Great phone."}]
 TASKS = tasks.read((
@@ -136,6 +137,17 @@ def test_an_edit_is_learned_and_preferred_over_what_it_corrects() -> None:
     assert not rounds.made([asked], verdicts, TASKS, rules=Rules(pairs_from_edits=False)).rows["pairs"]
 
 
+def test_edits_that_differ_in_white_space_alone_agree() -> None:
+    """The queue asks no senior about them, so that nobody would ever settle them."""
+    asked = item("edit", {"prompt": "p", "answer": "x"})
+    verdicts = [said(asked, who, {"text": text}) for who, text in (("ann", "Well,\n\n it is."), ("bo", "Well, it is."))]
+    assert not settling.differ(TASKS["edit"], [one.answer for one in verdicts])
+    for rules in (Rules(), Rules(edits="each")):
+        made = rounds.made([asked], verdicts, TASKS, rules=rules)
+        assert [(row["completion"], row["agreed"]) for row in made.rows["sft"]] == [("Well,\n\n it is.", 2)]
+        assert not made.left_out
+
+
 def test_accepted_and_rejected_answers_are_judged_rows() -> None:
     asked = [item("keep", {"prompt": "2 + 2?", "answer": text}) for text in ("4", "5")]
     verdicts = [
@@ -252,3 +264,19 @@ def test_order_of_arrival_changes_nothing(seed: int) -> None:
     for row in made.rows["sft"]:
         assert 2 * row["agreed"] > row["asked"]
         assert len({v.person for v in verdicts if v.id in row["verdicts"]}) == row["agreed"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("better", "compare"), "expected \\(name, \\(\\(key, value\\)"),
+        (5, "expected \\(name"),
+        (("mood", (("kind", "label"), ("labels", "bad"))), "labels='bad'; expected a tuple of names"),
+        (("mood", (("kind", "label"), ("labels", (1, 2)))), "expected a tuple of names"),
+        (("score", (("kind", "rate"), ("scale", (1, 5)))), "expected \\(lowest, highest, step\\)"),
+        (("score", (("kind", "rate"), ("scale", "1-5"))), "expected \\(lowest, highest, step\\)"),
+    ],
+)
+def test_tasks_of_another_shape_are_told(given: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        tasks.read((given,))
