@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import unicodedata
 from collections import Counter
@@ -18,6 +19,7 @@ from jaxtune.data import recognizers, surrogates
 from jaxtune.data.recognizers import Find, Span
 
 Row = dict[str, Any]
+_PSEUDONYM_PASSES = 4  # surrogates that stand against other words may be found again: then they are masked, which ends
 TOLD = {"keep": "kept", "mask": "masked", "pseudonym": "pseudonymised"}
 _HIDDEN = " names, not shown"
 _SHORTEST_NUMBER = 10**6  # a whole number below it is no phone, card or account number
@@ -71,7 +73,7 @@ class Private:
         """Returns the text made private, and what was found in it. What is so already stays as it is."""
         found: list[Finding] = []
         shifts: list[tuple[int, int]] = []  # (end of what was put in, how much longer the text was made)
-        while True:
+        for passes in itertools.count():
             spans = self._spans(text)
             for span in spans:
                 if self.actions[span.kind] != "keep" or not shifts:
@@ -81,7 +83,8 @@ class Private:
             if not replaced:
                 return text, tuple(found)
             # Again, for without its neighbours a word may be found that was not.
-            text, shifts = self._replaced(text, replaced, shifts)
+            text, shifts = self._replaced(text, replaced, shifts, passes >= _PSEUDONYM_PASSES)
+        raise AssertionError
 
     def _value(self, value: Any, field: str, found: list[Finding]) -> Any:
         if isinstance(value, str):
@@ -124,13 +127,13 @@ class Private:
         return any(match.start() < end and at < match.end() for match in self._known.finditer(near))
 
     def _replaced(
-        self, text: str, spans: list[Span], shifts: list[tuple[int, int]]
+        self, text: str, spans: list[Span], shifts: list[tuple[int, int]], masked: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         parts, at, moved = [], 0, 0
         ends: list[tuple[int, int]] = []
         old = list(shifts)
         for span in spans:
-            new = self._instead(span, text)
+            new = self._instead(span, text, masked)
             while old and old[0][0] <= span.start:
                 ends.append((old[0][0] + moved, old.pop(0)[1]))
             parts += [text[at : span.start], new]
@@ -141,9 +144,9 @@ class Private:
         ends += [(end + moved, by) for end, by in old]
         return "".join([*parts, text[at:]]), ends
 
-    def _instead(self, span: Span, text: str) -> str:
+    def _instead(self, span: Span, text: str, masked: bool) -> str:
         kind = span.kind
-        if self.actions[kind] == "mask":
+        if masked or self.actions[kind] == "mask":
             return f"[{kind.upper()}]"
         told = plain(kind, text[span.start : span.end], self._regions)
         identity = self._same.get(told, f"{kind}:{told}")
