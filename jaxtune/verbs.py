@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import checkpoint, optim, tracking, validation
+from jaxtune import checkpoint, model_card, optim, tracking, validation
 from jaxtune.config import ConfigDict
 from jaxtune.data import privacy
 from jaxtune.data.formats import Example
@@ -59,6 +59,8 @@ def asked(config: ConfigDict, workdir: Path, wall: goodput.Wall) -> Asked:
     show = progress(config)
     checkpoint.check_workdir(config.workdir, config.checkpoint.resume)
     tracking.check(config.tracking)
+    if config.card.enabled:
+        model_card.check(config.card)
     with wall("fetch"):
         model = source.find(config)
         tokenizer = source.find_tokenizer(config, model)

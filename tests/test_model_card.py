@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from ml_collections import ConfigDict
 
-from jaxtune import model_card, run, validation
+from jaxtune import model_card, run, validation, verbs
+from jaxtune.train import goodput
 from jaxtune.types import UserError
 
 AUDIT = {
@@ -162,16 +163,17 @@ def test_what_is_named_must_be_there(tmp_path: Path, tiny_config: ConfigDict) ->
         validation.validate(tiny_config)
     (tmp_path / "gone.json").write_text("{}")
     with pytest.raises(UserError, match="has no 'figures'"):  # before anything is trained
-        validation.validate(tiny_config)
+        verbs.asked(tiny_config, tmp_path / "run", goodput.Wall())
     with pytest.raises(UserError, match="has no 'figures'"):
         model_card.write(tmp_path, {"name": "x", "config": tiny_config.to_dict()})
     tiny_config.card.audit, tiny_config.card.guidance = "", str(tmp_path / "gone.json")
     with pytest.raises(UserError, match="neither a round's ledger line"):
         model_card.write(tmp_path, {"name": "x", "config": tiny_config.to_dict()})
     with pytest.raises(UserError, match="neither a round's ledger line"):
-        validation.validate(tiny_config)
+        model_card.check(tiny_config.card)
     tiny_config.card.guidance = str(tmp_path)  # whose report may be written yet
     validation.validate(tiny_config)
+    model_card.check(tiny_config.card)
 
 
 def test_what_others_wrote_above_a_readme_may_be_anything() -> None:

@@ -189,7 +189,7 @@ def _made(entity: str, regions: tuple[str, ...]) -> Any:
             f"those of privacy.patterns, and Presidio's: {', '.join(sorted(small)[:90])}"
         )
     if entity == "PHONE_NUMBER":
-        return kinds[entity](supported_regions=regions)
+        return kinds[entity](supported_regions=regions or ("ZZ",))  # of no country: with a country code alone
     return kinds[entity]()
 
 

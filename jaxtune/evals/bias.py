@@ -141,7 +141,10 @@ def _targets(path: Path) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def _question(where: str, row: dict[str, Any], known: dict[tuple[str, str], tuple[str, str]]) -> Question | None:
-    groups = [(row["answer_info"].get(name) or ["", ""])[-1] for name in _ANSWERS]
+    told, more = row["answer_info"], row.get("additional_metadata")
+    given = [told.get(name) if isinstance(told, dict) else None for name in _ANSWERS]
+    groups = [str(one[-1]) if isinstance(one, list) and one else "" for one in given]
+    row = {**row, "additional_metadata": more if isinstance(more, dict) else {}}
     if (
         groups.count("unknown") != 1
         or row["label"] not in (0, 1, 2)

@@ -159,6 +159,10 @@ def test_json_stays_json() -> None:
     assert made().row(row) == (row, ())
 
 
+def test_without_regions_numbers_with_a_country_code_are_found() -> None:
+    assert made(phone_regions=()).text("call +1 212 555 2368 or (212) 555-2368")[0] == "call [PHONE] or (212) 555-2368"
+
+
 def test_names_are_found_beside_a_pattern_of_that_kind() -> None:
     assert made(patterns=(("name", r"Mr \w+"),)).text("Mr Roe and Jane Doe")[0] == "[NAME] and [NAME]"
 

@@ -108,6 +108,9 @@ def test_a_limit_takes_of_each_category_and_context_alike(tmp_path: Path) -> Non
             "expected one group 'unknown'",
         ),
         ([question(0, label=3)], "label 3"),
+        ([question(0, answer_info="none")], "expected one group 'unknown'"),
+        ([question(0, answer_info={"ans0": 3, "ans1": [], "ans2": None})], "expected one group 'unknown'"),
+        ([question(0, additional_metadata=None)], "no question of BBQ whose biased answer is known"),
         (
             [question(0, additional_metadata={})],
             "no question of BBQ whose biased answer is known: set audit.bbq_metadata",
