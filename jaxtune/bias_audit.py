@@ -34,7 +34,7 @@ from jaxtune.train.state import Program
 from jaxtune.types import UserError
 from jaxtune.weights import source
 from jaxtune.weights.source import Model
-from jaxtune.workdir import write_whole
+from jaxtune.workdir import write_lines, write_whole
 
 Template = tuple[str, str, Axis]
 
@@ -177,7 +177,7 @@ def _augment(
     }
     for split, rows in files.items():
         if jax.process_index() == 0 and rows:
-            write_whole(folder / f"{split}.jsonl", _jsonl(rows))
+            write_lines(folder / f"{split}.jsonl", rows)
     given = " ".join(
         f"--config.data.{key}={folder / split}.jsonl"
         for key, split in (("train", "train"), ("eval", "validation"), ("test", "test"))
@@ -201,7 +201,7 @@ def _flags(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         items, verdicts = store.read_items(engine), store.read_verdicts(engine)
     pairs, without = flagged.preferences(items, verdicts)
     if pairs and jax.process_index() == 0:
-        write_whole(workdir / "flagged_pairs.jsonl", _jsonl(pairs))
+        write_lines(workdir / "flagged_pairs.jsonl", pairs)
     return {**flagged.gathered(items, verdicts), "pairs": len(pairs), "without_better_answer": without}
 
 
@@ -377,10 +377,6 @@ def _write(
             f"flagged {one['type']}, {one['group'] or 'no group'}: {one['flags']} flags on {one['items']} items by {one['people']} people"
         )
     print(f"report in {workdir / 'report.html'}, all figures in {workdir / 'audit.json'}")
-
-
-def _jsonl(rows: Sequence[Any]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _show(config: ConfigDict) -> Any:

@@ -27,7 +27,7 @@ from jaxtune.evals.protected import Protected
 from jaxtune.guidance import account, measuring, sampling, stopping, tracing, training
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance.folder import Round
-from jaxtune.lineage import stages
+from jaxtune.lineage import chain, stages
 from jaxtune.review import active, queue, store
 from jaxtune.review import tasks as tasks_lib
 from jaxtune.review.record import Item
@@ -267,7 +267,7 @@ def _line(config: ConfigDict, one: Round, known: Known, engine: Engine, told: di
         "verdicts": {key: told[key] for key in ("verdicts", "people", "seconds")}, "data": told["files"],
         "left_out": told["left_out"], "flagged": told["flagged"], "not_asked": told["sampled"]["left_out"],
         "weights": folder_lib.read_json(one.folder / "trained.json")["weights"],
-        "scores": account.scores(measured), "seconds": account.seconds(one, told), "versions": folder_lib.versions(),
+        "scores": account.scores(measured), "seconds": account.seconds(one, told), "versions": chain.versions(),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, privacy, templates
 from jaxtune.data.formats import Example, read_examples
 from jaxtune.data.sources import read_rows
-from jaxtune.evals import measure, pairwise
+from jaxtune.evals import pairwise
 from jaxtune.review import answers as answers_lib
 from jaxtune.review import endpoint, model_judge, ranking, sequential, store, tasks
 from jaxtune.review.agreement import Estimate
@@ -34,7 +34,7 @@ from jaxtune.train import guests
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
 from jaxtune.weights import source
-from jaxtune.workdir import write_whole
+from jaxtune.workdir import write_lines, write_whole
 
 _TEXTS = ("generation", "answer", "output", "completion")  # columns of a file of outputs, the first that is there
 _AT_ONCE = 64  # items that a local judge is asked before their verdicts are kept
@@ -200,15 +200,9 @@ def _generated(config: ConfigDict, workdir: Path, uri: str, prompts: Sequence[Ex
     asked = json.dumps([uri, own.workdir, sections, [str(_shown(one)) for one in prompts]], default=list)
     file = workdir / "outputs" / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.jsonl"
     if not file.exists():
-        model = source.find(own)
-        source.check_writes(model)
-        tokenizer = source.find_tokenizer(own, model)
-        program, params, what = verbs.ready(own, model)
-        ids = [templates.prompt_ids(example, tokenizer) for example in prompts]
-        measure.check_prompts(own, program, [example.row_id for example in prompts], ids)
-        texts = measure.generator(own, tokenizer, program, params, verbs.progress(config), f"answering, {what}")(ids)
+        texts, _, _ = verbs.answered(own, prompts)
         lines = [{"row_id": e.row_id, "generation": text} for e, text in zip(prompts, texts, strict=True)]
-        write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_lines(file, lines)
     return str(file)
 
 

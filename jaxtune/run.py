@@ -22,7 +22,7 @@ from jaxtune import checkpoint, fetch, optim, tracking, validation_methods, verb
 from jaxtune import config as config_lib
 from jaxtune.adapters import partition
 from jaxtune.config import ConfigDict
-from jaxtune.data import privacy, templates
+from jaxtune.data import privacy
 from jaxtune.data.formats import constant, read_examples
 from jaxtune.evals import account, fewshot, judge, measure, protected, retention, tasks
 from jaxtune.generate.logits import Sampling
@@ -32,7 +32,7 @@ from jaxtune.train import compiled, goodput, guests, loop, rounds, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
 from jaxtune.weights import source
-from jaxtune.workdir import shown, write_whole
+from jaxtune.workdir import shown, write_lines, write_whole
 
 
 def train(config: ConfigDict, workdir: Path, began: float | None = None) -> None:
@@ -151,19 +151,12 @@ def generate(config: ConfigDict, workdir: Path) -> None:
         )
     private = privacy.of(config.privacy)
     examples, _ = read_examples(fetch.local(config.generate.input), config.data, answers=False, private=private)
-    model = source.find(config)
-    source.check_writes(model)
-    tokenizer = source.find_tokenizer(config, model)
-    program, params, what = verbs.ready(config, model)
-    prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
-    measure.check_prompts(config, program, [example.row_id for example in examples], prompts)
-    texts = measure.generator(config, tokenizer, program, params, verbs.progress(config), "answering")(prompts)
+    texts, prompts, what = verbs.answered(config, examples)
     output = Path(config.generate.output or workdir / "generations.jsonl")
     lines = [
-        {"row_id": e.row_id, "prompt": tokenizer.decode(p, skip_special=False), "generation": t}
-        for e, p, t in zip(examples, prompts, texts, strict=True)
+        {"row_id": e.row_id, "prompt": p, "generation": t} for e, p, t in zip(examples, prompts, texts, strict=True)
     ]
-    write_whole(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_lines(output, lines)
     print(f"{len(lines)} answers by {what} in {shown(config.workdir, workdir, output)}")
     if private:
         print(f"personal data: {privacy.told(verbs.list_private(workdir, [('input', examples)]))}")

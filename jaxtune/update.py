@@ -8,7 +8,6 @@ old (`unlike.jsonl`), the rows that got worse (`worse.jsonl`) and the report. Th
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -16,14 +15,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jaxtune
 from jaxtune import checkpoint, sweep, tracking
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import protected
 from jaxtune.evals.protected import Protected, Verdict
-from jaxtune.lineage import account, comparing, gate, ledger, matrix, scores, stages
+from jaxtune.lineage import account, chain, comparing, gate, ledger, matrix, scores, stages
 from jaxtune.lineage.ledger import Line
 from jaxtune.lineage.scores import Results
 from jaxtune.lineage.stages import Stage
@@ -32,7 +30,7 @@ from jaxtune.train import start as start_lib
 from jaxtune.train.loop import Preempted
 from jaxtune.types import RESUME_EXIT_CODE, UserError
 from jaxtune.weights.source import Model
-from jaxtune.workdir import write_whole
+from jaxtune.workdir import write_lines, write_whole
 
 
 class Known(NamedTuple):
@@ -105,7 +103,7 @@ def _known(config: ConfigDict, folder: Path) -> Known:
     show, lines = _progress(config), ledger.read(folder)
     model, tokenizer = stages.tokenizer_of(config)
     base = {"kind": "base", "release": 0, "name": "base", "model": config.model.source, "adapter": config.tune.adapter}
-    base |= {"fingerprint": stages.fingerprint(model), "versions": _versions()}
+    base |= {"fingerprint": stages.fingerprint(model), "versions": chain.versions()}
     if lines:
         stages.check_base(folder, lines[0], config, model)
     made_from = ledger.ancestry(lines, ledger.current(lines))
@@ -260,7 +258,7 @@ def _drift(config: ConfigDict, known: Known, attempt: Path) -> comparing.Drift:
     found = comparing.compare(
         config, known.new, known.earlier, known.tokenizer, comparing.embedder(base, _progress(config))
     )
-    write_whole(attempt / "unlike.jsonl", _jsonl(found.unlike))
+    write_lines(attempt / "unlike.jsonl", found.unlike)
     return found
 
 
@@ -277,7 +275,7 @@ def _judge(
         for one in broken or sets
         for row in gate.worse_rows(one, results["released"][one.name], results["candidate"][one.name])
     ]
-    write_whole(attempt / "worse.jsonl", _jsonl(worse))
+    write_lines(attempt / "worse.jsonl", worse)
     refused = bool(broken) and not force
     relative = attempt.relative_to(known.folder)
     return {
@@ -288,7 +286,7 @@ def _judge(
         "data": {"files": known.new.files, "rows": dict(known.new.splits.counts), "digest": known.new.digest},
         "replay": {"share": config.lineage.replay_share, "stages": [stage.name for stage in known.earlier]}
         if known.earlier and config.lineage.replay_share else None,
-        "versions": _versions(), "weights": str(relative / "train" / _result(attempt / "train")),
+        "versions": chain.versions(), "weights": str(relative / "train" / _result(attempt / "train")),
         "scores": {one.name: account.score(verdicts[one.name]) for one in sets},
         "drift": {name: {**shift._asdict(), "shifted": shift.p_holm < config.lineage.drift_alpha} for name, shift in drift.shifts.items()},
         "notes": known.notes,
@@ -302,14 +300,6 @@ def _kept_config(config: ConfigDict, folder: Path, attempt: Path) -> dict[str, s
     path = next(p for p in (attempt / name for name in names) if not p.exists() or p.read_text("utf-8") == text)
     write_whole(path, text)
     return {"path": str(path.relative_to(folder)), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _versions() -> dict[str, str]:
-    return {"jaxtune": jaxtune.__version__, "jax": importlib.metadata.version("jax")}
-
-
-def _jsonl(rows: Sequence[Any]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _progress(config: ConfigDict) -> Any:

@@ -12,7 +12,7 @@ import jax
 
 from jaxtune import checkpoint, model_card, optim, tracking, validation
 from jaxtune.config import ConfigDict
-from jaxtune.data import privacy
+from jaxtune.data import privacy, templates
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks
@@ -185,3 +185,19 @@ def ready(
         return program, {**frozen, **restored[1]}, f"{config.name} after step {restored[0]}"
     with_adapter = f" with {config.tune.adapter}" if config.tune.adapter else ""
     return program, {**frozen, **state.params}, model.uri + with_adapter
+
+
+def answered(config: ConfigDict, examples: Sequence[Example]) -> tuple[list[str], list[str], str]:
+    """What the config's model says to each prompt, as `generate` says: (answers, prompts as the model read them, the model in words).
+
+    Raises:
+      UserError: the model writes no text, or a prompt is too long for it.
+    """
+    model = source.find(config)
+    source.check_writes(model)
+    tokenizer = source.find_tokenizer(config, model)
+    program, params, what = ready(config, model)
+    prompts = [templates.prompt_ids(example, tokenizer) for example in examples]
+    measure.check_prompts(config, program, [example.row_id for example in examples], prompts)
+    texts = measure.generator(config, tokenizer, program, params, progress(config), f"answering, {what}")(prompts)
+    return texts, [tokenizer.decode(ids, skip_special=False) for ids in prompts], what

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,16 @@ def write_whole(path: Path, text: str) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes a JSON line each, all of them or no file."""
+    write_whole(path, "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in values))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a whole file of JSON lines holds. Not by `splitlines`: a text may hold U+2028 or U+0085, which JSON leaves as they are."""
+    return [json.loads(text) for text in path.read_text("utf-8").split("\n") if text]
 
 
 def check(name: str, uri: str) -> None:

@@ -14,16 +14,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import config as config_lib
-from jaxtune import guide, launch, run, validation
+from jaxtune import guide, launch, run, validation, workdir
 from jaxtune.evals import tasks as evals_tasks
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance import training
 from jaxtune.lineage import chain
 from jaxtune.review import people, queue, store, tasks
 from jaxtune.review.record import Item, Verdict
-from jaxtune.selftrain import task
 from jaxtune.train import round_files
 from jaxtune.types import RESUME_EXIT_CODE, UserError, Waiting
+from jaxtune.workdir import read_lines, write_lines
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TASKS = (
@@ -270,7 +270,8 @@ def test_stopped_anywhere_the_same_command_goes_on(
         left[0] -= 1
         real(path, text)
 
-    monkeypatch.setattr(folder_lib, "write_whole", stopping)
+    for module in (folder_lib, workdir):  # single files, and files of lines
+        monkeypatch.setattr(module, "write_whole", stopping)
     waited = 0
     while True:
         left[0] = num_stops
@@ -531,10 +532,10 @@ def test_every_objective_that_learns_from_preferences_has_its_rows() -> None:
 
 def test_a_text_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path: Path) -> None:
     text, file = "one\u2028two\u0085three\u2029four", tmp_path / "lines.jsonl"
-    folder_lib.write_lines(file, [{"text": text}, {"text": "x"}])
-    assert folder_lib.read_lines(file) == list(task.read_lines(file)) == [{"text": text}, {"text": "x"}]
+    write_lines(file, [{"text": text}, {"text": "x"}])
+    assert read_lines(file) == [{"text": text}, {"text": "x"}]
     round_files.keep_lines(file, lambda line: line["text"] == text)
-    assert folder_lib.read_lines(file) == [{"text": text}]
+    assert read_lines(file) == [{"text": text}]
     file.write_text(
         json.dumps({"row_id": "a", "answer": text, "after": {"prediction": text}}, ensure_ascii=False) + "\n"
     )

@@ -7,14 +7,12 @@ by hashes as a lineage's (`lineage/chain.py`).
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jaxtune
 from jaxtune import checkpoint
 from jaxtune import config as config_lib
 from jaxtune.config import ConfigDict
@@ -114,7 +112,7 @@ def begin(config: ConfigDict, one: Round, model: Model, rows: str) -> Round:
     """
     base = {
         "kind": "base", "model": config.model.source, "adapter": config.tune.adapter, "fingerprint": stages.fingerprint(model),
-        "versions": versions(),
+        "versions": chain.versions(),
     }  # fmt: skip
     first = one.lines[0] if one.lines else None
     if first is None:
@@ -199,10 +197,6 @@ def told_model(config: ConfigDict, number: int) -> dict[str, Any]:
     return {"model": config.model.source, "checkpoint": config.tune.adapter, "round": number}
 
 
-def versions() -> dict[str, str]:
-    return {"jaxtune": jaxtune.__version__, "jax": importlib.metadata.version("jax")}
-
-
 def sha256(value: Any) -> str:
     """Of a text, of a file's bytes, or of a value as JSON."""
     if isinstance(value, Path):
@@ -210,16 +204,6 @@ def sha256(value: Any) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_lines(path: Path, lines: Iterable[Any]) -> None:
-    """Writes a JSON line each, all of them or no file."""
-    write_whole(path, "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in lines))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    # Not `splitlines`: a text may hold U+2028 or U+0085, which JSON leaves as they are.
-    return [json.loads(text) for text in path.read_text("utf-8").split("\n") if text]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -29,6 +29,7 @@ from jaxtune.train import rows as rows_lib
 from jaxtune.train import start
 from jaxtune.types import UserError
 from jaxtune.weights import source
+from jaxtune.workdir import read_lines, write_lines
 
 PART_PROMPTS = 64  # prompts whose outputs are written together: what a kill costs at most
 
@@ -104,7 +105,7 @@ def items(
     path, about = one.folder / "items.jsonl", one.folder / "sampled" / "about.json"
     if path.exists():
         known = folder_lib.read_json(about)
-        return Sampled([Item(**line) for line in folder_lib.read_lines(path)], known["left_out"], known["seconds"])
+        return Sampled([Item(**line) for line in read_lines(path)], known["left_out"], known["seconds"])
     began, models = time.monotonic(), _models(config, one, tokenizer, show)
     seen = _asked_before(one)
     found: list[Item] = []
@@ -124,7 +125,7 @@ def items(
         left_out[name]["same_as_another"] = num
     sampled = Sampled(unique, left_out, round(time.monotonic() - began, 1))
     folder_lib.write_json(about, {"left_out": left_out, "seconds": sampled.seconds})
-    folder_lib.write_lines(path, [item._asdict() for item in unique])
+    write_lines(path, [item._asdict() for item in unique])
     return sampled
 
 
@@ -133,7 +134,7 @@ def _asked_before(one: Round) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for number in range(1, one.number):
         path = one.root / f"round_{number:02d}" / "items.jsonl"
-        for line in folder_lib.read_lines(path) if path.exists() else []:
+        for line in read_lines(path) if path.exists() else []:
             found.setdefault(line["task"], set()).add(line["origin"]["row_sha256"])
     return found
 

@@ -15,6 +15,7 @@ from jaxtune.lineage import chain
 from jaxtune.review import store
 from jaxtune.review.record import Item, Verdict
 from jaxtune.types import UserError
+from jaxtune.workdir import read_lines
 
 
 def told(config: ConfigDict, root: Path) -> str:
@@ -33,7 +34,7 @@ def told(config: ConfigDict, root: Path) -> str:
             raise UserError(
                 f"{folder / 'data' / name} is not what round {number} trained on (another SHA-256): put it back as it was"
             )
-    taken = {one["id"]: one for one in folder_lib.read_lines(folder / "data" / "verdicts.jsonl")}
+    taken = {one["id"]: one for one in read_lines(folder / "data" / "verdicts.jsonl")}
     with store.opened(folder_lib.database(config, root)) as engine:
         names = account.shown_names(config, engine)
         items = {one.id: one for one in store.read_items(engine, number, row["task"])}
@@ -61,7 +62,7 @@ def find(root: Path, asked: str) -> tuple[dict[str, Any], int]:
     """
     name, _, number = asked.rpartition(":")
     if name and number.isdigit() and Path(name).expanduser().is_file():
-        lines = folder_lib.read_lines(Path(name).expanduser())
+        lines = read_lines(Path(name).expanduser())
         if not 1 <= int(number) <= len(lines):
             raise UserError(f"guide.trace={asked!r}: {name} has {len(lines)} lines")
         found = lines[int(number) - 1]
@@ -72,7 +73,7 @@ def find(root: Path, asked: str) -> tuple[dict[str, Any], int]:
         return found, int(found["round"])
     every = sorted(root.glob("round_*/data/*.jsonl"))
     for path in every:
-        for row in folder_lib.read_lines(path):
+        for row in read_lines(path):
             if row.get("id") == asked and "agreed" in row:
                 return row, int(row["round"])
     raise UserError(
@@ -86,7 +87,7 @@ def _row(row: dict[str, Any], number: int, folder: Path, trained: dict[str, Any]
         for key, value in row.items()
         if key in ("prompt", "completion", "chosen", "rejected", "label", "completions", "scores", "text")
     }
-    in_training = any(one.get("id") == row["id"] for one in folder_lib.read_lines(folder / "data" / "train.jsonl"))
+    in_training = any(one.get("id") == row["id"] for one in read_lines(folder / "data" / "train.jsonl"))
     where = f"round {number}, task {row['task']!r}, {row['agreed']} of {row['asked']} experts"
     if trained is None:
         run = "not trained on yet"

@@ -16,6 +16,7 @@ from jaxtune.review import rounds
 from jaxtune.review.record import FLAG_TYPES, Item, Verdict
 from jaxtune.review.tasks import Task
 from jaxtune.types import UserError
+from jaxtune.workdir import write_lines
 
 # Kinds of rows that an objective learns from, all in one file; of sft the first that there are.
 LEARNS = {
@@ -116,7 +117,7 @@ def write(
     }
     train = _train_rows(config, made.rows)
     for name, rows in (texts | {"train.jsonl": train}).items():
-        folder_lib.write_lines(folder / name, rows)
+        write_lines(folder / name, rows)
     told = {
         "files": {name: {"rows": len(rows), "sha256": folder_lib.sha256(folder / name)} for name, rows in (texts | {"train.jsonl": train}).items()},
         "left_out": made.counts(), "flagged": len(made.flagged), "verdicts": len(verdicts),

@@ -6,6 +6,7 @@ A line that was changed, taken out, put in or moved breaks the chain, and is ref
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jaxtune
 from jaxtune.types import UserError
-from jaxtune.workdir import write_whole
+from jaxtune.workdir import write_lines
 
 Line = dict[str, Any]
 _BEFORE_ALL = "0" * 64
@@ -58,8 +60,13 @@ def append(path: Path, lines: Sequence[Line], fields: Line) -> list[Line]:
     line["previous"] = lines[-1]["hash"] if lines else _BEFORE_ALL
     line["hash"] = _hash(line)
     every = [*lines, line]
-    write_whole(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every))
+    write_lines(path, every)
     return every
+
+
+def versions() -> dict[str, str]:
+    """What a ledger's line says of the programs that made it."""
+    return {"jaxtune": jaxtune.__version__, "jax": importlib.metadata.version("jax")}
 
 
 def _hash(line: Line) -> str:

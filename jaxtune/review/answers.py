@@ -1,4 +1,4 @@
-"""Verdicts as numbers: ratings of people by units, games between models, outcomes of items; and whether two answers are the same."""
+"""Verdicts as numbers: ratings of people by units, games between models, outcomes of items."""
 
 from __future__ import annotations
 
@@ -42,22 +42,6 @@ class Game(NamedTuple):
     adjudicates: bool
     alone: bool  # the page showed just these two
     shown: bool  # the page's order is known
-
-
-def agrees(task: Task, answer: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two answers to one item are the same: ratings within one step, labels and spans as sets, texts but for spaces."""
-    if task.kind == "rate":
-        return abs(float(answer["rating"]) - float(other["rating"])) <= task.scale[2] + 1e-9
-    if task.kind == "compare":
-        return [sorted(group) for group in answer["order"]] == [sorted(group) for group in other["order"]]
-    if task.kind == "edit":
-        return bool(str(answer["text"]).split() == str(other["text"]).split())
-    if task.kind == "accept":
-        return bool(answer["accept"] == other["accept"])
-    if task.kind == "label":
-        return set(answer["labels"]) == set(other["labels"])
-    spans = [{(one["start"], one["end"], one["label"]) for one in each["spans"]} for each in (answer, other)]
-    return spans[0] == spans[1]
 
 
 def given(task: Task, items: Iterable[Item], verdicts: Iterable[Verdict]) -> list[tuple[Item, Verdict]]:

@@ -29,9 +29,7 @@ def write(
     path: Path, items: Sequence[Item], verdicts: Sequence[Verdict], writing: Writing
 ) -> Iterator[tuple[Path, str]]:
     """Yields the one file, a record a line."""
-    of: dict[str, list[Verdict]] = {one.id: [] for one in items}
-    for verdict in verdicts:
-        of[verdict.item].append(verdict)
+    of = parcel.by_item(items, verdicts)
     lines = (json.dumps(_record(item, of[item.id], writing), ensure_ascii=False) for item in items)
     yield path, "[\n" + ",\n".join(lines) + "\n]\n"
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
-from jaxtune.review import agreement, quality, ranking, store
+from jaxtune.review import agreement, quality, ranking, settling, store
 from jaxtune.review.agreement import Estimate
-from jaxtune.review.answers import Game, Ratings, agrees, games, given, outcomes, ratings
+from jaxtune.review.answers import Game, Ratings, games, given, outcomes, ratings
 from jaxtune.review.record import Item, Verdict
 from jaxtune.review.store import Engine
 from jaxtune.review.tasks import Task
@@ -123,7 +123,7 @@ def _people(
     found = []
     for person in dict.fromkeys(v.person for v in said):
         own = [(item, v) for item, v in every if v.person == person]
-        gold = [float(agrees(task, v.answer, item.gold)) for item, v in own if item.gold is not None]
+        gold = [float(settling.right(task, item, v.answer)) for item, v in own if item.gold is not None]
         found.append({
             "person": person, "name": names.get(person, person), "answers": len(own),
             "skips": sum(v.kind == "skip" for v in said if v.person == person),
@@ -292,7 +292,7 @@ def _prelabels(task: Task, answers: Answers) -> dict[str, Any]:
     for item, v in answers:
         suggested = item.payload.get("prelabel")
         if isinstance(suggested, Mapping) and set(v.answer) & set(suggested) and not v.adjudicates:
-            pair = [float(agrees(task, v.answer, suggested)), v.seconds]
+            pair = [float(not settling.differ(task, [v.answer, dict(suggested)])), v.seconds]
             found.setdefault(item.id, ([], []))[bool(v.shown.get("prelabel"))].append(pair)
     if not found:
         return {}

@@ -34,9 +34,7 @@ def write(
     path: Path, items: Sequence[Item], verdicts: Sequence[Verdict], writing: Writing
 ) -> Iterator[tuple[Path, str]]:
     """Yields the tasks, one a line, and for each of ours the labeling config that Label Studio needs to show them."""
-    of: dict[str, list[Verdict]] = {one.id: [] for one in items}
-    for verdict in verdicts:
-        of[verdict.item].append(verdict)
+    of = parcel.by_item(items, verdicts)
     numbers = {person: at for at, person in enumerate(dict.fromkeys(one.person for one in verdicts), 1)}
     shown = {
         name: _shown([one for one in items if one.task == name]) for name in dict.fromkeys(one.task for one in items)

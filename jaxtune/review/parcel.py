@@ -74,6 +74,14 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def by_item(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    """The verdicts of each item, by its id; none, for one that nobody answered."""
+    of: dict[str, list[Verdict]] = {one.id: [] for one in items}
+    for verdict in verdicts:
+        of[verdict.item].append(verdict)
+    return of
+
+
 def guideline_hash(task: str, text: str) -> str:
     return sha256(f"{task}\n{text}")
 

@@ -271,7 +271,9 @@ def check_kinds(engine: Engine, tasks: Tasks, round: int) -> None:
                 raise UserError(f"{told}; give the new task a name of its own")
 
 
-def undo(engine: Engine, person: Person, round: int, tasks: Tasks | None = None) -> Verdict | None:
+def undo(
+    engine: Engine, person: Person, round: int, tasks: Tasks | None = None, lease_seconds: float = LEASE_SECONDS
+) -> Verdict | None:
     """Takes the person's last verdict back by a new row, which is returned; the item is theirs again. None: there is none.
 
     Args:
@@ -293,13 +295,16 @@ def undo(engine: Engine, person: Person, round: int, tasks: Tasks | None = None)
         )
         store.insert_verdict(connection, retracted._replace(adjudicates=last["adjudicates"]))
         if places.own(connection, person, item, ANSWERS) is None:
-            places.set_lease(connection, person, item, at=now, expires=now + LEASE_SECONDS)
+            places.set_lease(connection, person, item, at=now, expires=now + lease_seconds)
         return retracted
 
 
-def history(engine: Engine, person: Person, round: int, limit: int = 50) -> list[tuple[Item, Verdict]]:
-    """The person's verdicts that count, the last first, with what was asked."""
+def history(
+    engine: Engine, person: Person, round: int, limit: int = 50, verdict_id: str = ""
+) -> list[tuple[Item, Verdict]]:
+    """The person's verdicts that count, the last first, with what was asked; the one of this id alone, if one is given."""
     query = places.counting(verdicts.c.person == person.id, items.c.round == round).order_by(verdicts.c.number.desc())
+    query = query.where(verdicts.c.id == verdict_id) if verdict_id else query
     with engine.connect() as connection:
         found = [places.verdict_of(row) for row in connection.execute(query.limit(limit)).mappings()]
         query = sa.select(items).where(items.c.id.in_({one.item for one in found}))

@@ -31,7 +31,7 @@ from jaxtune.selftrain.task import Task
 from jaxtune.train import start
 from jaxtune.types import UserError
 from jaxtune.weights import source
-from jaxtune.workdir import write_whole
+from jaxtune.workdir import read_lines, write_lines, write_whole
 
 
 class Hands(NamedTuple):
@@ -57,9 +57,7 @@ def run(config: ConfigDict, workdir: Path, hands: Hands, show: Any, say: Callabl
     start.check_export(config, program)
     task = task_lib.read(config, tokenizer, program.model_config.max_positions, show)
     _claim(config, workdir, task)
-    task_lib.write_lines(
-        workdir / "held" / "test.jsonl", [task_lib.line(example, example.answer) for example in task.held]
-    )
+    write_lines(workdir / "held" / "test.jsonl", [task_lib.line(example, example.answer) for example in task.held])
     say(f"self-training by {config.self_training.method}: {len(task.prompts)} prompts, {len(task.held)} held-out rows")
     untuned = limits.kept_entropy(workdir / "entropy_before.json", config, config, task, tokenizer, show)
     rounds: list[dict[str, Any]] = []
@@ -197,7 +195,7 @@ def _keep(config: ConfigDict, workdir: Path, task: Task, number: int, samples: l
     """
     folder, chosen, threshold = _folder(workdir, number), config.self_training, gold.threshold(config)
     before = folder.with_name(_folder(workdir, number - 1).name) / "kept.jsonl"
-    earlier = [Sample(**one["sample"]) for one in task_lib.read_lines(before)] if before.exists() else []
+    earlier = [Sample(**one["sample"]) for one in read_lines(before)] if before.exists() else []
     choice = selection.choose(chosen.method, samples, threshold, chosen.max_per_prompt, earlier)
     refused = [
         {"row_id": task.prompts[sample.prompt].row_id, "reason": reason, **_judged(sample),
@@ -205,7 +203,7 @@ def _keep(config: ConfigDict, workdir: Path, task: Task, number: int, samples: l
         for sample, reason in choice.refused
     ]  # fmt: skip
     refused += [{"row_id": example.row_id, "reason": selection.TOO_LONG} for example in task.too_long]
-    task_lib.write_lines(folder / "refused.jsonl", refused)
+    write_lines(folder / "refused.jsonl", refused)
     reasons = Counter(one["reason"] for one in refused)
     listed = ", ".join(f"{reason} {num}" for reason, num in reasons.most_common())
     if not choice.kept and chosen.method not in gold.GOLD:
@@ -223,9 +221,9 @@ def _keep(config: ConfigDict, workdir: Path, task: Task, number: int, samples: l
         [example for i, example in enumerate(task.prompts) if i not in learned] if chosen.method in gold.GOLD else []
     )
     others = task.gold if chosen.with_gold else others
-    task_lib.write_lines(folder / "kept.jsonl", lines)
+    write_lines(folder / "kept.jsonl", lines)
     if others:
-        task_lib.write_lines(folder / "trained.jsonl", lines + [task_lib.line(one, one.answer) for one in others])
+        write_lines(folder / "trained.jsonl", lines + [task_lib.line(one, one.answer) for one in others])
     plain = [sample for sample in samples if not sample.hinted]
     right = [sample for sample in plain if selection.is_right(sample, threshold)]
     return {
@@ -256,7 +254,7 @@ def _control(
         told: dict[str, Any] = json.loads(done.read_text("utf-8"))
         return told
     taken = pipeline.limited(task.gold, num)
-    task_lib.write_lines(folder / "gold.jsonl", [task_lib.line(example, example.answer) for example in taken])
+    write_lines(folder / "gold.jsonl", [task_lib.line(example, example.answer) for example in taken])
     training = _training(config, workdir, task, 0, folder / "gold.jsonl")
     training.name = f"{config.name}, control on gold answers"
     training.train.steps = last["steps"] if config.self_training.from_base else sum(one["steps"] for one in rounds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from jaxtune.rewards import scoring
 from jaxtune.selftrain import gold
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError
-from jaxtune.workdir import write_whole
 
 
 class Task(NamedTuple):
@@ -126,13 +124,3 @@ def options(data: ConfigDict, is_chat: bool, train: Path, test: Path) -> None:
     data.validation_fraction, data.test_fraction = 0.0, 0.0
     data.chat, data.format = is_chat, "messages" if is_chat else "prompt_completion"
     data.train, data.test = str(train), str(test)
-
-
-def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Writes a JSON line each, all of them or no file."""
-    write_whole(path, "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in lines))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of such a file."""
-    yield from map(json.loads, filter(None, path.read_text("utf-8").split("\n")))

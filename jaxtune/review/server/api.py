@@ -72,12 +72,12 @@ def next_item(caller: Expert, own: Own, body: ForTask) -> dict[str, Any]:
 
 
 def _given_as(own: Server, person: Person, item_id: str) -> tuple[Item, dict[str, Any]]:
-    """The item of an answer, and how it was shown."""
+    """The item of an answer, and how it was shown. It may be of an earlier round: the answer waited in a browser meanwhile."""
     with own.engine.connect() as connection:
         item = places.read_item(connection, item_id)
         lease = None if item is None else places.lease_of(connection, person, item)
-    if item is None or lease is None or item.task not in own.tasks or item.round != own.round:
-        raise HTTPException(404, "This question is not yours, or belongs to another round.")
+    if item is None or lease is None or item.task not in own.tasks:
+        raise HTTPException(404, "This question is not yours, or is asked no longer.")
     return item, dict(lease["shown"])
 
 
@@ -103,7 +103,7 @@ def save(caller: Expert, own: Own, body: Given) -> dict[str, Any]:
 
 @routes.post("/undo")
 def undo(caller: Expert, own: Own, body: ForTask) -> dict[str, Any]:
-    retracted = queue.undo(own.engine, caller.person, own.round, own.tasks)
+    retracted = queue.undo(own.engine, caller.person, own.round, own.tasks, own.lease_seconds)
     if retracted is None:
         return {"undone": False}
     with own.engine.connect() as connection:

@@ -31,14 +31,16 @@ def title(task: Task) -> str:
     return task.title or task.name
 
 
+def part(own: Server, caller: Caller, task: Task) -> Part | None:
+    """How far someone is in a task; None where it is for another group, and so is each of its items."""
+    now = queue.progress(own.engine, caller.person, {task.name: task}, own.round)
+    is_theirs = task.skill in ("", *caller.person.skills) or now.done + now.left
+    return Part(task, now.done, now.left, now.seconds_left) if is_theirs else None
+
+
 def parts(own: Server, caller: Caller) -> list[Part]:
-    """Someone's tasks: those of their groups, and those of which an item is for them."""
-    found = []
-    for name, task in own.tasks.items():
-        now = queue.progress(own.engine, caller.person, {name: task}, own.round)
-        if task.skill in ("", *caller.person.skills) or now.done + now.left:
-            found.append(Part(task, now.done, now.left, now.seconds_left))
-    return found
+    """Someone's tasks."""
+    return [one for task in own.tasks.values() if (one := part(own, caller, task))]
 
 
 @routes.get("/")
@@ -56,7 +58,7 @@ def _told_task(own: Server, task: Task, **more: Any) -> dict[str, Any]:
 
 @routes.get("/work/{name}")
 def work(request: Request, caller: Expert, own: Own, name: str) -> Response:
-    if name not in own.tasks or name not in [one.task.name for one in parts(own, caller)]:
+    if name not in own.tasks or part(own, caller, own.tasks[name]) is None:
         raise HTTPException(404, "There is no such task for you.")
     task = own.tasks[name]
     values: dict[str, Any] = {"task": task, "told_task": _told_task(own, task), "corrects": ""}
@@ -82,8 +84,8 @@ def history(request: Request, caller: Expert, own: Own, changed: str = "") -> Re
 
 @routes.get("/history/{verdict}")
 def correct(request: Request, caller: Expert, own: Own, verdict: str) -> Response:
-    for item, one in queue.history(own.engine, caller.person, own.round, 10_000):
-        if one.id == verdict and one.kind in places.ANSWERS and item.task in own.tasks:
+    for item, one in queue.history(own.engine, caller.person, own.round, verdict_id=verdict):
+        if one.kind in places.ANSWERS and item.task in own.tasks:
             return _correction(request, caller, own, item, one)
     raise HTTPException(404, "There is no such answer of yours, or you have changed or taken it back since.")
 
