@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from jaxtune.review import queue, settling, store
+from jaxtune.review import places, queue, settling, store
 from jaxtune.review.queue import Refused
 from jaxtune.review.record import Item, Person, Verdict, make_item
 from jaxtune.review.tasks import Task
@@ -250,6 +250,18 @@ def test_undo(db: store.Engine) -> None:
     assert queue.undo(db, a, 1) is not None
     assert queue.undo(db, a, 1) is not None
     assert queue.undo(db, a, 1) is None
+
+
+def test_what_is_undone_is_theirs_for_as_long_as_the_config_says(db: store.Engine) -> None:
+    tasks = {"mood": LABEL}
+    store.add_items(db, texts(1))
+    a = someone(db, "a")
+    given = give(db, a, tasks)
+    assert queue.undo(db, a, 1, lease_seconds=5000.0) is not None
+    with db.connect() as connection:
+        lease = places.lease_of(connection, a, given.item)
+    assert lease is not None
+    assert lease["expires"] - time.time() > 4000
 
 
 def test_skips_fill_no_place_and_flags_leave_the_lease(db: store.Engine) -> None:

@@ -387,3 +387,16 @@ def test_errors_are_pages(visit: Visit) -> None:
         assert words in answer.text
         assert "<h1>" in answer.text
     assert visit().get("/work/letters").headers["location"] == "/sign-in?to=/work/letters"
+
+
+def test_an_answer_that_waited_while_the_round_changed_is_saved(
+    visit: Visit, engine: store.Engine, made: FastAPI
+) -> None:
+    """It stood in a browser's outbox, which promises to send it; the next question is of the new round."""
+    ben = visit("Ben")
+    item = ben.next("letters")
+    made.state.server = made.state.server._replace(round=2)
+    told = give(ben, item, "label", {"labels": ["praise"]})
+    assert told.status_code == 200, told.text
+    assert (told.json()["saved"], told.json()["next"]) == (True, None)
+    assert [one.item for one in store.read_verdicts(engine, 1)] == [item["item"]]
