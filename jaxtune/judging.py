@@ -24,12 +24,12 @@ from jaxtune.data.sources import read_rows
 from jaxtune.evals import pairwise
 from jaxtune.review import answers as answers_lib
 from jaxtune.review import endpoint, model_judge, ranking, sequential, store, tasks
-from jaxtune.review.agreement import Estimate
 from jaxtune.review.model_judge import Asked, Trust
 from jaxtune.review.record import Item, Person, make_item
 from jaxtune.review.sequential import Decision
 from jaxtune.review.store import Engine
 from jaxtune.review.tasks import Task
+from jaxtune.statistics import Estimate
 from jaxtune.train import guests
 from jaxtune.train import rows as rows_lib
 from jaxtune.types import UserError

@@ -22,8 +22,8 @@ from jaxtune.adapters import arithmetic
 from jaxtune.config import ConfigDict, base
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure, protected, tasks, tradeoff
-from jaxtune.evals.statistics import Estimate
 from jaxtune.models import FAMILIES, naming
+from jaxtune.statistics import Estimate
 from jaxtune.train import base_kl, guests, layout, start
 from jaxtune.train import rows as rows_lib
 from jaxtune.train.state import Params, Program

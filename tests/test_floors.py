@@ -32,7 +32,7 @@ FLOORS = [
         "validation_review",
         "workdir",
     },
-    {"sharding", "models", "data", "moments"},
+    {"sharding", "models", "data", "moments", "statistics"},
     {"adapters", "objectives", "optim", "rewards"},  # rewards: what is optimised, where it is no loss
     {"weights", "generate", "checkpoint", "tracking", "report", "model_card"},
     {"train"},

@@ -14,7 +14,7 @@ import pytest
 from jaxtune import config as config_lib
 from jaxtune import report, report_plots
 from jaxtune.evals import account
-from jaxtune.evals.statistics import Estimate
+from jaxtune.statistics import Estimate
 
 EVIL = "<script>alert('x')</script> & \"$\\frac{1\" 日本"
 

@@ -20,7 +20,7 @@ from jaxtune.data.formats import Example
 from jaxtune.data.readers import NEXT, Reader
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import heads, likelihood
-from jaxtune.evals.statistics import Estimate
+from jaxtune.statistics import Estimate
 from jaxtune.train import step
 from jaxtune.train.state import Params, Program
 from jaxtune.types import UserError

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.evals import statistics
-from jaxtune.evals.statistics import Estimate
+from jaxtune import statistics
+from jaxtune.statistics import Estimate
+from jaxtune.types import UserError
 
 
 class Figure(NamedTuple):
@@ -48,9 +49,11 @@ def estimate(figure: Figure, options: dict[str, Any]) -> dict[str, Any]:
     has a percentile bootstrap.
     """
     values = figure.values
+    if not len(values):
+        raise UserError("no rows to measure; expected at least one")
     told = {"part": figure.part, "name": figure.name, "metric": figure.metric, "rows": len(values)}
     if values.dtype == bool:
-        found = statistics.wilson(int(values.sum()), len(values), options["confidence"])
+        found = statistics.wilson(float(values.mean()), len(values), options["confidence"])
         told |= {**found._asdict(), "interval": "Wilson"}
         if figure.nothing == 0.5:
             told |= {"p": statistics.mcnemar(~values, values), "test": "exact sign test"}

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtune.evals.statistics import Estimate
+from jaxtune.statistics import Estimate
 from jaxtune.types import UserError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from jaxtune import pictures
 from jaxtune.config import ConfigDict
 from jaxtune.evals import tradeoff
-from jaxtune.evals.statistics import Estimate
+from jaxtune.statistics import Estimate
 from jaxtune.types import UserError
 from jaxtune.workdir import write_whole
 

@@ -18,7 +18,7 @@ from jaxtune.data.readers import NEXT, Reader
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evals import measure as measure_lib
 from jaxtune.evals import tasks
-from jaxtune.evals.statistics import Estimate
+from jaxtune.statistics import Estimate
 from jaxtune.train import rows as rows_lib
 from jaxtune.train import start
 from jaxtune.train.state import Params, Program

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune import tracking
-from jaxtune.evals import spans, statistics
-from jaxtune.evals.statistics import Estimate
+from jaxtune import statistics, tracking
+from jaxtune.evals import spans
+from jaxtune.statistics import Estimate
 from jaxtune.types import UserError
 
 # row_id: str, prompt_ids: list[int], answer: str; for labels also candidate_ids: list[list[int]]

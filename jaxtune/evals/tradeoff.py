@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.evals import statistics
-from jaxtune.evals.statistics import Estimate
+from jaxtune import statistics
+from jaxtune.statistics import Estimate
 from jaxtune.types import UserError, nearest
 
 PICKS = ("within", "gain", "knee")

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtune import statistics
 from jaxtune.config import ConfigDict
 from jaxtune.data import pipeline, templates
 from jaxtune.data.formats import Example
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evals import measure, protected, statistics, tasks
+from jaxtune.evals import measure, protected, tasks
 from jaxtune.evals.protected import Protected, Verdict
 from jaxtune.guidance import folder as folder_lib
 from jaxtune.guidance import sampling

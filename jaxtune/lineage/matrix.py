@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtune.evals import forgetting, measure, tasks
 from jaxtune.evals.protected import Protected
-from jaxtune.evals.statistics import Estimate
+from jaxtune.statistics import Estimate
 
 
 class Matrix(NamedTuple):

@@ -13,18 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtune.statistics import Estimate
 from jaxtune.types import UserError
 
 LEVELS = ("nominal", "ordinal", "interval", "ratio")
 WEIGHTS = ("", "linear", "quadratic")
-
-
-class Estimate(NamedTuple):
-    """A measured value between the ends of its confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Confusion(NamedTuple):

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
+from jaxtune import statistics
 from jaxtune.review import agreement, quality, ranking, settling, store
-from jaxtune.review.agreement import Estimate
 from jaxtune.review.answers import Game, Ratings, games, given, outcomes, ratings
 from jaxtune.review.record import Item, Verdict
 from jaxtune.review.store import Engine
 from jaxtune.review.tasks import Task
+from jaxtune.statistics import Estimate
 
 Answers = Sequence[tuple[Item, Verdict]]
 _MOST_VALUES = 12  # of a confusion that can be read
@@ -88,7 +89,7 @@ def _of_task(
 
 
 def _share(values: Sequence[float]) -> Estimate:
-    return ranking.wilson(sum(values) / len(values) if values else math.nan, len(values))
+    return statistics.wilson(sum(values) / len(values) if values else math.nan, len(values))
 
 
 def _seconds(seconds: Sequence[float]) -> dict[str, float]:
@@ -141,7 +142,7 @@ def _others(rated: Ratings | None) -> dict[str, dict[str, Any]]:
         confused = agreement.against_others(rated.ratings_RU, len(rated.names))
         return {
             rated.people[one.first]: {
-                "with_others": ranking.wilson(one.agreement, int(one.counts_VV.sum())),
+                "with_others": statistics.wilson(one.agreement, int(one.counts_VV.sum())),
                 "kappa_with_others": one.kappa,
             }
             for one in confused

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtune import statistics
 from jaxtune.config import ConfigDict
-from jaxtune.review import insight, ranking
+from jaxtune.review import insight
 from jaxtune.review.sequential import BETTER, OPEN, SAME, Decision
 from jaxtune.review.tasks import Task
 
@@ -41,7 +42,7 @@ def facts(config: ConfigDict, task: Task, found: Any, judge: str) -> dict[str, A
         "margin": options.margin, "people": {"people": found.num_people, "items": len(found.people), **found.decision._asdict()},
     }  # fmt: skip
     if judge:
-        rate = ranking.wilson(_mean(found.judged), len(found.judged))
+        rate = statistics.wilson(_mean(found.judged), len(found.judged))
         told = {"name": judge, "items": len(found.judged), "win_rate": rate, "corrected": found.corrected}
         figures["judge"] = told | {"trust": found.trust, "together": found.together}
     return {
@@ -86,7 +87,7 @@ def _row(outcomes: dict[str, float] | None, decision: Decision | None) -> list[A
         sum(test(x) for x in outcomes.values()) for test in (lambda x: x > 0.5, lambda x: x == 0.5, lambda x: x < 0.5)
     ]
     if decision is None:
-        rate = ranking.wilson(_mean(outcomes), len(outcomes))
+        rate = statistics.wilson(_mean(outcomes), len(outcomes))
         told = f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]" if outcomes else "unknown"
         return [len(outcomes), *counts, told, ""]
     return [len(outcomes), *counts, _rate(decision), decision.decision]

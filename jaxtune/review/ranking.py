@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtune.review.agreement import Estimate
+from jaxtune import statistics
+from jaxtune.statistics import Estimate
 
 
 class Position(NamedTuple):
@@ -24,22 +25,9 @@ class Position(NamedTuple):
 
 
 def win_rate(wins: int, ties: int, losses: int, confidence: float = 0.95) -> Estimate:
-    """Returns (wins + ties / 2) / all with Wilson's interval. With ties it is wider than it need be: half-wins vary less than wins."""
+    """Returns (wins + ties / 2) / all with Wilson's interval, for one look (for more see `sequential`). With ties it is wider than it need be: half-wins vary less than wins."""
     n = wins + ties + losses
-    return wilson((wins + ties / 2) / n if n else math.nan, n, confidence)
-
-
-def wilson(share: float, n: int, confidence: float = 0.95) -> Estimate:
-    """Returns a share of n with Wilson's score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953).
-
-    It holds for one look; for looking more than once see `sequential`.
-    """
-    if not n:
-        return Estimate(math.nan, 0.0, 1.0)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    return statistics.wilson((wins + ties / 2) / n if n else math.nan, n, confidence)
 
 
 def position_bias(first_wins: int, second_wins: int, confidence: float = 0.95) -> Position:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtune.evals import tradeoff
-from jaxtune.evals.statistics import Estimate
+from jaxtune.statistics import Estimate
 from jaxtune.types import UserError
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import run, sharding
+from jaxtune import run, sharding, statistics
 from jaxtune.adapters import lora
 from jaxtune.data.batches import stack
-from jaxtune.evals import judge, statistics
+from jaxtune.evals import judge
 from jaxtune.objectives import logps, ops
 from jaxtune.train import rows as rows_lib
 from jaxtune.train import start, state, step

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, pearsonr, permutation_test, spearmanr
 
-from jaxtune.evals import statistics
+from jaxtune import statistics
 from jaxtune.types import UserError
 
 

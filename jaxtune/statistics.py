@@ -1,4 +1,4 @@
-"""Intervals and paired tests over the rows of an evaluation. NumPy only.
+"""Intervals and paired tests over rows, of evaluations and of people's verdicts. NumPy only.
 
 A *statistic* takes columns with a dim of rows M, any dims before it, and reduces M: `mean` maps (M,) to a number
 and (S, M) to (S,). So S resamples are one call, whatever the statistic. A row may be more than a number, (M, K, …): then
@@ -165,15 +165,14 @@ def bootstrap(
     return Estimate(float(statistic(*columns)), float(low), float(high))
 
 
-def wilson(hits: int, num: int, confidence: float = 0.95) -> Estimate:
-    """Returns a share of rows with Wilson's score interval (1927, doi:10.1080/01621459.1927.10502953), which holds for few rows too.
+def wilson(share: float, num: int, confidence: float = 0.95) -> Estimate:
+    """Returns a share of `num` rows with Wilson's score interval (1927, doi:10.1080/01621459.1927.10502953), which holds for few rows too.
 
-    Raises:
-      UserError: there are no rows.
+    It holds for one look, and of no rows it is from 0 to 1.
     """
     if not num:
-        raise UserError("no rows to measure; expected at least one")
-    z, share = NormalDist().inv_cdf((1 + confidence) / 2), hits / num
+        return Estimate(math.nan, 0.0, 1.0)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle, width = share + z * z / (2 * num), z * math.sqrt(share * (1 - share) / num + (z / (2 * num)) ** 2)
     low, high = ((middle + side * width) / (1 + z * z / num) for side in (-1, 1))
     return Estimate(share, min(max(0.0, low), share), max(min(1.0, high), share))
