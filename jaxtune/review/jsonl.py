@@ -17,8 +17,7 @@ from typing import Any
 
 from jaxtune.review import parcel
 from jaxtune.review.parcel import Parcel, Reading, Writing
-from jaxtune.review.record import Item, Verdict
-from jaxtune.review.store import stable
+from jaxtune.review.record import Item, Verdict, stable
 from jaxtune.types import UserError
 
 VERSION = 1

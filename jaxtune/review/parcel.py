@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from jaxtune.review import tasks as tasks_lib
-from jaxtune.review.record import Item, Verdict, make_item
-from jaxtune.review.store import stable
+from jaxtune.review.record import Item, Verdict, make_item, stable
 from jaxtune.review.tasks import Task
 from jaxtune.types import UserError
 

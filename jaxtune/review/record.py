@@ -82,3 +82,8 @@ def make_item(round: int, task: str, payload: dict[str, Any], origin: dict[str, 
     """Returns the item whose id follows from round, task and payload."""
     asked = json.dumps([round, task, payload], sort_keys=True, ensure_ascii=False)
     return Item(hashlib.sha256(asked.encode()).hexdigest()[:32], round, task, payload, origin, **more)
+
+
+def stable(value: Any) -> str:
+    """JSON of one form for one value."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

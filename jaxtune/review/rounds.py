@@ -16,13 +16,12 @@ it), `guideline` (numbers of the versions they were given under), and how many `
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from jaxtune.review.record import FLAG_TYPES, Item, Verdict
+from jaxtune.review.record import FLAG_TYPES, Item, Verdict, stable
 from jaxtune.review.tasks import Task
 
 Row = dict[str, Any]
@@ -115,7 +114,7 @@ def made(
         if any(flag["type"] in rules.flags_out for flag in flags):
             reason = "flagged"
         if not reason and counted.task.kind == "rate" and _prompt(item) is not None and "answer" in item.payload:
-            rated[_stable([item.task, _prompt(item)])].append(counted)
+            rated[stable([item.task, _prompt(item)])].append(counted)
         elif not reason:
             reason = _MAKERS[counted.task.kind](counted, rules, result.rows)
         if reason:
@@ -311,7 +310,7 @@ def _pair(counted: _Counted, chosen: str, rejected: str, agreed: Sequence[Verdic
 
 
 def _row(kind: str, counted: _Counted, agreed: Sequence[Verdict], columns: Row) -> Row:
-    item, named = counted.item, _stable([kind, counted.item.id, columns])
+    item, named = counted.item, stable([kind, counted.item.id, columns])
     return {
         "id": f"{kind}-{hashlib.sha256(named.encode()).hexdigest()[:16]}", **columns, "item": item.id, "task": item.task,
         "round": item.round, "verdicts": sorted(one.id for one in agreed), "guideline": sorted({one.guideline for one in agreed}),
@@ -321,7 +320,3 @@ def _row(kind: str, counted: _Counted, agreed: Sequence[Verdict], columns: Row) 
 
 def _repeated(by_kind: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
     return {kind: [row for row in own for _ in range(max(1, row["agreed"]))] for kind, own in by_kind.items()}
-
-
-def _stable(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

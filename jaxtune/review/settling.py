@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtune.review.record import Item, Verdict
-from jaxtune.review.store import stable
+from jaxtune.review.record import Item, Verdict, stable
 from jaxtune.review.tasks import Task
 
 RATING_SPREAD = 0.25  # of the scale: ratings that lie further apart differ

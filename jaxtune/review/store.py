@@ -10,7 +10,6 @@ whoever asks. People, invites, sessions and leases may change; what changes in t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -335,8 +334,3 @@ def set_guideline(engine: Engine, task: str, text: str) -> int:
         assert made.inserted_primary_key is not None
         note(connection, "guideline", task, version=version)
         return int(made.inserted_primary_key[0])
-
-
-def stable(value: Any) -> str:
-    """JSON of one form for one value."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
